@@ -1,0 +1,66 @@
+# Rules only, no probing: what a site sets is in Makefile.inc. `make help` lists the targets.
+include Makefile.inc
+
+BUILD  ?= build
+SAN    ?= 0
+WARN    = -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wno-unused-parameter
+HARDEN  = -D_FORTIFY_SOURCE=2 -fstack-protector-strong
+SANFLAGS_1 = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+OPT_0   = $(OPT) $(HARDEN)
+OPT_1   = -O1 $(SANFLAGS_1)
+VERSION = 0.1.0
+GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+
+CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
+LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -larchive -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl
+LDFLAGS = $(SANFLAGS_$(SAN)) -Wl,--as-needed
+
+SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(if $(CUDA_HOME),,src/cuda/none.c)
+REF     = $(filter-out src/ref/backend_ref.c,$(wildcard src/ref/*.c))
+OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
+TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
+BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
+
+.PHONY: all help check demo data lint format clean tests bench-cpu
+.SECONDARY:
+all: $(BIN)                        ## build ./mimo (the default)
+
+help:                              ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(BIN): $(BUILD)/main.o $(BUILD)/libmimo.a
+	$(MPICC) $(LDFLAGS) -o $@ $(BUILD)/main.o $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS)
+
+$(BUILD)/libmimo.a: $(OBJ)
+	@rm -f $@
+	ar rcs $@ $(OBJ)
+
+$(BUILD)/%.o: src/%.c
+	@mkdir -p $(@D)
+	$(MPICC) $(CFLAGS) $(CFLAGS_$*) -c -o $@ $<
+
+$(BUILD)/ref/%_f32.o: src/ref/%.c
+	@mkdir -p $(@D)
+	$(MPICC) $(CFLAGS) -Dreal=float -Dref_suffix=f32 -c -o $@ $<
+
+$(BUILD)/ref/%_f64.o: src/ref/%.c
+	@mkdir -p $(@D)
+	$(MPICC) $(CFLAGS) -Dreal=double -Dref_suffix=f64 -c -o $@ $<
+
+# What the header prints of the build; rewritten only when it changes.
+CFLAGS_code = -DMIMO_VERSION='"$(VERSION)"' -DMIMO_GIT='"$(GIT)"' -DMIMO_CFLAGS='"$(ARCH) $(OPT_$(SAN))"'
+$(BUILD)/code.o: $(BUILD)/git.stamp
+$(BUILD)/git.stamp: FORCE
+	@mkdir -p $(@D); echo '$(VERSION) $(GIT)' | cmp -s - $@ || echo '$(VERSION) $(GIT)' > $@
+FORCE:
+
+$(BUILD)/tests/%: tests/%.c $(BUILD)/libmimo.a
+	@mkdir -p $(@D)
+	$(MPICC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS) -lcmocka
+
+tests: $(TESTS)                    ## build every test binary
+
+clean:                             ## remove what was built (not run/ and data/)
+	rm -rf build mimo
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/ref/*.d $(BUILD)/cuda/*.d $(BUILD)/tests/*.d)

@@ -1,0 +1,93 @@
+/* attention.c - causal grouped-query self-attention layer `*` (model.md 1.5).
+ *
+ *   u = RMSNorm(x); qkv = u W_qkv^T; o = softmax(q k^T / sqrt(d), causal, inside a segment) v; y = x + o W_proj^T
+ *
+ * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary embedding, no bias.
+ * Kept for backward: the norm's statistics, qkv, o and the log-sum-exp; u is recomputed.
+ */
+#include "attention.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "language.h"
+#include "linear.h"
+
+struct attention {
+    int n, g, d;                           /* query heads, KV groups, head width on this rank */
+    double eps;
+    int norm, qkv_weight, proj_weight;     /* parameter indices */
+    struct tensor rs;                      /* acc [T] */
+    struct tensor qkv;                     /* [T,(n+2g)d] */
+    struct tensor o;                       /* [T,n*d] */
+    struct tensor lse;                     /* acc [T,n] */
+    struct tensor u, du;                   /* [T,H] temporaries */
+    struct tensor d_o, dqkv;               /* [T,n*d], [T,(n+2g)d] temporaries */
+};
+
+struct attention *attention_init(struct model *m, int i)
+{
+    const struct deck *deck = m->deck;
+    struct attention *l = xcalloc(1, sizeof *l);
+    const int64_t t = m->topo->language.tp_size, h = deck->language.hidden_size;
+    const int64_t n = deck->language.num_attention_heads, g = deck->language.num_query_groups;
+    const int64_t d = deck->language.kv_channels;
+    const double sigma = deck->language.init_method_std;
+    l->n = (int)(n / t);
+    l->g = (int)(g / t);
+    l->d = (int)d;
+    l->eps = deck->language.layernorm_epsilon;
+    struct param p = { .module = MODEL_LANGUAGE };
+    snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.layer_norm_weight", i);
+    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.weight", i);
+    l->qkv_weight = model_add_matrix(m, &p, (n + 2 * g) * d, h, PARAM_SPLIT_ROWS, sigma);
+    snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_proj.weight", i);
+    l->proj_weight = model_add_matrix(m, &p, h, n * d, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
+    return l;
+}
+
+void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens)
+{
+    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
+    const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d, qkv = nd + 2 * (int64_t)l->g * l->d;
+    l->rs = arena_1d(acts, "attention.rs", m->acc, tokens);
+    l->qkv = arena_2d(acts, "attention.qkv", m->act, tokens, qkv);
+    l->o = arena_2d(acts, "attention.o", m->act, tokens, nd);
+    l->lse = arena_2d(acts, "attention.lse", m->acc, tokens, l->n);
+    const size_t mark = arena_mark(work);
+    l->u = arena_2d(work, "attention.u", m->act, tokens, h);
+    l->du = arena_2d(work, "attention.du", m->act, tokens, h);
+    l->d_o = arena_2d(work, "attention.do", m->act, tokens, nd);
+    l->dqkv = arena_2d(work, "attention.dqkv", m->act, tokens, qkv);
+    arena_rewind(work, mark);
+}
+
+void attention_forward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
+                       const struct tensor *y)
+{
+    const struct backend_ops *be = m->be;
+    be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
+    linear_forward(m, model_param(m, l->qkv_weight), &l->u, NULL, &l->qkv);
+    be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse);
+    linear_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
+}
+
+void attention_backward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
+                        const struct tensor *dx)
+{
+    const struct backend_ops *be = m->be;
+    const struct param *norm = model_param(m, l->norm);
+    linear_backward(m, model_param(m, l->proj_weight), &l->o, dx, 0.0, &l->d_o);
+    be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse, &l->d_o,
+                           &l->dqkv);
+    be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
+    linear_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, 0.0, &l->du);
+    be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
+}
+
+void attention_free(struct attention *l)
+{
+    free(l);
+}

@@ -1,0 +1,21 @@
+/* attention.h - the `*` layer: causal grouped-query self-attention, x <- x + Attn(norm(x)) W_o^T (model.md 1.5). */
+#ifndef MIMO_ATTENTION_H
+#define MIMO_ATTENTION_H
+
+#include "model.h"
+
+struct ragged;
+
+/* Declare the parameters of layer i. The layer is owned by the caller (attention_free). Local. */
+struct attention *attention_init(struct model *m, int i);
+/* Kept activations (one slot) and temporaries, T rows. Local. */
+void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens);
+/* y [T,H] = x + f(x). Local. */
+void attention_forward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
+                       const struct tensor *y);
+/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+void attention_backward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
+                        const struct tensor *dx);
+void attention_free(struct attention *l);
+
+#endif

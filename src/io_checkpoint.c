@@ -1,0 +1,372 @@
+/* io_checkpoint.c - saving a checkpoint so that no kill at any moment leaves less than the previous one; finding and retiring them.
+ *
+ * <save>/.tmp-iter_%07d-<host>-<pid>/checkpoint.h5 is laid out by world rank 0 with its state, filled by every rank with the slabs it owns
+ * (independent transfers), synced, closed; rank 0 adds the manifest of checksums and, last, the attribute `complete`; then fsync of file and
+ * directory, rename to iter_%07d, fsync of <save>, and only then the tracker (temporary name, rename, fsync). Directories to be deleted
+ * get a name that no reader accepts first. robustness.md 4.4. A rank that cannot write ends the job (io_internal.h).
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+#include <xxhash.h>
+#include "io_internal.h"
+#include "log.h"
+
+static const char tracker_name[] = "latest_checkpointed_iteration.txt";
+
+/* ---- state ------------------------------------------------------------------------------------------------------------ */
+
+#define STATE(member) offsetof(struct train_state, member)
+const struct io_state_field io_state_fields[] = {
+    { "iteration", STATE(iteration), IO_STATE_I64, "completed iterations" },
+    { "consumed_train_samples", STATE(consumed_train_samples), IO_STATE_I64, "training samples consumed" },
+    { "consumed_valid_samples", STATE(consumed_valid_samples), IO_STATE_I64, "validation samples consumed" },
+    { "skipped_train_samples", STATE(skipped_train_samples), IO_STATE_I64, "training samples of skipped updates" },
+    { "optimizer_step", STATE(optim_step), IO_STATE_I64, "AdamW's t of the last applied update" },
+    { "scheduler/style", STATE(lr.style), IO_STATE_INT, "position of the word of lr.lr_decay_style" },
+    { "scheduler/wsd_style", STATE(lr.wsd_style), IO_STATE_INT, "position of the word of lr.lr_wsd_decay_style" },
+    { "scheduler/wd_style", STATE(lr.wd_style), IO_STATE_INT, "position of the word of lr.weight_decay_incr_style" },
+    { "scheduler/init", STATE(lr.init), IO_STATE_F64, "learning rate at the start of the warm-up" },
+    { "scheduler/max", STATE(lr.max), IO_STATE_F64, "largest learning rate" },
+    { "scheduler/min", STATE(lr.min), IO_STATE_F64, "smallest learning rate" },
+    { "scheduler/warmup", STATE(lr.warmup), IO_STATE_F64, "length of the warm-up in samples" },
+    { "scheduler/decay", STATE(lr.decay), IO_STATE_F64, "end of the decay in samples" },
+    { "scheduler/anneal", STATE(lr.anneal), IO_STATE_F64, "length of the tail of WSD in samples" },
+    { "scheduler/wd_start", STATE(lr.wd_start), IO_STATE_F64, "weight decay at the start" },
+    { "scheduler/wd_end", STATE(lr.wd_end), IO_STATE_F64, "weight decay at the end" },
+    { "scheduler/wd_steps", STATE(lr.wd_steps), IO_STATE_F64, "samples over which weight decay changes" },
+    { "scheduler/n", STATE(lr.n), IO_STATE_I64, "samples of successful updates" },
+};
+const int io_n_state_fields = sizeof io_state_fields / sizeof io_state_fields[0];
+
+void io_layout_text(const struct topology *topo, char *out, size_t size)
+{
+    static const char *const name[] = { [DECK_LAYOUT_AUTO] = "auto", [DECK_LAYOUT_DISJOINT] = "disjoint",
+                                        [DECK_LAYOUT_COLOCATED] = "colocated", [DECK_LAYOUT_LANGUAGE_ONLY] = "language_only" };
+    ASSERT(topo->layout >= 0 && topo->layout <= DECK_LAYOUT_LANGUAGE_ONLY);
+    int n = snprintf(out, size, "%s on %d rank%s", name[topo->layout], topo->size, topo->size == 1 ? "" : "s");
+    const struct grid *grid[2] = { &topo->encoder, &topo->language };
+    for (int i = 0; i < 2; i++) {
+        const struct grid *g = grid[i];
+        if (!g->present) continue;
+        ASSERT(n >= 0 && (size_t)n < size);
+        n += snprintf(out + n, size - (size_t)n, ", %s at %d: tp %d cp %d pp %d dp %d ep %d expt_tp %d", i ? "language" : "encoder",
+                      g->offset, g->tp_size, g->cp_size, g->pp_size, g->dp_size, g->ep_size, g->expt_tp_size);
+    }
+    ASSERT(n >= 0 && (size_t)n < size);
+}
+
+uint64_t io_state_hash(const struct train_state *s, const char *layout, int64_t seed)
+{
+    XXH3_state_t *state = XXH3_createState();
+    ASSERT(state != NULL);
+    XXH3_64bits_reset(state);
+    for (int i = 0; i < io_n_state_fields; i++)
+        XXH3_64bits_update(state, (const char *)s + io_state_fields[i].offset, io_state_fields[i].kind == IO_STATE_INT ? sizeof(int) : 8);
+    XXH3_64bits_update(state, &s->n_train_streams, 8);
+    XXH3_64bits_update(state, s->train_position, (size_t)s->n_train_streams * 8);
+    XXH3_64bits_update(state, &s->n_valid_streams, 8);
+    XXH3_64bits_update(state, s->valid_position, (size_t)s->n_valid_streams * 8);
+    XXH3_64bits_update(state, layout, strlen(layout));
+    XXH3_64bits_update(state, &seed, 8);
+    uint64_t hash = XXH3_64bits_digest(state);
+    XXH3_freeState(state);
+    return hash;
+}
+
+static void put_state(const char *path, hid_t file, const struct deck *deck, const struct topology *topo, const struct train_state *s)
+{
+    hid_t group = io_group(path, file, "state");
+    for (int i = 0; i < io_n_state_fields; i++) {
+        const struct io_state_field *f = &io_state_fields[i];
+        const char *value = (const char *)s + f->offset;
+        int64_t widened = f->kind == IO_STATE_INT ? *(const int *)value : 0;
+        io_put(path, group, f->name, f->kind == IO_STATE_F64 ? H5T_IEEE_F64LE : H5T_STD_I64LE, 0, NULL,
+               f->kind == IO_STATE_INT ? (const void *)&widened : value, NULL, f->description);
+    }
+    io_put(path, group, "train_position", H5T_STD_I64LE, 1, &s->n_train_streams, s->train_position, "samples",
+           "samples taken from each training stream");
+    io_put(path, group, "valid_position", H5T_STD_I64LE, 1, &s->n_valid_streams, s->valid_position, "samples",
+           "samples taken from each validation stream");
+    io_put(path, group, "seed", H5T_STD_I64LE, 0, NULL, &deck->run.seed, NULL,
+           "key of the counter-based generator; its counters are sample and element indices, there is no other state");
+    char layout[512];
+    io_layout_text(topo, layout, sizeof layout);
+    io_put_string(path, group, "layout", layout);
+    io_attr_u64(path, group, "xxh3", io_state_hash(s, layout, deck->run.seed));
+    H5Gclose(group);
+}
+
+/* ---- directories ------------------------------------------------------------------------------------------------------ */
+
+void io_iteration_directory(char *out, size_t size, const char *dir, int64_t iteration)
+{
+    int n = snprintf(out, size, "%s/iter_%07" PRId64, dir, iteration);
+    if (n < 0 || (size_t)n >= size) FATAL(EXIT_WRITE, "%s: directory name is too long", dir);
+}
+
+/* a/b, never cut short. */
+static void join(char out[IO_PATH], const char *a, const char *b)
+{
+    int n = snprintf(out, IO_PATH, "%s/%s", a, b);
+    if (n < 0 || n >= IO_PATH) FATAL(EXIT_WRITE, "%s/%s: name is too long", a, b);
+}
+
+/* Delete a directory of ours: plain files one level deep; anything else stays, with a warning. */
+static void remove_directory(const char *path)
+{
+    DIR *d = opendir(path);
+    if (!d) return;
+    char name[IO_PATH];
+    for (struct dirent *e; (e = readdir(d)) != NULL; ) {
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0) continue;
+        join(name, path, e->d_name);
+        if (unlink(name) != 0) log_warn("%s: cannot delete: %s", name, strerror(errno));
+    }
+    closedir(d);
+    if (rmdir(path) != 0) log_warn("%s: cannot delete: %s", path, strerror(errno));
+}
+
+/* What a killed job left behind: .tmp-iter_* and .trash-iter_* whose process is gone (this host) or that are a day old (another). */
+static void remove_leftovers(const char *save)
+{
+    DIR *d = opendir(save);
+    if (!d) return;
+    char nonce[320], host[320], path[IO_PATH];
+    io_nonce(nonce, sizeof nonce);
+    snprintf(host, sizeof host, "%.*s", (int)(strrchr(nonce, '-') - nonce + 1), nonce);
+    for (struct dirent *e; (e = readdir(d)) != NULL; ) {
+        if (strncmp(e->d_name, ".tmp-iter_", 10) && strncmp(e->d_name, ".trash-iter_", 12)) continue;
+        const char *owner = strchr(strchr(e->d_name, '_'), '-');
+        struct stat st;
+        join(path, save, e->d_name);
+        if (!owner || lstat(path, &st) != 0 || !S_ISDIR(st.st_mode)) continue;
+        bool here = strncmp(owner + 1, host, strlen(host)) == 0, gone = time(NULL) - st.st_mtime > 86400;
+        if (here) {
+            long pid = atol(owner + 1 + strlen(host));
+            gone = pid == (long)getpid() || (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+        }
+        if (gone) remove_directory(path);
+    }
+    closedir(d);
+}
+
+static void write_tracker(const char *save, int64_t iteration)
+{
+    char path[IO_PATH], temporary[IO_PATH], nonce[320], name[400], text[32];
+    io_nonce(nonce, sizeof nonce);
+    snprintf(name, sizeof name, ".%s-%s", tracker_name, nonce);
+    join(temporary, save, name);
+    join(path, save, tracker_name);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    CHECK_SYS(fd >= 0, EXIT_WRITE, "%s: cannot create", temporary);
+    int n = snprintf(text, sizeof text, "%" PRId64 "\n", iteration);
+    CHECK_SYS(write(fd, text, (size_t)n) == n, EXIT_WRITE, "%s: cannot write", temporary);
+    CHECK_SYS(fsync(fd) == 0, EXIT_WRITE, "%s: cannot sync to disk", temporary);
+    CHECK_SYS(close(fd) == 0, EXIT_WRITE, "%s: cannot close", temporary);
+    CHECK_SYS(rename(temporary, path) == 0, EXIT_WRITE, "%s: cannot rename to %s", temporary, path);
+    io_sync(save);
+}
+
+/* The iteration in the tracker; -1: no tracker; -2: unreadable, `why` says how. */
+static int64_t read_tracker(const char *dir, char *why, size_t why_size)
+{
+    char path[IO_PATH], text[64], shown[256];
+    join(path, dir, tracker_name);
+    FILE *f = fopen(path, "re");
+    if (!f) {
+        if (errno == ENOENT || errno == ENOTDIR) return -1;
+        snprintf(why, why_size, "%s: cannot read: %s", path, strerror(errno));
+        return -2;
+    }
+    size_t n = fread(text, 1, sizeof text - 1, f);
+    fclose(f);
+    text[n] = 0;
+    char *end = text;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    size_t digits = (size_t)(end - text);
+    while (*end == '\n' || *end == ' ' || *end == '\r') end++;
+    if (digits > 0 && text[0] >= '0' && text[0] <= '9' && *end == 0 && (size_t)(end - text) == n && errno == 0) return value;
+    for (char *c = text; *c; c++) if (*c == '\n') { *c = 0; break; }
+    snprintf(why, why_size, "%s: should hold the number of an iteration, holds '%s'", path, printable(shown, sizeof shown, text));
+    return -2;
+}
+
+/* ---- save ------------------------------------------------------------------------------------------------------------- */
+
+static void check_space(const char *save, const struct io_tensors *t)
+{
+    double need = 4 << 20;
+    for (int i = 0; i < t->count; i++) need += (double)t->tensor[i].elements * (double)dtype_bytes(t->tensor[i].dtype);
+    need *= 1.2;
+    struct statvfs vfs;
+    CHECK_SYS(statvfs(save, &vfs) == 0, EXIT_WRITE, "%s: cannot ask for free space", save);
+    double have = (double)vfs.f_bavail * (double)vfs.f_frsize;
+    if (have < need)
+        fatal(EXIT_WRITE, __FILE__, __LINE__, "free space, or set checkpoint.keep_last; nothing was written or deleted",
+              "%s: not enough space for a checkpoint: %.1f MB needed, %.1f MB free", save, need / 1e6, have / 1e6);
+}
+
+/* Rank 0: everything but the numbers of the tensors. */
+static void lay_out(const char *path, const struct io_tensors *t, const struct deck *deck, const struct topology *topo,
+                    const struct train_state *state, bool with_optimizer)
+{
+    hid_t file = io_create(path, true);
+    io_put_header(path, file, "mimo-checkpoint", IO_CHECKPOINT_VERSION, deck);
+    io_attr_i64(path, file, "optimizer", with_optimizer);
+    H5Gclose(io_group(path, file, "model"));
+    if (with_optimizer) H5Gclose(io_group(path, file, "optimizer"));
+    put_state(path, file, deck, topo, state);
+    for (int i = 0; i < t->count; i++) {
+        const struct io_tensor *d = &t->tensor[i];
+        hid_t type = io_type(d->dtype);
+        io_put(path, file, d->path, type, d->ndim, d->shape, NULL, NULL, NULL);
+        H5Tclose(type);
+        hid_t set = IO_WRITE(path, d->path, H5Dopen2(file, d->path, H5P_DEFAULT));
+        io_attr_string(path, set, "dtype", io_type_name(d->dtype));
+        if (strstr(d->path, "/language/embedding.word_embeddings.weight") || strstr(d->path, "/language/output_layer.weight"))
+            io_attr_i64(path, set, "vocab_size", deck->language.vocab_size);
+        H5Dclose(set);
+    }
+    IO_WRITE(path, "metadata", H5Fclose(file));
+}
+
+/* Rank 0: manifest, completion mark, and the names by which readers find it. */
+static void publish(const char *save, const char *temporary, const char *path, const struct io_tensors *t, const struct io_manifest *m,
+                    int64_t iteration)
+{
+    char final[IO_PATH];
+    hid_t file = IO_WRITE(path, "the new checkpoint", io_open(path, true));
+    io_manifest_put(path, file, t, m);
+    IO_WRITE(path, "metadata", H5Fflush(file, H5F_SCOPE_GLOBAL));
+    io_attr_i64(path, file, "complete", 1);
+    IO_WRITE(path, "metadata", H5Fclose(file));
+    io_sync(path);
+    io_sync(temporary);
+    io_iteration_directory(final, sizeof final, save, iteration);
+    if (rename(temporary, final) != 0) {
+        /* The same iteration exists already: exchange both names at once, so that one complete checkpoint is always there. */
+        CHECK_SYS(errno == ENOTEMPTY || errno == EEXIST, EXIT_WRITE, "%s: cannot rename to %s", temporary, final);
+        CHECK_SYS(renameat2(AT_FDCWD, temporary, AT_FDCWD, final, RENAME_EXCHANGE) == 0, EXIT_WRITE, "%s: cannot exchange with %s",
+                  temporary, final);
+        io_sync(save);
+        remove_directory(temporary);
+    }
+    io_sync(save);
+    write_tracker(save, iteration);
+}
+
+void checkpoint_save(const char *save, const struct deck *deck, const struct topology *topo, struct model *model,
+                     const struct train_state *state, bool with_optimizer)
+{
+    io_start();
+    struct io_tensors t;
+    struct io_manifest m;
+    char temporary[IO_PATH] = "", path[IO_PATH], name[400], nonce[320];
+    io_tensors_init(&t, topo, model, with_optimizer);
+    if (topo->rank == 0) {
+        io_make_directories(save);
+        remove_leftovers(save);
+        check_space(save, &t);
+        snprintf(name, sizeof name, ".tmp-iter_%07" PRId64 "-%s", state->iteration, io_nonce(nonce, sizeof nonce));
+        join(temporary, save, name);
+        CHECK_SYS(mkdir(temporary, 0777) == 0, EXIT_WRITE, "%s: cannot make the directory", temporary);
+        join(path, temporary, "checkpoint.h5");
+        lay_out(path, &t, deck, topo, state, with_optimizer);
+    }
+    comm_host_broadcast(topo->world, temporary, sizeof temporary, 0);
+    join(path, temporary, "checkpoint.h5");
+
+    hid_t file = io_open_parallel(path, topo->world);
+    io_tensors_write(path, file, &t, topo, model, with_optimizer, &m);
+    IO_WRITE(path, "data to disk", H5Fflush(file, H5F_SCOPE_GLOBAL));      /* through MPI-IO: an fsync on every rank */
+    IO_WRITE(path, "metadata", H5Fclose(file));
+    io_manifest_gather(&m, topo);
+    if (topo->rank == 0) publish(save, temporary, path, &t, &m, state->iteration);
+    io_manifest_free(&m);
+    io_tensors_free(&t);
+    comm_host_barrier(topo->world);
+}
+
+/* ---- find ------------------------------------------------------------------------------------------------------------- */
+
+int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topology *topo, struct errors *errors)
+{
+    io_start();
+    int64_t found = ckpt_step;
+    if (topo->rank == 0) {
+        char why[IO_PATH + 512], path[IO_PATH], directory[IO_PATH];
+        if (ckpt_step < 0) found = read_tracker(load, why, sizeof why);
+        if (found == -2) errors_add(errors, EXIT_CHECKPOINT, "%s", why);
+        if (found >= 0) {
+            io_iteration_directory(directory, sizeof directory, load, found);
+            join(path, directory, "checkpoint.h5");
+            const char *not_regular = io_why_not_regular(path);
+            if (not_regular[0])
+                errors_add(errors, EXIT_CHECKPOINT, "%s: %s names iteration %" PRId64 ", but its checkpoint cannot be used: %s", path,
+                           ckpt_step < 0 ? tracker_name : "checkpoint.ckpt_step", found, not_regular);
+        }
+    }
+    comm_host_broadcast(topo->world, &found, sizeof found, 0);
+    comm_host_collect_errors(topo->world, errors);
+    return found < 0 ? -1 : found;
+}
+
+/* ---- retention -------------------------------------------------------------------------------------------------------- */
+
+static int descending(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x > y ? -1 : x < y;
+}
+
+static void retire(const char *save, int64_t iteration)
+{
+    char path[IO_PATH], trash[IO_PATH], name[400], nonce[320];
+    io_iteration_directory(path, sizeof path, save, iteration);
+    snprintf(name, sizeof name, ".trash-iter_%07" PRId64 "-%s", iteration, io_nonce(nonce, sizeof nonce));
+    join(trash, save, name);
+    if (rename(path, trash) != 0) {
+        log_warn("%s: cannot retire this checkpoint: %s", path, strerror(errno));
+        return;
+    }
+    io_sync(save);
+    remove_directory(trash);
+}
+
+void checkpoint_retain(const char *save, int64_t keep_last, int64_t retain_interval, const struct topology *topo)
+{
+    char why[IO_PATH + 512], path[IO_PATH], again[IO_PATH];
+    int64_t *have = NULL, n = 0, latest = -1;
+    if (topo->rank == 0 && (keep_last > 0 || retain_interval > 0)) latest = read_tracker(save, why, sizeof why);
+    DIR *d = latest >= 0 ? opendir(save) : NULL;
+    for (struct dirent *e; d && (e = readdir(d)) != NULL; ) {
+        char *end;
+        struct stat st;
+        if (strncmp(e->d_name, "iter_", 5) || e->d_name[5] < '0' || e->d_name[5] > '9') continue;
+        long long iteration = strtoll(e->d_name + 5, &end, 10);
+        join(path, save, e->d_name);
+        io_iteration_directory(again, sizeof again, save, iteration);
+        /* Nothing newer than the tracker, no link, and only names that we would give. */
+        if (*end || strcmp(path, again) || iteration > latest || lstat(path, &st) != 0 || !S_ISDIR(st.st_mode)) continue;
+        have = xrealloc(have, (size_t)n + 1, sizeof *have);
+        have[n++] = iteration;
+    }
+    if (d) closedir(d);
+    if (n) qsort(have, (size_t)n, sizeof *have, descending);
+    for (int64_t i = 0; i < n; i++) {
+        bool recent = keep_last > 0 && i < keep_last, round = retain_interval > 0 && have[i] % retain_interval == 0;
+        if (have[i] != latest && !recent && !round) retire(save, have[i]);
+    }
+    free(have);
+    comm_host_barrier(topo->world);
+}

@@ -1,0 +1,264 @@
+/* language.c - the language module of one rank (model.md 1.1-1.3, 1.9, 3.1):
+ *
+ *   x_0 = text embeddings with picture embeddings merged in; x_{l+1} = x_l + f_l(norm(x_l)) for each letter of the pattern;
+ *   logits = RMSNorm(x_L) W_out^T; loss_sum = sum over tokens of mask * (log-sum-exp - logit[label]).
+ *
+ * Backward starts from the SUM (g = mask): no division by tokens or micro-batches happens here; the optimizer divides once by the
+ * global number of loss tokens. Padded vocabulary rows take part in the softmax. One activation slot: a forward is followed by
+ * its backward before the next forward.
+ */
+#include "language.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "linear.h"
+#include "mamba.h"
+#include "mlp.h"
+#include "moe.h"
+
+struct language {
+    int n_layers;
+    struct layer *layer;                   /* [L] */
+    int embedding, final_norm, output;     /* parameter indices */
+    double eps;
+    struct ragged batch;
+    struct tensor ids, labels;             /* I64 [T] */
+    struct tensor mask;                    /* acc [T] */
+    struct tensor image_row;               /* I32 [T] */
+    struct tensor x_last;                  /* [T,H] output of the last layer */
+    struct tensor rs, hidden;              /* acc [T], [T,H]: final norm */
+    struct tensor logits;                  /* [T,Vp], in backward their gradient */
+    struct tensor mx, se, pl, loss;        /* acc [T] */
+    struct tensor loss_sum, metric;        /* acc [1] over micro-batches */
+    struct tensor dx, dhidden;             /* [T,H] */
+    struct tensor dimage;                  /* [rows,H] */
+    int64_t image_rows;                    /* of the micro-batch in the slot */
+    struct tensor host_mask, host_cu;      /* acc [T], I32 [B+1] on the host, for the copies to the device */
+};
+
+struct language *language_init(struct model *m)
+{
+    const struct deck *deck = m->deck;
+    struct language *lm = xcalloc(1, sizeof *lm);
+    const int64_t h = deck->language.hidden_size, vp = deck->derived.padded_vocab;
+    const double sigma = deck->language.init_method_std;
+    lm->eps = deck->language.layernorm_epsilon;
+    lm->n_layers = (int)deck->derived.num_layers;
+    lm->layer = xcalloc((size_t)lm->n_layers, sizeof *lm->layer);
+    struct param p = { .module = MODEL_LANGUAGE, .name = "embedding.word_embeddings.weight" };
+    lm->embedding = model_add_matrix(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
+    for (int i = 0; i < lm->n_layers; i++) {
+        struct layer *l = &lm->layer[i];
+        l->kind = deck->derived.pattern[i];
+        switch (l->kind) {
+        case 'M': l->mamba = mamba_init(m, i); break;
+        case '*': l->attention = attention_init(m, i); break;
+        case '-': l->mlp = mlp_init(m, i); break;
+        case 'E': l->moe = moe_init(m, i); m->n_moe++; break;
+        default: FATAL(EXIT_INTERNAL, "layer %d has the unknown kind '%c'", i, l->kind);
+        }
+    }
+    strcpy(p.name, "decoder.final_norm.weight");
+    lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    strcpy(p.name, "output_layer.weight");
+    lm->output = model_add_matrix(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
+    return lm;
+}
+
+static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens, int64_t sequences)
+{
+    l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, tokens, m->deck->language.hidden_size);
+    switch (l->kind) {
+    case 'M': mamba_plan(m, l->mamba, as, tokens, sequences); break;
+    case '*': attention_plan(m, l->attention, as, tokens); break;
+    case '-': mlp_plan(m, l->mlp, as, tokens); break;
+    default: moe_plan(m, l->moe, as, tokens, sequences); break;
+    }
+}
+
+void language_plan(struct model *m, struct language *lm, struct arenas *as)
+{
+    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
+    const struct deck *deck = m->deck;
+    const int64_t b = deck->batch.micro_batch_size, s = deck->language.seq_length, t = b * s;
+    const int64_t h = deck->language.hidden_size, vp = deck->derived.padded_vocab / m->topo->language.tp_size;
+    lm->batch = (struct ragged){ .tokens = t, .segments = b, .max_len = s };
+    lm->batch.cu = arena_1d(acts, "language.cu", DTYPE_I32, b + 1);
+    lm->ids = arena_1d(acts, "language.ids", DTYPE_I64, t);
+    lm->labels = arena_1d(acts, "language.labels", DTYPE_I64, t);
+    lm->mask = arena_1d(acts, "language.mask", m->acc, t);
+    lm->image_row = arena_1d(acts, "language.image_row", DTYPE_I32, t);
+    for (int i = 0; i < lm->n_layers; i++)
+        plan_layer(m, &lm->layer[i], as, t, b);
+    lm->x_last = arena_2d(acts, "language.x_last", m->act, t, h);
+    lm->rs = arena_1d(acts, "language.rs", m->acc, t);
+    lm->hidden = arena_2d(acts, "language.hidden", m->act, t, h);
+    lm->logits = arena_2d(acts, "language.logits", m->act, t, vp);
+    lm->mx = arena_1d(acts, "language.loss_max", m->acc, t);
+    lm->se = arena_1d(acts, "language.loss_sum_exp", m->acc, t);
+    lm->pl = arena_1d(acts, "language.loss_label", m->acc, t);
+    lm->loss = arena_1d(acts, "language.loss", m->acc, t);
+    lm->loss_sum = arena_1d(acts, "language.total_loss", m->acc, 1);
+    lm->metric = arena_1d(acts, "language.balance_metric", m->acc, 1);
+    lm->dx = arena_2d(acts, "language.dx", m->act, t, h);
+    lm->dimage = arena_2d(acts, "language.dimage", m->act, t, h);
+    const size_t mark = arena_mark(work);
+    lm->dhidden = arena_2d(work, "language.dhidden", m->act, t, h);
+    arena_rewind(work, mark);
+    lm->host_mask = arena_1d(&as->a[ARENA_DATA], "language.host_mask", m->acc, t);
+    lm->host_cu = arena_1d(&as->a[ARENA_DATA], "language.host_cu", DTYPE_I32, b + 1);
+}
+
+void language_free(struct language *lm)
+{
+    if (!lm)
+        return;
+    for (int i = 0; i < lm->n_layers; i++) {
+        struct layer *l = &lm->layer[i];
+        switch (l->kind) {
+        case 'M': mamba_free(l->mamba); break;
+        case '*': attention_free(l->attention); break;
+        case '-': mlp_free(l->mlp); break;
+        case 'E': moe_free(l->moe); break;
+        default: break;
+        }
+    }
+    free(lm->layer);
+    free(lm);
+}
+
+struct moe *language_moe(const struct language *lm, int moe_layer)
+{
+    int seen = 0;
+    for (int i = 0; i < lm->n_layers; i++)
+        if (lm->layer[i].kind == 'E' && seen++ == moe_layer)
+            return lm->layer[i].moe;
+    FATAL(EXIT_INTERNAL, "the pattern has no expert layer number %d", moe_layer);
+}
+
+/* The micro-batch's ids, labels, mask and merge map to the device. */
+static void load_batch(struct model *m, struct language *lm, const struct text_batch *text)
+{
+    const struct backend_ops *be = m->be;
+    const int64_t t = lm->batch.tokens, s = lm->batch.max_len;
+    ASSERT(text->samples == lm->batch.segments && text->seq_length == s);
+    const struct tensor ids = tensor_1d(text->input_ids, DTYPE_I64, PLACE_HOST, t);
+    const struct tensor labels = tensor_1d(text->labels, DTYPE_I64, PLACE_HOST, t);
+    const struct tensor rows = tensor_1d(text->image_row, DTYPE_I32, PLACE_HOST, t);
+    const struct tensor mask = tensor_1d(text->loss_mask, DTYPE_F32, PLACE_HOST, t);
+    int32_t *cu = lm->host_cu.data;
+    for (int64_t b = 0; b <= lm->batch.segments; b++)
+        cu[b] = (int32_t)(b * s);
+    lm->image_rows = text->image_rows;
+    be->copy(m->compute, &lm->host_cu, &lm->batch.cu);
+    be->copy(m->compute, &ids, &lm->ids);
+    be->copy(m->compute, &labels, &lm->labels);
+    be->copy(m->compute, &rows, &lm->image_row);
+    be->cast(m->compute, &mask, &lm->host_mask);
+    be->copy(m->compute, &lm->host_mask, &lm->mask);
+}
+
+static const struct tensor *layer_output(const struct language *lm, int i)
+{
+    return i + 1 < lm->n_layers ? &lm->layer[i + 1].x : &lm->x_last;
+}
+
+static const struct tensor *first_input(const struct language *lm)
+{
+    return lm->n_layers > 0 ? &lm->layer[0].x : &lm->x_last;
+}
+
+void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train)
+{
+    struct language *lm = m->language;
+    const struct backend_ops *be = m->be;
+    struct stream *s = m->compute;
+    ASSERT(slot == 0 && tensor_rows(image) == text->image_rows);
+    load_batch(m, lm, text);
+    be->embed_merge_forward(s, &lm->ids, &lm->image_row, &model_param(m, lm->embedding)->value, 0, image, first_input(lm));
+    for (int i = 0; i < lm->n_layers; i++) {
+        struct layer *l = &lm->layer[i];
+        const struct tensor *y = layer_output(lm, i);
+        switch (l->kind) {
+        case 'M': mamba_forward(m, l->mamba, &lm->batch, &l->x, y); break;
+        case '*': attention_forward(m, l->attention, &lm->batch, &l->x, y); break;
+        case '-': mlp_forward(m, l->mlp, &l->x, y); break;
+        default: moe_forward(m, l->moe, &lm->batch, &l->x, y, train, &lm->metric); break;
+        }
+    }
+    be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps, &lm->hidden, &lm->rs);
+    linear_forward(m, model_param(m, lm->output), &lm->hidden, NULL, &lm->logits);
+    be->loss_max(s, &lm->logits, &lm->mx);
+    be->loss_sum(s, &lm->logits, &lm->labels, 0, &lm->mx, &lm->se, &lm->pl);
+    be->loss_finish(s, &lm->se, &lm->pl, &lm->mask, &lm->loss, &lm->loss_sum);
+}
+
+struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient)
+{
+    struct language *lm = m->language;
+    const struct backend_ops *be = m->be;
+    struct stream *s = m->compute;
+    const struct param *norm = model_param(m, lm->final_norm);
+    ASSERT(slot == 0);
+    be->loss_backward(s, &lm->labels, 0, &lm->mx, &lm->se, &lm->mask, &lm->logits);
+    linear_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, 0.0, &lm->dhidden);
+    be->fill(s, &lm->dx, 0.0);
+    be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx, param_grad(norm));
+    for (int i = lm->n_layers - 1; i >= 0; i--) {
+        struct layer *l = &lm->layer[i];
+        switch (l->kind) {
+        case 'M': mamba_backward(m, l->mamba, &lm->batch, &l->x, &lm->dx); break;
+        case '*': attention_backward(m, l->attention, &lm->batch, &l->x, &lm->dx); break;
+        case '-': mlp_backward(m, l->mlp, &l->x, &lm->dx); break;
+        default: moe_backward(m, l->moe, &lm->batch, &l->x, &lm->dx); break;
+        }
+    }
+    struct tensor dimage = { 0 };
+    if (want_image_gradient)
+        dimage = tensor_row_range(&lm->dimage, 0, lm->image_rows);
+    be->embed_merge_backward(s, &lm->ids, &lm->image_row, &lm->dx, 0, param_grad(model_param(m, lm->embedding)),
+                             want_image_gradient ? &dimage : NULL);
+    return dimage;
+}
+
+struct tensor model_loss_sum(struct model *m)
+{
+    return m->language->loss_sum;
+}
+
+struct tensor model_token_loss(struct model *m)
+{
+    return m->language->loss;
+}
+
+struct tensor model_balance_metric(struct model *m)
+{
+    return m->language->metric;
+}
+
+void model_token_lse(struct model *m, double *lse)
+{
+    struct language *lm = m->language;
+    const int64_t t = lm->batch.tokens;
+    double *mx = xcalloc((size_t)t, sizeof *mx), *se = xcalloc((size_t)t, sizeof *se);
+    const struct tensor mx_host = tensor_1d(mx, DTYPE_F64, PLACE_HOST, t), se_host = tensor_1d(se, DTYPE_F64, PLACE_HOST, t);
+    m->be->cast(m->compute, &lm->mx, &mx_host);
+    m->be->cast(m->compute, &lm->se, &se_host);
+    m->be->stream_sync(m->compute);
+    for (int64_t i = 0; i < t; i++)
+        lse[i] = mx[i] + log(se[i]);
+    free(mx);
+    free(se);
+}
+
+void model_zero_accumulators(struct model *m)
+{
+    if (!m->has_language)
+        return;
+    m->be->fill(m->compute, &m->language->loss_sum, 0.0);
+    m->be->fill(m->compute, &m->language->metric, 0.0);
+}

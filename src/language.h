@@ -1,0 +1,22 @@
+/* language.h - the language module: merged embedding, the layers of the pattern, final norm, output layer, loss. */
+#ifndef MIMO_LANGUAGE_H
+#define MIMO_LANGUAGE_H
+
+#include "model.h"
+
+/* A micro-batch of B sequences as a ragged batch: what the sequence-mixing operations take (backend.h). */
+struct ragged {
+    struct tensor cu;            /* I32 [B+1] */
+    int64_t tokens, segments;    /* T, B */
+    int64_t max_len;             /* S */
+};
+
+/* Declare every parameter and layer. Local. */
+struct language *language_init(struct model *m);
+void language_plan(struct model *m, struct language *lm, struct arenas *as);
+void language_free(struct language *lm);
+
+/* Reads of one layer's kind for model.c: the E layers in order. */
+struct moe *language_moe(const struct language *lm, int moe_layer);
+
+#endif

@@ -1,0 +1,30 @@
+/* log.h - what a run says. Rank 0 writes stdout and <output_dir>/run.log; every rank may warn on stderr. Local, all. */
+#ifndef MIMO_LOG_H
+#define MIMO_LOG_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+
+/* What every message says about this process, and how it ends the job. The one home of it: check.c and comm_mpi.c keep no
+ * state of their own. */
+struct log_process {
+    int rank, size;                  /* of the world; size 0 = not known yet */
+    char role[32], host[64], output_dir[4096];
+    char library[160];               /* the MPI library, one line */
+    long iteration;                  /* -1 = outside the loop */
+    void (*abort_job)(int code);     /* NULL = end this process */
+    long exit_mark[4];               /* identity of an EXIT file left by an earlier run, see check.c */
+    atomic_flag failing;             /* set by the first failure */
+};
+struct log_process *log_process(void);
+
+/* Become the writing rank (rank 0) or a silent one; `path` (may be NULL) is appended to. A file that cannot be
+ * opened is reported by the return value false, errno set. */
+bool log_open(const char *path, bool writer);
+void log_close(void);
+/* One line to stdout and run.log, flushed; nothing on ranks that are not the writer. */
+void log_line(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* "warning: ..." to stderr and run.log, once per distinct text, at most 20 of them per rank, then a count at log_close. */
+void log_warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+#endif

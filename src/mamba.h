@@ -1,0 +1,19 @@
+/* mamba.h - the `M` layer: x <- x + Mamba2(norm(x)) (model.md 1.6). */
+#ifndef MIMO_MAMBA_H
+#define MIMO_MAMBA_H
+
+#include "model.h"
+
+struct ragged;
+
+/* Declare the parameters of layer i. The layer is owned by the caller (mamba_free). Local. */
+struct mamba *mamba_init(struct model *m, int i);
+/* Kept activations (one slot) and temporaries, T rows in B segments. Local. */
+void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tokens, int64_t segments);
+/* y [T,H] = x + f(x). Local. */
+void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x, const struct tensor *y);
+/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx);
+void mamba_free(struct mamba *l);
+
+#endif

@@ -1,0 +1,300 @@
+/* model.c - the parameter table of this rank and what iterates it: allocation, initial values, counts. The mathematics is in
+ * language.c and radio.c.
+ *
+ * Initial values (model.md 1.2, [CHOICE]): every element is a function of (seed, module, name, index in the full logical tensor), made
+ * in double, rounded to float (and further to bf16 in a bf16 run), so layouts and precisions start from the same numbers.
+ */
+#include "model.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "language.h"
+#include "moe.h"
+#include "radio.h"
+#include "rng.h"
+
+const char *const model_module_names[MODEL_MODULES] = { "vision", "projector", "language" };
+
+/* ---- declaration ------------------------------------------------------------------------------------------------- */
+
+static bool module_frozen(const struct deck *deck, enum model_module module)
+{
+    switch (module) {
+    case MODEL_VISION: return deck->derived.freeze_encoder;
+    case MODEL_PROJECTOR: return deck->derived.freeze_projector;
+    default: return deck->derived.freeze_language;
+    }
+}
+
+static const struct grid *module_grid(const struct topology *topo, enum model_module module)
+{
+    return module == MODEL_LANGUAGE ? &topo->language : &topo->encoder;
+}
+
+int model_add_param(struct model *m, const struct param *p)
+{
+    if (m->n_params == m->param_capacity) {
+        m->param_capacity = m->param_capacity ? 2 * m->param_capacity : 128;
+        m->param = xrealloc(m->param, (size_t)m->param_capacity, sizeof *m->param);
+    }
+    struct param *q = &m->param[m->n_params];
+    *q = *p;
+    if (q->n_blocks == 0) {
+        q->n_blocks = 1;
+        q->block_rows[0] = q->shape[0];
+    }
+    q->trainable = !q->buffer && !module_frozen(m->deck, q->module);
+    return m->n_params++;
+}
+
+int model_add_matrix(struct model *m, const struct param *base, int64_t out, int64_t in, enum param_shard shard, double std)
+{
+    struct param p = *base;
+    p.ndim = 2;
+    p.shape[0] = out;
+    p.shape[1] = in;
+    p.shard = shard;
+    p.decay = true;
+    p.init = PARAM_NORMAL;
+    p.init_scale = std;
+    return model_add_param(m, &p);
+}
+
+int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum param_init init,
+                     double scale)
+{
+    struct param p = *base;
+    p.ndim = 1;
+    p.shape[0] = n;
+    p.shard = shard;
+    p.decay = false;
+    p.init = init;
+    p.init_scale = scale;
+    return model_add_param(m, &p);
+}
+
+struct param *model_param(struct model *m, int index)
+{
+    ASSERT(index >= 0 && index < m->n_params);
+    return &m->param[index];
+}
+
+struct param *model_find_param(struct model *m, enum model_module module, const char *name)
+{
+    for (int i = 0; i < m->n_params; i++)
+        if (m->param[i].module == module && strcmp(m->param[i].name, name) == 0)
+            return &m->param[i];
+    return NULL;
+}
+
+static void declare(struct model *m)
+{
+    if (m->has_encoder)
+        m->encoder = radio_init(m);
+    if (m->has_language)
+        m->language = language_init(m);
+}
+
+void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
+                struct stream *compute)
+{
+    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .compute = compute };
+    m->act = deck->derived.fp64 ? DTYPE_F64 : deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
+    m->acc = deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
+    m->has_encoder = topo->encoder.member;
+    m->has_language = topo->language.member;
+    declare(m);
+}
+
+void model_free(struct model *m)
+{
+    radio_free(m->encoder);
+    language_free(m->language);
+    free(m->param);
+    *m = (struct model){ 0 };
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
+
+/* This rank's part of the logical shape. */
+static void local_shape(const struct model *m, const struct param *p, int64_t *shape)
+{
+    const struct grid *g = module_grid(m->topo, p->module);
+    memcpy(shape, p->shape, sizeof p->shape);
+    if (p->expert)
+        shape[0] /= g->ep_size;
+    else if (p->shard == PARAM_SPLIT_ROWS)
+        shape[0] /= g->tp_size;
+    else if (p->shard == PARAM_SPLIT_COLS)
+        shape[p->ndim - 1] /= g->tp_size;
+}
+
+void model_plan(struct model *m, struct arenas *as)
+{
+    for (int i = 0; i < m->n_params; i++) {
+        struct param *p = &m->param[i];
+        int64_t shape[TENSOR_MAX_DIMS];
+        local_shape(m, p, shape);
+        p->value = arena_tensor(&as->a[ARENA_PARAMS], p->name, p->buffer ? m->acc : m->act, p->ndim, shape);
+        if (p->trainable)
+            p->grad = arena_tensor(&as->a[ARENA_GRADS], p->name, m->acc, p->ndim, shape);
+    }
+    if (m->has_encoder)
+        radio_plan(m, m->encoder, as);
+    if (m->has_language)
+        language_plan(m, m->language, as);
+}
+
+struct tensor model_grad_buffer(struct model *m, bool language)
+{
+    const char *first = NULL, *last = NULL;
+    for (int i = 0; i < m->n_params; i++) {
+        const struct param *p = &m->param[i];
+        if (!p->trainable || (p->module == MODEL_LANGUAGE) != language)
+            continue;
+        const char *data = p->grad.data;
+        if (!first)
+            first = data;
+        last = data + (size_t)tensor_numel(&p->grad) * dtype_bytes(m->acc);
+    }
+    /* Modules register one after the other, so the gradients of a grid lie side by side in their arena. */
+    return tensor_1d((void *)(uintptr_t)first, m->acc, PLACE_DEVICE, first ? (last - first) / (int64_t)dtype_bytes(m->acc) : 0);
+}
+
+void model_zero_grads(struct model *m)
+{
+    for (int language = 0; language < 2; language++) {
+        const struct tensor g = model_grad_buffer(m, language);
+        if (tensor_numel(&g) > 0)
+            m->be->fill(m->compute, &g, 0.0);
+    }
+}
+
+/* ---- initial values ---------------------------------------------------------------------------------------------- */
+
+static double initial_value(const struct param *p, struct rng_key key, uint64_t index)
+{
+    switch (p->init) {
+    case PARAM_ONES: return 1.0;
+    case PARAM_ZEROS: return 0.0;
+    case PARAM_NORMAL: return p->init_scale * rng_normal_at(key, index);
+    case PARAM_UNIFORM: return p->init_scale * (2.0 * rng_uniform_at(key, index) - 1.0);
+    case PARAM_A_LOG: return log(1.0 + 15.0 * rng_uniform_at(key, index));
+    case PARAM_DT_BIAS: {
+        const double lo = log(0.001), hi = log(0.1);
+        const double dt = fmax(exp(rng_uniform_at(key, index) * (hi - lo) + lo), 1e-4);
+        return dt + log(-expm1(-dt));
+    }
+    default: FATAL(EXIT_INTERNAL, "parameter %s has no initialiser", p->name);
+    }
+}
+
+/* Full row (dimension 0) of local row r of a tensor whose rows are cut block by block over `size` ranks. */
+static int64_t full_row(const struct param *p, int64_t r, int size, int rank)
+{
+    int64_t first = 0;
+    for (int b = 0; b < p->n_blocks; b++) {
+        const int64_t part = p->block_rows[b] / size;
+        if (r < part)
+            return first + rank * part + r;
+        r -= part;
+        first += p->block_rows[b];
+    }
+    FATAL(EXIT_INTERNAL, "parameter %s: row outside its blocks", p->name);
+}
+
+/* Element (row, col) of this rank's shard, rows over dimension 0, as an index of the full tensor. */
+static uint64_t full_index(const struct model *m, const struct param *p, int64_t row, int64_t col, int64_t local_cols)
+{
+    const struct grid *g = module_grid(m->topo, p->module);
+    int64_t full_cols = 1;
+    for (int d = 1; d < p->ndim; d++)
+        full_cols *= p->shape[d];
+    if (p->expert)
+        row += g->ep_rank * (p->shape[0] / g->ep_size);
+    else if (p->shard == PARAM_SPLIT_ROWS)
+        row = full_row(p, row, g->tp_size, g->tp_rank);
+    else if (p->shard == PARAM_SPLIT_COLS)
+        col += g->tp_rank * local_cols;
+    return (uint64_t)(row * full_cols + col);
+}
+
+static void initialise_param(struct model *m, struct param *p, float *host)
+{
+    char purpose[160];
+    snprintf(purpose, sizeof purpose, "init:%s.%s", model_module_names[p->module], p->name);
+    const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
+    const int64_t rows = p->value.shape[0], cols = tensor_numel(&p->value) / (rows ? rows : 1);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++)
+            host[r * cols + c] = (float)initial_value(p, key, full_index(m, p, r, c, cols));
+    const struct tensor src = tensor_view(host, DTYPE_F32, PLACE_HOST, p->ndim, p->value.shape);
+    m->be->cast(m->compute, &src, &p->value);
+    m->be->stream_sync(m->compute);
+}
+
+void model_initialise(struct model *m)
+{
+    int64_t most = 1;
+    for (int i = 0; i < m->n_params; i++)
+        most = tensor_numel(&m->param[i].value) > most ? tensor_numel(&m->param[i].value) : most;
+    float *host = xcalloc((size_t)most, sizeof *host);
+    for (int i = 0; i < m->n_params; i++)
+        initialise_param(m, &m->param[i], host);
+    free(host);
+}
+
+/* ---- counts ------------------------------------------------------------------------------------------------------ */
+
+struct model_counts model_count(const struct deck *deck)
+{
+    struct topology topo = { .encoder = { .tp_size = 1, .ep_size = 1, .member = true },
+                             .language = { .tp_size = 1, .ep_size = 1, .member = true } };
+    struct model m = { .deck = deck, .topo = &topo, .has_encoder = true, .has_language = true };
+    struct model_counts c = { 0 };
+    int64_t idle_experts = 0, embedding = 0;
+    declare(&m);
+    for (int i = 0; i < m.n_params; i++) {
+        const struct param *p = &m.param[i];
+        int64_t n = 1;
+        for (int d = 0; d < p->ndim; d++)
+            n *= p->shape[d];
+        if (p->buffer)
+            continue;
+        *(p->module == MODEL_VISION ? &c.vision : p->module == MODEL_PROJECTOR ? &c.projector : &c.language) += n;
+        if (p->expert)
+            idle_experts += n / deck->moe.num_experts * (deck->moe.num_experts - deck->moe.moe_router_topk);
+        if (strcmp(p->name, "embedding.word_embeddings.weight") == 0)
+            embedding = n;
+    }
+    c.language_active = c.language - idle_experts;
+    c.language_active_no_embedding = c.language_active - embedding;
+    c.total = c.vision + c.projector + c.language;
+    model_free(&m);
+    return c;
+}
+
+int64_t model_take_gemm_flops(struct model *m)
+{
+    const int64_t n = m->gemm_flops;
+    m->gemm_flops = 0;
+    return n;
+}
+
+struct tensor model_tokens_per_expert(struct model *m, int moe_layer)
+{
+    return moe_tokens_per_expert(language_moe(m->language, moe_layer));
+}
+
+struct tensor model_last_choice(struct model *m, int moe_layer)
+{
+    return moe_last_choice(language_moe(m->language, moe_layer));
+}
+
+struct param *model_expert_bias(struct model *m, int moe_layer)
+{
+    return moe_expert_bias(m, language_moe(m->language, moe_layer));
+}

@@ -1,0 +1,24 @@
+/* moe.h - the `E` layer: x <- x + routed(norm(x)) + shared(norm(x)) (model.md 1.8). */
+#ifndef MIMO_MOE_H
+#define MIMO_MOE_H
+
+#include "model.h"
+
+struct ragged;
+
+/* Declare the parameters of layer i. The layer is owned by the caller (moe_free). Local. */
+struct moe *moe_init(struct model *m, int i);
+/* Kept activations (one slot) and temporaries, T rows in B sequences. Local. */
+void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences);
+/* y [T,H] = x + f(x). train: count tokens per expert and, with a balancing loss, add to `metric` (acc [1]). Local. */
+void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
+                 bool train, const struct tensor *metric);
+/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx);
+/* I64 [E] tokens dispatched since the last update; I32 [T,K] choice of the last micro-batch; the bias buffer. Local. */
+struct tensor moe_tokens_per_expert(const struct moe *l);
+struct tensor moe_last_choice(const struct moe *l);
+struct param *moe_expert_bias(struct model *m, const struct moe *l);
+void moe_free(struct moe *l);
+
+#endif

@@ -1,0 +1,36 @@
+/* ref.h - the reference backend's inner header. Every file of this folder but backend_ref.c is compiled twice, with
+ * `real` = float (suffix f32) and `real` = double (suffix f64); REF(name) is the symbol of this compilation. Plain loops,
+ * GEMM through CBLAS; sums accumulate in double. No pragmas, no intrinsics.
+ */
+#ifndef MIMO_REF_H
+#define MIMO_REF_H
+
+#include <cblas.h>
+#include "backend.h"
+
+#define REF_CAT2(a, b) a##b
+#define REF_CAT(a, b) REF_CAT2(a, b)
+#define REF(name) REF_CAT(ref_##name##_, ref_suffix)
+
+/* cblas_sgemm or cblas_dgemm of this compilation: REF_GEMM(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc) */
+#define ref_blas_gemm_f32 cblas_sgemm
+#define ref_blas_gemm_f64 cblas_dgemm
+#define REF_GEMM REF_CAT(ref_blas_gemm_, ref_suffix)
+
+/* Every operation of backend.h that this folder implements, declared for both precisions. */
+#define REF_OPS(X) \
+    X(gemm) X(grouped_gemm) X(add) X(add_bias) X(bias_backward) X(activation_forward) X(activation_backward) \
+    X(rmsnorm_forward) X(rmsnorm_backward) X(layernorm_forward) X(layernorm_backward) X(attention_forward) \
+    X(attention_backward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) X(embed_merge_backward) X(loss_max) \
+    X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) X(ssd_backward) \
+    X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
+    X(router_balance_loss) X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
+    X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(adamw)
+
+/* The prototypes are those of the table's members. */
+#define X(op) extern __typeof__(*((struct backend_ops *)0)->op) ref_##op##_f32, ref_##op##_f64;
+REF_OPS(X)
+#undef X
+extern __typeof__(*((struct backend_ops *)0)->ssd_work) ref_ssd_work_f32, ref_ssd_work_f64;
+
+#endif

@@ -1,0 +1,385 @@
+/* run.c - see run.h.
+ *
+ * Lock. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid, job) decides where flock cannot: a file
+ * named by another host is stale only if it belongs to this very job (requeued). A lock taken over is said.
+ * Signals. The handler must not need a global: it only puts the default action back for both signals, so that a second one ends the
+ * process at once, and "the default action is installed" is what the loop reads as "a signal arrived".
+ */
+#include "run.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#include "check.h"
+#include "log.h"
+#include "timer.h"
+
+enum { PATH_BYTES = 4096 + 64 };
+
+static const char *const kept_files[] = {"trace.h5", "run.log", "progress.txt", "deck.nml", "batches.h5"};
+enum { KEPT_FILES = sizeof kept_files / sizeof kept_files[0] };
+
+static const char *path_of(const char *dir, const char *name, char path[PATH_BYTES])
+{
+    snprintf(path, PATH_BYTES, "%s/%s", dir, name);
+    return path;
+}
+
+static const char *job_id(void)
+{
+    const char *id = getenv("SLURM_JOB_ID");
+
+    return id && *id ? id : "-";
+}
+
+/* ---- directory and lock ------------------------------------------------------------------------------------------- */
+
+static bool make_directories(const char *dir)
+{
+    char path[PATH_BYTES];
+
+    snprintf(path, sizeof path, "%s", dir);
+    for (char *p = path + 1; *p; p++) {
+        if (*p != '/') continue;
+        *p = '\0';
+        if (mkdir(path, 0777) != 0 && errno != EEXIST) return false;
+        *p = '/';
+    }
+    struct stat st;
+    if (mkdir(path, 0777) != 0 && errno != EEXIST) return false;
+    if (stat(path, &st) != 0) return false;
+    errno = ENOTDIR;
+    return S_ISDIR(st.st_mode);
+}
+
+/* Who the lock file names; false when it is empty or not ours to read. */
+static bool read_owner(int fd, char host[256], long *pid, char job[128])
+{
+    char text[512];
+    ssize_t n = pread(fd, text, sizeof text - 1, 0);
+
+    if (n <= 0) return false;
+    text[n] = '\0';
+    return sscanf(text, "host: %255s pid: %ld job: %127s", host, pid, job) == 3;
+}
+
+/* Take <dir>/LOCK. Returns its descriptor, or -1 with one sentence in `why`. */
+static int take_lock(const char *dir, char *why, size_t size)
+{
+    char path[PATH_BYTES], own[256] = "", host[256] = "", job[128] = "", text[512];
+    struct stat by_name, by_fd;
+    long pid = 0;
+    int fd;
+
+    path_of(dir, "LOCK", path);
+    if (gethostname(own, sizeof own - 1) != 0) snprintf(own, sizeof own, "unknown");
+    for (;;) {
+        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (fd < 0) {
+            snprintf(why, size, "%s: %s", path, strerror(errno));
+            return -1;
+        }
+        if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+            bool known = read_owner(fd, host, &pid, job);
+            snprintf(why, size, "%s: the directory belongs to a live run (host %s, pid %ld)", path, known ? host : "unknown", pid);
+            close(fd);
+            return -1;
+        }
+        /* A lock on a file that its owner has just removed is worth nothing. */
+        if (fstat(fd, &by_fd) == 0 && stat(path, &by_name) == 0 && by_fd.st_ino == by_name.st_ino) break;
+        close(fd);
+    }
+    if (read_owner(fd, host, &pid, job)) {
+        if (strcmp(host, own) != 0 && (strcmp(job, "-") == 0 || strcmp(job, job_id()) != 0)) {
+            snprintf(why, size, "%s: the directory may belong to a live run on host %s (pid %ld, job %s); remove LOCK if it is dead",
+                     path, host, pid, job);
+            close(fd);
+            return -1;
+        }
+        log_line("%s: left by a run that has ended (host %s, pid %ld); taken over", path, host, pid);
+    }
+    int n = snprintf(text, sizeof text, "host: %s\npid: %ld\njob: %s\n", own, (long)getpid(), job_id());
+    if (ftruncate(fd, 0) != 0 || pwrite(fd, text, (size_t)n, 0) != n) {
+        snprintf(why, size, "%s: %s", path, strerror(errno));
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+static void drop_lock(const char *dir, int fd)
+{
+    char path[PATH_BYTES];
+
+    unlink(path_of(dir, "LOCK", path));
+    close(fd);
+}
+
+/* ---- signals ------------------------------------------------------------------------------------------------------ */
+
+static void stop_requested(int number)
+{
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGUSR1, SIG_DFL);
+}
+
+static bool default_action(int number)
+{
+    struct sigaction now;
+
+    return sigaction(number, NULL, &now) == 0 && now.sa_handler == SIG_DFL;
+}
+
+static void catch_signals(void)
+{
+    struct sigaction a;
+
+    memset(&a, 0, sizeof a);
+    a.sa_handler = stop_requested;
+    a.sa_flags = SA_RESTART;
+    sigemptyset(&a.sa_mask);
+    sigaction(SIGTERM, &a, NULL);
+    sigaction(SIGUSR1, &a, NULL);
+    /* A file-size limit and a closed pipe on stdout are errors of a write, not ends of the process. */
+    signal(SIGXFSZ, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* ---- life of a run ------------------------------------------------------------------------------------------------ */
+
+void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
+{
+    char why[PATH_BYTES + 256] = "", path[PATH_BYTES];
+    int64_t ours = 1;
+
+    *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now()};
+    catch_signals();
+    if (world->rank == 0) {
+        if (!make_directories(r->dir)) {
+            errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s", deck_where(deck, "run", "output_dir"), r->dir,
+                       strerror(errno));
+        } else if ((r->lock = take_lock(r->dir, why, sizeof why)) < 0) {
+            errors_add(errors, EXIT_ENVIRONMENT, "mimo: error: %s", why);
+        }
+        if (r->lock >= 0) {
+            unlink(path_of(r->dir, "EXIT", path));
+            unlink(path_of(r->dir, "STOP", path));
+        }
+        ours = r->lock >= 0;
+    }
+    comm_host_reduce_i64(world, &ours, 1, COMM_MIN);
+    r->ours = ours == 1;
+}
+
+/* The next number that no earlier file carries. */
+static int next_number(const char *dir)
+{
+    char path[PATH_BYTES + 16], name[64];
+
+    for (int n = 1;; n++) {
+        bool used = false;
+        for (int i = 0; i < KEPT_FILES; i++) {
+            snprintf(name, sizeof name, "%s.%d", kept_files[i], n);
+            used |= access(path_of(dir, name, path), F_OK) == 0;
+        }
+        if (!used) return n;
+    }
+}
+
+static void keep_file(const char *dir, const char *name, int number)
+{
+    char from[PATH_BYTES], to[PATH_BYTES + 16];
+
+    path_of(dir, name, from);
+    snprintf(to, sizeof to, "%s.%d", from, number);
+    CHECK_SYS(rename(from, to) == 0, EXIT_WRITE, "%s: cannot keep it as %s", from, to);
+}
+
+static bool exists(const char *dir, const char *name)
+{
+    char path[PATH_BYTES];
+
+    return access(path_of(dir, name, path), F_OK) == 0;
+}
+
+/* The trace's first row: the iteration in the first "Starting job" line of progress.txt. */
+static int64_t first_of_progress(const char *dir)
+{
+    char path[PATH_BYTES], line[512];
+    long long first = 0;
+    FILE *f = fopen(path_of(dir, "progress.txt", path), "r");
+
+    while (f && fgets(line, sizeof line, f)) {
+        const char *at = strstr(line, "Starting job\tIteration: ");
+        if (at && sscanf(at, "Starting job\tIteration: %lld", &first) == 1) break;
+    }
+    if (f) fclose(f);
+    return first;
+}
+
+/* deck.nml of this start; on a resumed run an earlier one with other content is kept. */
+static void write_echo(const struct run *r, int number)
+{
+    char path[PATH_BYTES], temporary[PATH_BYTES];
+    char *text = NULL, *before = NULL;
+    size_t bytes = 0;
+    FILE *f = open_memstream(&text, &bytes);
+
+    CHECK_SYS(f != NULL, EXIT_ENVIRONMENT, "deck echo");
+    deck_echo(r->deck, f);
+    fclose(f);
+    path_of(r->dir, "deck.nml", path);
+    if ((f = fopen(path, "re")) != NULL) {
+        before = xcalloc(bytes + 2, 1);
+        size_t n = fread(before, 1, bytes + 1, f);
+        fclose(f);
+        bool same = n == bytes && memcmp(before, text, bytes) == 0;
+        free(before);
+        if (same) {
+            free(text);
+            return;
+        }
+        keep_file(r->dir, "deck.nml", number);
+        log_line("the deck differs from the earlier start's, which is kept as deck.nml.%d", number);
+    }
+    path_of(r->dir, "deck.nml.tmp", temporary);
+    f = fopen(temporary, "we");
+    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", temporary);
+    CHECK_SYS(fwrite(text, 1, bytes, f) == bytes && fclose(f) == 0, EXIT_WRITE, "%s", temporary);
+    CHECK_SYS(rename(temporary, path) == 0, EXIT_WRITE, "%s", path);
+    free(text);
+}
+
+void run_begin(struct run *r, int64_t iteration, bool resumed)
+{
+    char path[PATH_BYTES], kept[256] = "";
+    int64_t agreed[2] = {0, 0};
+
+    if (r->world->rank == 0) {
+        int number = next_number(r->dir);
+        r->continues = resumed && exists(r->dir, "trace.h5");
+        r->first_iteration = r->continues ? first_of_progress(r->dir) : iteration;
+        if (r->first_iteration > iteration) r->continues = false;
+        for (int i = 0; i < KEPT_FILES && !r->continues; i++) {
+            if (!exists(r->dir, kept_files[i])) continue;
+            keep_file(r->dir, kept_files[i], number);
+            snprintf(kept + strlen(kept), sizeof kept - strlen(kept), " %s.%d", kept_files[i], number);
+        }
+        path_of(r->dir, "run.log", path);
+        CHECK_SYS(log_open(path, true), EXIT_WRITE, "%s", path);
+        if (*kept) log_line("files of an earlier run in %s are kept as%s", r->dir, kept);
+        write_echo(r, number);
+        agreed[0] = r->continues;
+        agreed[1] = r->first_iteration;
+    } else {
+        log_open(NULL, false);
+    }
+    comm_host_broadcast(r->world, agreed, sizeof agreed, 0);
+    r->continues = agreed[0] != 0;
+    r->first_iteration = agreed[1];
+    run_progress(r, "Starting job\tIteration: %lld", (long long)iteration);
+}
+
+void run_poll(struct run *r, bool request[STEP_REQUESTS])
+{
+    double limit = 60.0 * r->deck->run.exit_duration_in_mins;
+
+    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
+    request[STEP_STOP_SIGNAL] = default_action(SIGTERM) || default_action(SIGUSR1);
+    if (r->world->rank != 0) return;
+    request[STEP_STOP_FILE] = exists(r->dir, "STOP");
+    request[STEP_SAVE_FILE] = exists(r->dir, "SAVE");
+    request[STEP_STOP_TIME] = limit > 0.0 && timer_now() - r->start > limit;
+}
+
+void run_save_served(struct run *r)
+{
+    char path[PATH_BYTES];
+
+    if (r->world->rank == 0) unlink(path_of(r->dir, "SAVE", path));
+}
+
+void run_progress(const struct run *r, const char *fmt, ...)
+{
+    char path[PATH_BYTES], stamp[32];
+    time_t t = time(NULL);
+    struct tm tm;
+    va_list ap;
+    FILE *f;
+
+    if (r->world->rank != 0) return;
+    f = fopen(path_of(r->dir, "progress.txt", path), "ae");
+    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", path);
+    strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
+    fprintf(f, "%s\tJob ID: %s\t# ranks: %d\t", stamp, job_id(), r->world->size);
+    va_start(ap, fmt);
+    vfprintf(f, fmt, ap);
+    va_end(ap);
+    fputc('\n', f);
+    CHECK_SYS(fclose(f) == 0, EXIT_WRITE, "%s", path);
+}
+
+static void write_exit(const char *dir, int code, int64_t iteration, const char *text)
+{
+    char path[PATH_BYTES], temporary[PATH_BYTES];
+    FILE *f = fopen(path_of(dir, "EXIT.tmp", temporary), "we");
+
+    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", temporary);
+    fprintf(f, "%d 0 - %lld %s\n", code, (long long)iteration, text);
+    CHECK_SYS(fclose(f) == 0, EXIT_WRITE, "%s", temporary);
+    CHECK_SYS(rename(temporary, path_of(dir, "EXIT", path)) == 0, EXIT_WRITE, "%s", path);
+}
+
+int run_finish(struct run *r, int code, int64_t iteration, const char *text)
+{
+    char path[PATH_BYTES];
+
+    /* Nobody may still be writing when the directory is declared finished. */
+    comm_host_barrier(r->world);
+    if (r->lock >= 0) {
+        unlink(path_of(r->dir, "STOP", path));
+        write_exit(r->dir, code, iteration, text);
+        drop_lock(r->dir, r->lock);
+        r->lock = -1;
+    }
+    return code;
+}
+
+void run_refuse(const char *dir, int code, const char *text)
+{
+    char why[PATH_BYTES + 256];
+    struct stat st;
+    int fd;
+
+    if (stat(dir, &st) != 0 || !S_ISDIR(st.st_mode)) return;
+    fd = take_lock(dir, why, sizeof why);
+    if (fd < 0) return;
+    write_exit(dir, code, -1, text);
+    drop_lock(dir, fd);
+}
+
+int run_status(const char *dir, FILE *out)
+{
+    char path[PATH_BYTES], line[4096];
+    int code = EXIT_RANK_DIED;
+    FILE *f = fopen(path_of(dir, "EXIT", path), "re");
+
+    if (!f) {
+        fprintf(out, "%d - - - no EXIT file in %s: %s\n", code, dir,
+                exists(dir, "LOCK") ? "the run is live or was killed from outside" : "no run has ended there");
+        return code;
+    }
+    if (!fgets(line, sizeof line, f) || sscanf(line, "%d", &code) != 1) {
+        fprintf(out, "%d - - - %s is empty or not readable\n", code, path);
+    } else {
+        fputs(line, out);
+    }
+    fclose(f);
+    return code;
+}

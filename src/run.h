@@ -1,0 +1,48 @@
+/* run.h - the run directory and how a run is asked to stop and says how it ended (interface.md 1 and 4).
+ *
+ * <output_dir>/: LOCK while live (host, pid, job), EXIT written last (`code rank role iteration text`), run.log, progress.txt, deck.nml,
+ * STOP and SAVE as requests from outside. A fresh start keeps the files of an earlier run under numbered names; a resumed run appends.
+ * Only world rank 0 touches the directory; what it finds is agreed before anybody acts on it.
+ */
+#ifndef MIMO_RUN_H
+#define MIMO_RUN_H
+
+#include "deck.h"
+#include "step.h"
+#include "topology.h"
+
+struct run {
+    const struct deck *deck;
+    struct comm *world;
+    const char *dir;                 /* output_dir */
+    int lock;                        /* descriptor on rank 0 while the lock is held, else -1 */
+    bool ours;                       /* the directory is locked by this run (agreed) */
+    double start;                    /* timer_now at run_init */
+    int64_t first_iteration;         /* completed iterations before the trace's first row */
+    bool continues;                  /* trace and logs of an earlier start go on */
+};
+
+/* Create and lock the directory, remove an old EXIT, catch signals. Mistakes are collected (EXIT_ENVIRONMENT, EXIT_WRITE).
+ * Collective over the world. */
+void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors);
+/* Decide between a fresh set of files and a continued one: `resumed` = the start is from this run's own checkpoint at `iteration`. Keeps
+ * earlier files, writes deck.nml, opens run.log. Collective over the world. */
+void run_begin(struct run *r, int64_t iteration, bool resumed);
+/* What the run was built from and where it runs, as `key: value` lines (robustness.md R1.2). deck_text is what was read.
+ * Collective over the world. */
+void run_header(const struct run *r, const struct topology *topo, const char *deck_text, size_t deck_bytes, int threads,
+                const char *start_reason);
+/* This rank's requests: a signal on any rank; STOP, SAVE and the clock on rank 0. Local. */
+void run_poll(struct run *r, bool request[STEP_REQUESTS]);
+/* Remove the SAVE file once it is served. Local. */
+void run_save_served(struct run *r);
+/* One line in progress.txt: time, job, ranks, text. Rank 0 writes. Local. */
+void run_progress(const struct run *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Write EXIT, release the lock; returns code. Collective over the world. */
+int run_finish(struct run *r, int code, int64_t iteration, const char *text);
+/* A start that was refused before run_init: EXIT in the directory if it exists and no live run holds it. Rank 0 only. Local. */
+void run_refuse(const char *dir, int code, const char *text);
+/* mimo --status DIR: print the EXIT line, return its code; 8 when there is none. Local. */
+int run_status(const char *dir, FILE *out);
+
+#endif

@@ -1,0 +1,467 @@
+/* step.c - see step.h. The functions named run_* are the action table; each does one action of the schedule for this rank.
+ *
+ * A batch buffer belongs to a slot: the encoder's pictures and the language module's text live until their micro-batch has passed
+ * backward. Text is read before its embeddings are received, because the bridge checks their row counts against it.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include "step.h"
+#include "timer.h"
+
+/* What the world adds up; the expert counts follow. */
+enum { SUM_LOSS, SUM_TOKENS, SUM_BALANCE, SUM_IMAGES, SUM_PATCHES, SUM_ROWS, SUM_ENCODER_FLOPS, SUM_PARTICIPANTS, SUM_REQUESTS,
+       SUM_EXPERTS = SUM_REQUESTS + STEP_REQUESTS };
+
+/* A timer section of training; an evaluation books all of its time as its own. */
+static void enter(const struct step *s, enum timer_section section)
+{
+    if (s->training) timer_start(section);
+}
+
+static void leave(const struct step *s, enum timer_section section)
+{
+    if (s->training) timer_stop(section);
+}
+
+/* ---- set-up ------------------------------------------------------------------------------------------------------ */
+
+static void add_sender(struct step *s, struct comm *c)
+{
+    if (!c) return;
+    s->sender = xrealloc(s->sender, (size_t)s->n_senders + 1, sizeof *s->sender);
+    s->sender[s->n_senders++] = c;
+}
+
+static void find_senders(struct step *s)
+{
+    const struct grid *grid[2] = {&s->topo->encoder, &s->topo->language};
+
+    add_sender(s, s->topo->world);
+    for (int i = 0; i < 2; i++) {
+        if (!grid[i]->member) continue;
+#define X(name_, ...) add_sender(s, grid[i]->name_.comm);
+        TOPOLOGY_FAMILIES(X)
+#undef X
+    }
+    if (s->bridge) {
+        add_sender(s, s->topo->bridge.leaders.comm);
+        add_sender(s, s->topo->bridge.source_lane.comm);
+        add_sender(s, s->topo->bridge.dest_lane.comm);
+    }
+}
+
+static bool encoder_trains(const struct deck *deck)
+{
+    return !deck->derived.freeze_encoder || !deck->derived.freeze_projector;
+}
+
+void step_init(struct step *s, const struct deck *deck, const struct topology *topo, struct model *model, struct optim *optim,
+               const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream)
+{
+    struct data_limits limits = data_limits(deck);
+    int nmb = (int)deck->derived.num_microbatches;
+    int64_t patch_dim = 3 * deck->vision.patch_dim * deck->vision.patch_dim;
+
+    *s = (struct step){.deck = deck, .topo = topo, .model = model, .optim = optim, .be = be, .comm = comm, .stream = stream};
+    schedule_build(&s->train, topo, nmb, false, encoder_trains(deck));
+    schedule_build(&s->forward, topo, nmb, true, false);
+    if (topo->encoder.member) s->n_pictures = s->train.encoder_slots > 0 ? s->train.encoder_slots : 1;
+    if (topo->language.member) s->n_text = s->train.language_slots > 0 ? s->train.language_slots : 1;
+    ASSERT(s->forward.encoder_slots <= s->n_pictures && s->forward.language_slots <= s->n_text);
+    if (topo->layout == DECK_LAYOUT_DISJOINT) s->bridge = bridge_init(deck, topo, comm, be, stream);
+    s->pictures = xcalloc((size_t)s->n_pictures, sizeof *s->pictures);
+    s->embedding = xcalloc((size_t)s->n_pictures, sizeof *s->embedding);
+    for (int i = 0; i < s->n_pictures; i++)
+        picture_batch_init(&s->pictures[i], &limits, deck->derived.encoder_microbatch, patch_dim, deck->derived.fp64);
+    s->text = xcalloc((size_t)s->n_text, sizeof *s->text);
+    s->text_loaded = xcalloc((size_t)s->n_text, sizeof *s->text_loaded);
+    for (int i = 0; i < s->n_text; i++) text_batch_init(&s->text[i], &limits, deck->batch.micro_batch_size);
+    s->n_sum = SUM_EXPERTS;
+    for (const char *c = deck->derived.pattern; *c; c++)
+        if (*c == 'E') s->n_sum += (int)deck->moe.num_experts;
+    s->sum = xcalloc((size_t)s->n_sum, sizeof *s->sum);
+    s->expert_count = xcalloc((size_t)(s->n_sum - SUM_EXPERTS), sizeof *s->expert_count);
+    find_senders(s);
+}
+
+void step_plan(struct step *s, struct arenas *arenas)
+{
+    if (s->bridge) bridge_plan(s->bridge, arenas);
+}
+
+void step_free(struct step *s)
+{
+    for (int i = 0; i < s->n_pictures; i++) picture_batch_free(&s->pictures[i]);
+    for (int i = 0; i < s->n_text; i++) text_batch_free(&s->text[i]);
+    free(s->pictures);
+    free(s->embedding);
+    free(s->text);
+    free(s->text_loaded);
+    free(s->sum);
+    free(s->expert_count);
+    free(s->sender);
+    bridge_free(s->bridge);
+    schedule_free(&s->train);
+    schedule_free(&s->forward);
+    memset(s, 0, sizeof *s);
+}
+
+/* ---- batches ----------------------------------------------------------------------------------------------------- */
+
+static void load_pictures(struct step *s, int m, int slot)
+{
+    const struct grid *g = &s->topo->encoder;
+    struct picture_batch *b = &s->pictures[slot];
+
+    enter(s, TIMER_DATA_WAIT);
+    data_pictures(s->data, s->iteration, m, g->dp_rank, g->dp_size, b);
+    if (s->change) s->change->change(s->change->ctx, b);
+    if (s->dump) batch_dump_add(s->dump, m, NULL, b);
+    leave(s, TIMER_DATA_WAIT);
+    if (b->rows > 0) s->picture_seen = true;
+    if (g->tp_rank != 0 || g->cp_rank != 0 || g->pp_rank != 0) return;
+    s->sum[SUM_IMAGES] += (double)b->tiles;
+    s->sum[SUM_PATCHES] += (double)b->patches;
+    s->sum[SUM_ROWS] += (double)b->rows;
+    for (int64_t i = 0; i < b->tiles; i++) {
+        int64_t p = s->deck->vision.patch_dim;
+        s->sum[SUM_ENCODER_FLOPS] +=
+            model_flops_encoder_tile(s->deck, (double)(b->tile_size[i][0] / p * (b->tile_size[i][1] / p)));
+    }
+}
+
+/* Only one rank of a lane counts its tokens: the one whose module computes the loss. */
+static bool counts_tokens(const struct step *s)
+{
+    const struct grid *g = &s->topo->language;
+
+    return g->member && g->tp_rank == 0 && g->cp_rank == 0 && g->pp_rank == g->pp_size - 1;
+}
+
+static struct text_batch *load_text(struct step *s, int m)
+{
+    const struct grid *g = &s->topo->language;
+    int slot = m % s->n_text;
+    struct text_batch *b = &s->text[slot];
+
+    if (s->text_loaded[slot] == m) return b;
+    enter(s, TIMER_DATA_WAIT);
+    data_text(s->data, s->iteration, m, g->dp_rank, g->dp_size, b);
+    s->text_loaded[slot] = m;
+    if (s->dump) batch_dump_add(s->dump, m, b, NULL);
+    if (counts_tokens(s)) s->sum[SUM_TOKENS] += (double)b->loss_tokens;
+    leave(s, TIMER_DATA_WAIT);
+    return b;
+}
+
+/* ---- actions ----------------------------------------------------------------------------------------------------- */
+
+static void run_encoder_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    load_pictures(s, a->microbatch, a->slot);
+    enter(s, TIMER_FORWARD);
+    s->embedding[a->slot] = model_encoder_forward(s->model, a->slot, &s->pictures[a->slot], s->training);
+    leave(s, TIMER_FORWARD);
+}
+
+static void run_encoder_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    enter(s, TIMER_BACKWARD);
+    if (s->pictures[a->slot].rows > 0) model_encoder_backward(s->model, a->slot, &s->dembedding);
+    leave(s, TIMER_BACKWARD);
+}
+
+static void run_language_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+    const struct text_batch *text = load_text(s, a->microbatch);
+
+    enter(s, TIMER_FORWARD);
+    if (!s->topo->encoder.present)
+        s->image = tensor_2d(NULL, s->model->act, PLACE_DEVICE, 0, s->deck->language.hidden_size);
+    model_language_forward(s->model, a->slot, text, &s->image, s->training);
+    leave(s, TIMER_FORWARD);
+}
+
+static void run_language_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    enter(s, TIMER_BACKWARD);
+    s->dimage = model_language_backward(s->model, a->slot, s->topo->encoder.present && encoder_trains(s->deck));
+    leave(s, TIMER_BACKWARD);
+}
+
+static void run_send_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+    const struct picture_batch *b = &s->pictures[a->slot];
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    bridge_send_forward(s->bridge, a->slot, &s->embedding[a->slot], b->rows_per_sample, b->samples);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+static void run_recv_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+    const struct text_batch *b = load_text(s, a->microbatch);
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->image = bridge_recv_forward(s->bridge, a->slot, b->image_rows_per_sample, b->samples);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+static void run_send_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    bridge_send_backward(s->bridge, a->slot, &s->dimage);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+static void run_recv_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->dembedding = bridge_recv_backward(s->bridge, a->slot);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+static void run_send_forward_recv_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+    const struct picture_batch *b = &s->pictures[a->slot];
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->dembedding = bridge_send_forward_recv_backward(s->bridge, a->slot, &s->embedding[a->slot], b->rows_per_sample, b->samples,
+                                                      a->partner % s->n_pictures);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+static void run_send_backward_recv_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+    const struct text_batch *b = load_text(s, a->partner);
+
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->image = bridge_send_backward_recv_forward(s->bridge, a->slot, &s->dimage, a->partner % s->n_text,
+                                                 b->image_rows_per_sample, b->samples);
+    leave(s, TIMER_BRIDGE_WAIT);
+}
+
+/* Colocated with equal data-parallel sizes: rank d encodes exactly the samples of its own lane, so both directions are the identity. */
+static void run_local_forward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    s->image = s->embedding[a->microbatch % s->n_pictures];
+}
+
+static void run_local_backward(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    s->dembedding = s->dimage;
+}
+
+static void run_grad_sync(void *ctx, const struct action *a)
+{
+    struct step *s = ctx;
+
+    enter(s, TIMER_GRAD_SYNC);
+    optim_grad_sync(s->optim, a->module == 1);
+    leave(s, TIMER_GRAD_SYNC);
+}
+
+static void run_schedule(struct step *s, const struct schedule *list)
+{
+    const struct schedule_calls calls = {
+        .ctx = s,
+        .call = {[SCHEDULE_ENCODER_FORWARD] = run_encoder_forward,
+                 [SCHEDULE_ENCODER_BACKWARD] = run_encoder_backward,
+                 [SCHEDULE_LANGUAGE_FORWARD] = run_language_forward,
+                 [SCHEDULE_LANGUAGE_BACKWARD] = run_language_backward,
+                 [SCHEDULE_SEND_FORWARD] = run_send_forward,
+                 [SCHEDULE_RECV_FORWARD] = run_recv_forward,
+                 [SCHEDULE_SEND_BACKWARD] = run_send_backward,
+                 [SCHEDULE_RECV_BACKWARD] = run_recv_backward,
+                 [SCHEDULE_SEND_FORWARD_RECV_BACKWARD] = run_send_forward_recv_backward,
+                 [SCHEDULE_SEND_BACKWARD_RECV_FORWARD] = run_send_backward_recv_forward,
+                 [SCHEDULE_LOCAL_FORWARD] = run_local_forward,
+                 [SCHEDULE_LOCAL_BACKWARD] = run_local_backward,
+                 [SCHEDULE_GRAD_SYNC] = run_grad_sync}};
+
+    s->picture_seen = false;
+    for (int i = 0; i < s->n_text; i++) s->text_loaded[i] = -1;
+    for (int i = 0; i < s->n_sum; i++) s->sum[i] = 0.0;
+    model_zero_accumulators(s->model);
+    schedule_run(list, &calls);
+}
+
+/* ---- the sums of an iteration -------------------------------------------------------------------------------------- */
+
+/* A device scalar of the accumulator type on the host; waits for the stream. */
+static double read_scalar(struct step *s, struct tensor t)
+{
+    float f32 = 0.0f;
+    double f64 = 0.0;
+    struct tensor host = tensor_1d(t.dtype == DTYPE_F64 ? (void *)&f64 : (void *)&f32, t.dtype, PLACE_HOST, 1);
+
+    s->be->copy(s->stream, &t, &host);
+    s->be->stream_sync(s->stream);
+    return t.dtype == DTYPE_F64 ? f64 : (double)f32;
+}
+
+static void read_expert_counts(struct step *s)
+{
+    int64_t n = s->deck->moe.num_experts;
+
+    for (int i = 0; i < s->model->n_moe; i++) {
+        struct tensor count = model_tokens_per_expert(s->model, i);
+        struct tensor host = tensor_1d(s->expert_count + i * n, DTYPE_I64, PLACE_HOST, n);
+        s->be->copy(s->stream, &count, &host);
+    }
+    s->be->stream_sync(s->stream);
+    for (int i = 0; i < s->n_sum - SUM_EXPERTS; i++) s->sum[SUM_EXPERTS + i] = (double)s->expert_count[i];
+}
+
+/* After it every rank knows the global batch's sums. */
+static void add_up(struct step *s, const bool *request)
+{
+    if (counts_tokens(s)) {
+        s->sum[SUM_LOSS] = read_scalar(s, model_loss_sum(s->model));
+        if (s->model->n_moe > 0) s->sum[SUM_BALANCE] = read_scalar(s, model_balance_metric(s->model));
+    }
+    if (s->topo->language.member) read_expert_counts(s);
+    s->sum[SUM_PARTICIPANTS] = s->picture_seen ? 1.0 : 0.0;
+    for (int i = 0; i < STEP_REQUESTS; i++) s->sum[SUM_REQUESTS + i] = request[i] ? 1.0 : 0.0;
+    comm_host_reduce_f64(s->topo->world, s->sum, s->n_sum, COMM_SUM);
+    for (int i = 0; i < s->n_sum - SUM_EXPERTS; i++) s->expert_count[i] = (int64_t)s->sum[SUM_EXPERTS + i];
+}
+
+/* parallel.md 6.7: D/k when k of the D encoder replicas saw a picture in the iteration. */
+static double participation(const struct step *s)
+{
+    double all = (double)s->topo->encoder.size, seen = s->sum[SUM_PARTICIPANTS];
+
+    if (!s->deck->optimizer.correct_encoder_grad_for_partial_participation || !s->topo->encoder.present) return 1.0;
+    return seen > 0.0 && seen < all ? all / seen : 1.0;
+}
+
+static void stop_on_loss(const struct step *s, double loss)
+{
+    if (isfinite(loss) || s->deck->optimizer.non_finite_policy != DECK_NON_FINITE_ABORT) return;
+    /* One rank speaks; the others wait to be ended. */
+    if (s->topo->rank != 0) comm_host_barrier(s->topo->world);
+    fatal(EXIT_NUMERICS, __FILE__, __LINE__,
+          "optimizer.non_finite_policy = 'skip' goes on without this update; a lower lr.lr or a longer warm-up may cure it",
+          "lm loss is %f", loss);
+}
+
+static void fill_row(struct step *s, const struct optim_result *o, double loss, struct trace_row *row)
+{
+    int64_t lanes = s->topo->language.dp_size, n_moe = 0;
+    static const enum timer_section section[TRACE_SECTIONS] = {
+        [TRACE_FORWARD] = TIMER_FORWARD, [TRACE_BACKWARD] = TIMER_BACKWARD, [TRACE_BRIDGE_WAIT] = TIMER_BRIDGE_WAIT,
+        [TRACE_GRAD_SYNC] = TIMER_GRAD_SYNC, [TRACE_OPTIMIZER] = TIMER_OPTIMIZER, [TRACE_DATA_WAIT] = TIMER_DATA_WAIT};
+    double seconds[TIMER_SECTIONS];
+    struct rusage usage;
+
+    for (const char *c = s->deck->derived.pattern; *c; c++) n_moe += *c == 'E';
+    row->iteration = s->iteration + 1;
+    row->num_tokens = (int64_t)s->sum[SUM_TOKENS];
+    row->images = (int64_t)s->sum[SUM_IMAGES];
+    row->patches = (int64_t)s->sum[SUM_PATCHES];
+    row->lm_loss = loss;
+    row->grad_norm = o->grad_norm;
+    row->num_zeros = o->num_zeros;
+    row->params_norm = o->params_norm;
+    row->skipped = !o->applied;
+    row->seq_load_balancing_loss =
+        n_moe > 0 ? s->sum[SUM_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * n_moe) : 0.0;
+    row->tokens_per_expert = s->topo->rank == 0 && n_moe > 0 ? s->expert_count : NULL;
+    row->iteration_seconds = timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
+    for (int i = 0; i < TRACE_SECTIONS; i++) row->section_seconds[i] = (float)seconds[section[i]];
+    row->gemm_flops = model_take_gemm_flops(s->model);
+    row->sent_bytes = 0;
+    for (int i = 0; i < s->n_senders; i++) row->sent_bytes += comm_take_sent_bytes(s->sender[i]);
+    getrusage(RUSAGE_SELF, &usage);
+    row->peak_bytes = (int64_t)usage.ru_maxrss * 1024;
+}
+
+/* The row's rates, from its own iteration_seconds. */
+static void fill_rates(const struct step *s, struct trace_row *row)
+{
+    const struct deck *deck = s->deck;
+    double seconds = row->iteration_seconds > 0.0 ? row->iteration_seconds : 1e-9;
+    double tokens = (double)(deck->batch.global_batch_size * deck->language.seq_length);
+    double sum_len2 = tokens * (double)deck->language.seq_length;
+    double language = model_flops_language_exact(deck, tokens, sum_len2) * (deck->derived.freeze_language ? 2.0 : 3.0);
+    double encoder = s->sum[SUM_ENCODER_FLOPS] * (deck->derived.freeze_encoder ? 1.0 : 3.0);
+    double projector = s->sum[SUM_ROWS] * model_flops_projector_row(deck) * (deck->derived.freeze_encoder ? 2.0 : 3.0);
+
+    row->tokens_per_second = tokens / seconds;
+    row->tflops_per_gpu =
+        3.0 * model_flops_language_megatron(deck, tokens, sum_len2) / (seconds * 1e12 * (double)s->topo->language.size);
+    row->model_tflops_per_gpu = (language + encoder + projector) / (seconds * 1e12 * (double)s->topo->size);
+}
+
+struct step_result step_train(struct step *s, struct data *data, int64_t iteration, double lr, double weight_decay,
+                              const bool *request, struct trace_row *row)
+{
+    struct optim_result o = {.grad_norm = NAN, .params_norm = NAN, .num_zeros = -1};
+    struct step_result r = {.applied = false};
+    double loss;
+
+    s->data = data;
+    s->change = NULL;
+    s->iteration = iteration;
+    s->training = true;
+    model_zero_grads(s->model);
+    run_schedule(s, &s->train);
+    timer_start(TIMER_GRAD_SYNC);
+    add_up(s, request);
+    timer_stop(TIMER_GRAD_SYNC);
+    loss = s->sum[SUM_LOSS] / (s->sum[SUM_TOKENS] > 0.0 ? s->sum[SUM_TOKENS] : 1.0);
+    r.finite = isfinite(loss);
+    stop_on_loss(s, loss);
+    timer_start(TIMER_OPTIMIZER);
+    optim_expert_bias(s->optim);
+    if (r.finite) o = optim_step(s->optim, s->sum[SUM_TOKENS], participation(s), lr, weight_decay);
+    s->be->stream_sync(s->stream);
+    timer_stop(TIMER_OPTIMIZER);
+    r.applied = o.applied;
+    for (int i = 0; i < STEP_REQUESTS; i++) r.request[i] = s->sum[SUM_REQUESTS + i] > 0.0;
+    *row = (struct trace_row){.learning_rate = lr, .weight_decay = weight_decay};
+    fill_row(s, &o, loss, row);
+    fill_rates(s, row);
+    return r;
+}
+
+void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,
+                  double *tokens)
+{
+    struct batch_dump *dump = s->dump;
+
+    s->data = data;
+    s->change = change;
+    s->iteration = iteration;
+    s->training = false;
+    s->dump = NULL;
+    run_schedule(s, &s->forward);
+    if (counts_tokens(s)) {
+        *loss_sum += read_scalar(s, model_loss_sum(s->model));
+        *tokens += s->sum[SUM_TOKENS];
+    }
+    model_zero_accumulators(s->model);
+    s->dump = dump;
+}

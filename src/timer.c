@@ -1,0 +1,182 @@
+/* timer.c - see timer.h. With log.c one of the two files that keep state. */
+#include "timer.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "check.h"
+#include "log.h"
+
+enum { DEPTH = 8 };
+
+static const double note_share = 0.10;
+
+static struct {
+    double begin, iteration_begin, running_since;
+    double total[TIMER_SECTIONS], at_iteration[TIMER_SECTIONS];
+    int64_t calls[TIMER_SECTIONS];
+    enum timer_section open[DEPTH];
+    int depth;
+} state;
+
+static const char *const names[TIMER_SECTIONS] = {
+#define X(section, text) [TIMER_##section] = text,
+    TIMER_SECTIONS_X(X)
+#undef X
+};
+
+static void settle(double now);
+static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
+                       void (*line)(void *ctx, const char *text), void *ctx);
+static void to_log(void *ctx, const char *text);
+
+double timer_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+void timer_reset(void)
+{
+    memset(&state, 0, sizeof state);
+    state.begin = state.iteration_begin = state.running_since = timer_now();
+}
+
+void timer_start(enum timer_section section)
+{
+    ASSERT(state.depth < DEPTH && section < TIMER_IDLE);
+    settle(timer_now());
+    state.open[state.depth++] = section;
+    state.calls[section]++;
+}
+
+void timer_stop(enum timer_section section)
+{
+    ASSERT(state.depth > 0 && state.open[state.depth - 1] == section);
+    settle(timer_now());
+    state.depth--;
+}
+
+double timer_take_iteration(double seconds[TIMER_SECTIONS])
+{
+    const double now = timer_now(), wall = now - state.iteration_begin;
+    double covered = 0;
+    settle(now);
+    for (int s = 0; s < TIMER_IDLE; s++) {
+        seconds[s] = state.total[s] - state.at_iteration[s];
+        state.at_iteration[s] = state.total[s];
+        covered += seconds[s];
+    }
+    seconds[TIMER_IDLE] = wall > covered ? wall - covered : 0;
+    state.iteration_begin = now;
+    return wall;
+}
+
+void timer_take_sample(struct timer_sample *out, int role)
+{
+    const double now = timer_now();
+    double covered = 0;
+    settle(now);
+    memset(out, 0, sizeof *out);
+    out->role = role;
+    out->wall = now - state.begin;
+    for (int s = 0; s < TIMER_IDLE; s++) {
+        out->seconds[s] = state.total[s];
+        out->calls[s] = state.calls[s];
+        covered += state.total[s];
+    }
+    out->seconds[TIMER_IDLE] = out->wall > covered ? out->wall - covered : 0;
+}
+
+void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
+                 void (*line)(void *ctx, const char *text), void *ctx)
+{
+    for (int role = 0; role < n_roles; role++)
+        role_table(samples, n, role, roles[role], line, ctx);
+}
+
+void timer_report(struct comm *world, int role, const char *const *roles, int n_roles)
+{
+    struct timer_sample own, *all = NULL;
+    timer_take_sample(&own, role);
+    if (world->rank == 0)
+        all = xcalloc((size_t)world->size, sizeof *all);
+    comm_host_gather(world, &own, sizeof own, all, 0);
+    if (all)
+        timer_table(all, world->size, roles, n_roles, to_log, NULL);
+    free(all);
+}
+
+/* Book the time since the last change to the innermost open section. */
+static void settle(double now)
+{
+    if (state.depth > 0)
+        state.total[state.open[state.depth - 1]] += now - state.running_since;
+    state.running_since = now;
+}
+
+static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
+                       void (*line)(void *ctx, const char *text), void *ctx)
+{
+    static const struct { enum timer_section section; const char *what; } waste[] = {
+        { TIMER_BRIDGE_WAIT, "waiting for the other grid; move ranks to it" },
+        { TIMER_DATA_WAIT, "waiting for data; more data.num_workers or a faster file system" },
+        { TIMER_GRAD_SYNC, "reducing gradients (and waiting for slower ranks); larger micro-batches or overlap" },
+        { TIMER_SAVE, "saving checkpoints; a larger checkpoint.save_interval" },
+        { TIMER_IDLE, "in no section at all" },
+    };
+    double wall = 0, mean[TIMER_SECTIONS] = { 0 };
+    char text[256];
+    int ranks = 0;
+    for (int i = 0; i < n; i++)
+        if (samples[i].role == role) {
+            ranks++;
+            wall += samples[i].wall;
+        }
+    if (ranks == 0 || wall <= 0)
+        return;
+    wall /= ranks;
+    snprintf(text, sizeof text, "timers: %s, %d rank%s, %.3f s", name, ranks, ranks == 1 ? "" : "s", wall);
+    line(ctx, text);
+    snprintf(text, sizeof text, "  %-12s %8s %12s %12s %12s %8s %7s", "section", "calls", "min s", "mean s", "max s", "max rank",
+             "% wall");
+    line(ctx, text);
+    for (int s = 0; s < TIMER_SECTIONS; s++) {
+        double least = 0, most = -1;
+        int64_t calls = 0;
+        int most_rank = -1;
+        for (int i = 0; i < n; i++) {
+            if (samples[i].role != role)
+                continue;
+            const double t = samples[i].seconds[s];
+            if (most_rank < 0 || t < least)
+                least = t;
+            if (most_rank < 0 || t > most) {
+                most = t;
+                most_rank = i;
+            }
+            mean[s] += t / ranks;
+            calls = samples[i].calls[s] > calls ? samples[i].calls[s] : calls;
+        }
+        if (most <= 0 && calls == 0)
+            continue;
+        snprintf(text, sizeof text, "  %-12s %8lld %12.4f %12.4f %12.4f %8d %7.1f", names[s], (long long)calls, least, mean[s],
+                 most, most_rank, 100 * mean[s] / wall);
+        line(ctx, text);
+    }
+    size_t worst = 0;
+    for (size_t w = 1; w < sizeof waste / sizeof *waste; w++)
+        if (mean[waste[w].section] > mean[waste[worst].section])
+            worst = w;
+    if (mean[waste[worst].section] >= note_share * wall) {
+        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s", 100 * mean[waste[worst].section] / wall,
+                 name, waste[worst].what);
+        line(ctx, text);
+    }
+}
+
+static void to_log(void *ctx, const char *text)
+{
+    log_line("%s", text);
+}

@@ -1,0 +1,109 @@
+"""What the programs tests/check_*.py share: running mimo, reading traces, TAP."""
+import argparse, os, shutil, subprocess, sys, tempfile
+
+import h5py
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class Tap:
+    """Counts tests and prints them in TAP as they end."""
+
+    def __init__(self):
+        self.n = self.failed = 0
+
+    def result(self, ok, name, note=""):
+        self.n += 1
+        self.failed += not ok
+        print("%s %d - %s" % ("ok" if ok else "not ok", self.n, name.replace("#", "")))
+        if note and not ok:
+            for line in str(note).splitlines()[-25:]:
+                print("# " + line)
+        sys.stdout.flush()
+        return ok
+
+    def skip(self, name, reason):
+        self.n += 1
+        print("ok %d - %s # SKIP %s" % (self.n, name, reason), flush=True)
+
+    def close(self):
+        print("1..%d" % self.n)
+        sys.exit(1 if self.failed or not self.n else 0)
+
+
+class Mimo:
+    """The program under test with a scratch directory that goes away with it."""
+
+    def __init__(self):
+        ap = argparse.ArgumentParser()
+        ap.add_argument("--mimo", default=os.path.join(ROOT, "mimo"))
+        ap.add_argument("--mpiexec", default="mpiexec.mpich")
+        ap.add_argument("--keep", action="store_true", help="leave the scratch directory and print its name")
+        ap.add_argument("-k", default="", help="only cases whose name holds this")
+        self.arg = ap.parse_args()
+        self.binary = os.path.abspath(self.arg.mimo)
+        self.scratch = tempfile.mkdtemp(prefix="mimo-check-")
+
+    def path(self, *parts):
+        return os.path.join(self.scratch, *parts)
+
+    def run(self, *arguments, ranks=0, stdin=None, limit=300, env=None, cwd=ROOT):
+        """(status, stdout, stderr); ranks = 0: without a launcher."""
+        command = [self.binary, *arguments]
+        if ranks:
+            command = [self.arg.mpiexec, "-n", str(ranks)] + command
+        e = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", **(env or {}))
+        try:
+            p = subprocess.run(command, input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=limit, env=e, cwd=cwd, text=True,
+                               errors="replace")
+            return p.returncode, p.stdout, p.stderr
+        except subprocess.TimeoutExpired as t:
+            return "timeout after %d s" % limit, str(t.stdout or ""), str(t.stderr or "")
+
+    def close(self):
+        if self.arg.keep:
+            print("# scratch: " + self.scratch)
+        else:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def trace(directory):
+    """Valid rows of a trace as {name: array}."""
+    with h5py.File(os.path.join(directory, "trace.h5"), "r", locking=False) as f:
+        rows = int(f["rows"][()])
+        out = {k: f[k][:rows] for k in ("iteration", "lm_loss", "grad_norm", "num_tokens", "learning_rate", "skipped",
+                                        "seq_load_balancing_loss", "consumed_samples")}
+        out["tokens_per_expert"] = f["moe/tokens_per_expert"][:rows] if "moe/tokens_per_expert" in f else np.zeros((rows, 0, 0))
+        for k in ("rows", "iteration", "lm_loss", "lm_loss_ablated"):
+            out["eval/" + k] = f["eval/" + k][()]
+    return out
+
+
+def first_flip(a, b):
+    """Row and E layer where the dispatched tokens first differ, or None."""
+    d = np.argwhere(np.any(a["tokens_per_expert"] != b["tokens_per_expert"], axis=2))
+    return (int(d[0][0]), int(d[0][1])) if len(d) else None
+
+
+def compare(a, b, tolerance, until_flip=False):
+    """'' when loss and grad norm agree to the relative tolerance in every row (up to the first flip of a discrete choice when
+    asked), else one sentence that names quantity, iteration and both values."""
+    if len(a["lm_loss"]) != len(b["lm_loss"]) or not len(a["lm_loss"]):
+        return "rows: %d and %d" % (len(a["lm_loss"]), len(b["lm_loss"]))
+    flip = first_flip(a, b)
+    n = len(a["lm_loss"])
+    if flip is not None:
+        if not until_flip:
+            return "experts' tokens differ first at iteration %d, E layer %d" % (a["iteration"][flip[0]], flip[1])
+        n = flip[0]
+        print("# first flip of a choice: iteration %d, E layer %d" % (a["iteration"][flip[0]], flip[1]))
+    for name in ("lm_loss", "grad_norm"):
+        x, y = a[name][:n], b[name][:n]
+        rel = np.abs(x - y) / np.maximum(np.abs(y), 1e-300)
+        if not np.all(rel <= tolerance):
+            i = int(np.argmax(~(rel <= tolerance)))
+            return "%s at iteration %d: %.15g and %.15g, relative %.2e > %.0e" % (name, a["iteration"][i], x[i], y[i], rel[i],
+                                                                                  tolerance)
+    return ""

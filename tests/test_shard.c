@@ -1,0 +1,598 @@
+/* test_shard.c - finding shards, walking tar headers, refusing hostile archives, and documents from parts (shard.h, sample.h).
+ * Hostile archives are built byte by byte (tar_build.h).
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <cmocka.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include "sample.h"
+#include "shard.h"
+#include "tar_build.h"
+
+static char dir[64];
+
+static const char *file(const char *name)
+{
+    static char path[4][256];
+    static int turn;
+    char *p = path[turn++ % 4];
+    snprintf(p, sizeof path[0], "%s/%s", dir, name);
+    return p;
+}
+
+static int setup(void **state)
+{
+    snprintf(dir, sizeof dir, "/tmp/mimo_shard_XXXXXX");
+    return mkdtemp(dir) ? 0 : -1;
+}
+
+static int teardown(void **state)
+{
+    char command[128];
+    snprintf(command, sizeof command, "rm -rf '%s'", dir);
+    return system(command);
+}
+
+static int init(struct shard_set *set, const char *path, struct errors *errors)
+{
+    memset(errors, 0, sizeof *errors);
+    shard_init(set, path, "deck.nml:1:1: error: data.train_data_path", errors);
+    return errors->count;
+}
+
+/* The archive is refused with one line that holds all of the texts, and exit class 4. */
+static void refused(struct tar *t, const char *a, const char *b)
+{
+    struct shard_set set;
+    struct errors errors;
+    tar_write(t, file("hostile.tar"));
+    assert_int_equal(init(&set, file("hostile.tar"), &errors), 1);
+    assert_int_equal(errors.worst, EXIT_DATA);
+    assert_non_null(strstr(errors.line[0], "hostile.tar"));
+    if (!strstr(errors.line[0], a) || !strstr(errors.line[0], b))
+        fail_msg("'%s' lacks '%s' or '%s'", errors.line[0], a, b);
+    errors_free(&errors);
+    shard_free(&set);
+}
+
+static void samples_are_runs_of_members_that_agree_up_to_the_first_dot(void **state)
+{
+    struct tar t = { 0 };
+    tar_text(&t, "a/0001.jpg", "J");
+    tar_text(&t, "a/0001.json", "{}");
+    tar_text(&t, "a/0001.1.jpg", "K");
+    tar_text(&t, "b/0001.txt", "other directory, other sample");
+    tar_text(&t, "b.d/0002.txt", "a dot of the directory does not count");
+    tar_text(&t, "./c/0003.txt", "x");
+    tar_end(&t);
+    tar_write(&t, file("s.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("s.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 4);
+    char key[64];
+    assert_string_equal(shard_key(&set, 0, key, sizeof key), "s.tar:a/0001");
+    assert_string_equal(shard_key(&set, 1, key, sizeof key), "s.tar:b/0001");
+    assert_string_equal(shard_key(&set, 2, key, sizeof key), "s.tar:b.d/0002");
+    assert_string_equal(shard_key(&set, 3, key, sizeof key), "s.tar:c/0003");
+    assert_int_equal(set.sample[0].n_parts, 3);
+    assert_string_equal(shard_part_name(&set, shard_parts(&set, 0) + 2), "1.jpg");
+    unsigned char *buffer = NULL;
+    int64_t capacity = 0;
+    char why[128];
+    assert_true(shard_read(&set, 1, shard_parts(&set, 1), 100, &buffer, &capacity, why, sizeof why));
+    assert_string_equal((char *)buffer, "other directory, other sample");
+    assert_false(shard_read(&set, 1, shard_parts(&set, 1), 10, &buffer, &capacity, why, sizeof why));
+    assert_non_null(strstr(why, "29 bytes"));
+    free(buffer);
+    shard_free(&set);
+}
+
+static void members_without_a_part_are_ignored_and_counted(void **state)
+{
+    struct tar t = { 0 };
+    tar_header(&t, "dir/", '5', 0);
+    tar_text(&t, "README", "no dot");
+    tar_text(&t, ".hidden", "begins with a dot");
+    tar_text(&t, "__meta__/x.txt", "reserved component");
+    tar_text(&t, "x.txt", "sample");
+    tar_end(&t);
+    tar_write(&t, file("i.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("i.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 1);
+    assert_int_equal(set.ignored, 3);
+    shard_free(&set);
+}
+
+static void long_names_of_gnu_ustar_and_pax_are_read(void **state)
+{
+    char name[200], record[256];
+    memset(name, 'n', 150);
+    snprintf(name + 150, sizeof name - 150, "/k.txt");
+    struct tar t = { 0 };
+    tar_header(&t, "././@LongLink", 'L', strlen(name) + 1);
+    tar_data(&t, name, strlen(name) + 1);
+    tar_text(&t, "short.txt", "gnu");
+    name[0] = 'p';
+    const int length = 4 + 5 + (int)strlen(name) + 1;
+    snprintf(record, sizeof record, "%d path=%s\n", length, name);
+    assert_int_equal(strlen(record), length);
+    tar_header(&t, "PaxHeader/x", 'x', strlen(record));
+    tar_data(&t, record, strlen(record));
+    tar_text(&t, "short.txt", "pax");
+    unsigned char *h = tar_header(&t, "k.txt", '0', 5);
+    memcpy(h + 345, "prefix/of/ustar", 15);
+    tar_sum(h);
+    tar_data(&t, "ustar", 5);
+    tar_end(&t);
+    tar_write(&t, file("long.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("long.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 3);
+    char key[256];
+    assert_memory_equal(shard_key(&set, 0, key, sizeof key), "long.tar:nnn", 12);
+    assert_memory_equal(shard_key(&set, 1, key, sizeof key), "long.tar:pnn", 12);
+    assert_string_equal(shard_key(&set, 2, key, sizeof key), "long.tar:prefix/of/ustar/k");
+    shard_free(&set);
+}
+
+static void a_pax_size_replaces_the_header_s(void **state)
+{
+    struct tar t = { 0 };
+    tar_header(&t, "PaxHeader/x", 'x', 10);
+    tar_data(&t, "10 size=3\n", 10);
+    tar_header(&t, "x.txt", '0', 0);
+    tar_data(&t, "abc", 3);
+    tar_text(&t, "y.txt", "next");
+    tar_end(&t);
+    tar_write(&t, file("p.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("p.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 2);
+    assert_int_equal(shard_parts(&set, 0)->size, 3);
+    shard_free(&set);
+}
+
+static void names_that_leave_the_archive_are_refused(void **state)
+{
+    struct tar t = { 0 };
+    tar_text(&t, "/etc/passwd.txt", "x");
+    tar_end(&t);
+    refused(&t, "/etc/passwd.txt", "absolute");
+    tar_text(&t, "a/../../b.txt", "x");
+    tar_end(&t);
+    refused(&t, "a/../../b.txt", "'..'");
+    tar_text(&t, "..", "x");
+    tar_end(&t);
+    refused(&t, "'..'", "name holds");
+    tar_text(&t, "a\033[2J.txt", "x");
+    tar_end(&t);
+    refused(&t, "\\x1b", "control character");
+    tar_text(&t, "", "x");
+    tar_end(&t);
+    refused(&t, "empty", "member");
+}
+
+static void links_devices_and_sparse_members_are_refused(void **state)
+{
+    static const struct { char type; const char *word; } bad[] = {
+        { '1', "link" }, { '2', "link" }, { '3', "device" }, { '4', "device" }, { '6', "fifo" }, { 'S', "sparse" },
+        { 'D', "unknown type" }, { '~', "unknown type" },
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct tar t = { 0 };
+        tar_text(&t, "good.txt", "x");
+        unsigned char *h = tar_header(&t, "evil.txt", bad[i].type, 0);
+        memcpy(h + 157, "/etc/passwd", 11);
+        tar_sum(h);
+        tar_end(&t);
+        refused(&t, "evil.txt", bad[i].word);
+    }
+    struct tar t = { 0 };
+    const char *record = "22 GNU.sparse.major=1\n";
+    tar_header(&t, "PaxHeader/evil", 'x', strlen(record));
+    tar_data(&t, record, strlen(record));
+    tar_text(&t, "evil.txt", "x");
+    tar_end(&t);
+    refused(&t, "PaxHeader/evil", "sparse");
+}
+
+static void sizes_that_lie_are_refused(void **state)
+{
+    struct tar t = { 0 };
+    unsigned char *h = tar_header(&t, "huge.txt", '0', 1);
+    memcpy(h + 124, "77777777777", 12);
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "huge.txt", "8589934591 bytes");
+
+    h = tar_header(&t, "base256.txt", '0', 0);        /* 2^88: more than 64 bits hold */
+    memset(h + 124, 0, 12);
+    h[124] = 0x80;
+    h[124] |= 0x01;
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "base256.txt", "negative or no number");
+
+    h = tar_header(&t, "minus.txt", '0', 0);          /* base 256, -1 */
+    memset(h + 124, 0xff, 12);
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "minus.txt", "negative or no number");
+
+    h = tar_header(&t, "almost.txt", '0', 0);         /* base 256, 2^63 - 1 */
+    memset(h + 124, 0, 12);
+    h[124] = 0x80;
+    h[128] = 0x7f;
+    memset(h + 129, 0xff, 7);
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "almost.txt", "9223372036854775807 bytes");
+
+    h = tar_header(&t, "letters.txt", '0', 0);
+    memcpy(h + 124, "12x", 3);
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "letters.txt", "no number");
+
+    tar_header(&t, "PaxHeader/x", 'x', 11);
+    tar_data(&t, "11 size=-3\n", 11);
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "PaxHeader/x", "negative");
+
+    tar_header(&t, "PaxHeader/x", 'x', 12);
+    tar_data(&t, "99 path=abc\n", 12);
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "PaxHeader/x", "damaged");
+
+    tar_header(&t, "PaxHeader/g", 'g', 10);
+    tar_data(&t, "10 size=3\n", 10);
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "PaxHeader/g", "global");
+}
+
+static void truncated_and_damaged_archives_are_refused(void **state)
+{
+    struct tar t = { 0 };
+    refused(&t, "byte 0", "truncated");
+    tar_text(&t, "a.txt", "x");                       /* cut at a member's boundary: no end mark */
+    refused(&t, "a.txt", "end-of-archive");
+    tar_text(&t, "a.txt", "x");
+    tar_header(&t, "b.txt", '0', 5000);
+    tar_data(&t, "only this", 9);
+    refused(&t, "b.txt", "truncated");
+    tar_text(&t, "a.txt", "x");
+    tar_text(&t, "b.txt", "x");
+    t.n = 1024 + 100;
+    refused(&t, "a.txt", "end-of-archive");
+    tar_text(&t, "a.txt", "x");
+    tar_text(&t, "b.txt", "x");
+    tar_end(&t);
+    t.bytes[1024 + 3] ^= 1;                           /* one bit of the second header */
+    refused(&t, "after member 'a.txt'", "damaged header");
+    memcpy(tar_room(&t, 700), "this is a letter", 16);
+    refused(&t, "byte 0", "not a tar file");
+    tar_text(&t, "a.txt", "x");
+    tar_end(&t);
+    tar_text(&t, "b.txt", "behind the end");
+    tar_end(&t);
+    refused(&t, "byte 2048", "joined archives");
+}
+
+static void compressed_shards_are_refused_with_the_command(void **state)
+{
+    static const struct { const char *magic; size_t n; const char *command; } known[] = {
+        { "\x1f\x8b\x08", 3, "gunzip " }, { "\x28\xb5\x2f\xfd", 4, "zstd -d " }, { "\xfd" "7zXZ", 5, "unxz " },
+        { "BZh9", 4, "bunzip2 " }, { "\x04\x22\x4d\x18", 4, "lz4 -d " },
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        struct tar t = { 0 };
+        memcpy(tar_room(&t, 600), known[i].magic, known[i].n);
+        refused(&t, "compressed", known[i].command);
+    }
+    assert_int_equal(mkdir(file("packed"), 0777), 0);
+    struct tar t = { 0 };
+    tar_text(&t, "a.txt", "x");
+    tar_end(&t);
+    tar_write(&t, file("packed/0.tar.gz"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("packed"), &errors), 1);
+    assert_non_null(strstr(errors.line[0], "gunzip "));
+    errors_free(&errors);
+    shard_free(&set);
+}
+
+static void directories_and_patterns_give_sorted_shards(void **state)
+{
+    assert_int_equal(mkdir(file("d"), 0777), 0);
+    for (int i = 11; i >= 8; i--) {
+        struct tar t = { 0 };
+        char name[64];
+        snprintf(name, sizeof name, "k%d.txt", i);
+        tar_text(&t, name, "x");
+        tar_end(&t);
+        snprintf(name, sizeof name, "d/s-%06d.tar", i);
+        tar_write(&t, file(name));
+    }
+    struct shard_set set;
+    struct errors errors;
+    char key[64];
+    assert_int_equal(init(&set, file("d"), &errors), 0);
+    assert_int_equal(set.n_samples, 4);
+    for (int i = 0; i < 4; i++) {
+        char expected[64];
+        snprintf(expected, sizeof expected, "s-%06d.tar:k%d", 8 + i, 8 + i);
+        assert_string_equal(shard_key(&set, i, key, sizeof key), expected);
+    }
+    shard_free(&set);
+    assert_int_equal(init(&set, file("d/s-{000009..000010}.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 2);
+    assert_string_equal(shard_key(&set, 1, key, sizeof key), "s-000010.tar:k10");
+    shard_free(&set);
+    assert_int_equal(init(&set, file("d/s-{000010..000013}.tar"), &errors), 2);   /* 12 and 13 are missing */
+    assert_non_null(strstr(errors.line[0], "s-000012.tar: error: No such file"));
+    assert_int_equal(errors.worst, EXIT_DATA);
+    errors_free(&errors);
+    shard_free(&set);
+    static const char *const bad[] = { "d/{3..1}.tar", "d/{a..b}.tar", "d/{1..}.tar", "d/{1.tar", "d/{0..99999999}.tar",
+                                       "d/{0..999}{0..9999}.tar", "d/{-1..2}.tar" };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(init(&set, file(bad[i]), &errors), 1);
+        assert_non_null(strstr(errors.line[0], "range of numbers"));
+        errors_free(&errors);
+        shard_free(&set);
+    }
+}
+
+static void missing_data_says_make_data(void **state)
+{
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, "data/no/such/place", &errors), 1);
+    assert_non_null(strstr(errors.line[0], "make data"));
+    assert_non_null(strstr(errors.line[0], "deck.nml:1:1"));
+    assert_int_equal(errors.worst, EXIT_DATA);
+    errors_free(&errors);
+    shard_free(&set);
+    assert_int_equal(init(&set, "/no/such/place.tar", &errors), 1);
+    assert_null(strstr(errors.line[0], "make data"));
+    errors_free(&errors);
+    shard_free(&set);
+    assert_int_equal(mkdir(file("empty"), 0777), 0);
+    assert_int_equal(init(&set, file("empty"), &errors), 1);
+    assert_non_null(strstr(errors.line[0], "no .tar file"));
+    errors_free(&errors);
+    shard_free(&set);
+}
+
+static void several_bad_shards_are_all_named(void **state)
+{
+    assert_int_equal(mkdir(file("many"), 0777), 0);
+    struct tar t = { 0 };
+    tar_text(&t, "/a.txt", "x");
+    tar_end(&t);
+    tar_write(&t, file("many/0.tar"));
+    tar_text(&t, "b.txt", "x");
+    tar_end(&t);
+    tar_write(&t, file("many/1.tar"));
+    tar_text(&t, "c.txt", "x");
+    tar_write(&t, file("many/2.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("many"), &errors), 2);
+    assert_non_null(strstr(errors.line[0], "many/0.tar"));
+    assert_non_null(strstr(errors.line[1], "many/2.tar"));
+    errors_free(&errors);
+    shard_free(&set);
+}
+
+static void scattered_and_doubled_parts_break_the_sample(void **state)
+{
+    struct tar t = { 0 };
+    tar_text(&t, "a.jpg", "x");
+    tar_text(&t, "b.txt", "x");
+    tar_text(&t, "a.txt", "the text of a comes too late");
+    tar_text(&t, "c.txt", "1");
+    tar_text(&t, "c.txt", "2");
+    tar_end(&t);
+    tar_write(&t, file("scatter.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("scatter.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 4);
+    assert_non_null(set.sample[0].broken);
+    assert_null(set.sample[1].broken);
+    assert_non_null(set.sample[2].broken);
+    assert_non_null(strstr(set.sample[3].broken, "twice"));
+    shard_free(&set);
+}
+
+/* --- documents --- */
+
+static struct shard_set docs;
+static struct sample doc;
+
+static void read_doc(const char *member, const char *content, bool ok, const char *expected)
+{
+    struct tar t = { 0 };
+    struct errors errors;
+    char name[64], why[512] = "", text[1024] = "";
+    tar_text(&t, "k.10.jpg", "ten");
+    tar_text(&t, "k.2.png", "two");
+    tar_text(&t, "k.thumb.jpg", "no number");
+    snprintf(name, sizeof name, "k.%s", member);
+    tar_text(&t, name, content);
+    tar_text(&t, "k.jpg", "none");
+    tar_end(&t);
+    tar_write(&t, file("doc.tar"));
+    assert_int_equal(init(&docs, file("doc.tar"), &errors), 0);
+    const bool got = sample_read(&doc, &docs, 0, "<img>", "</img>", why, sizeof why);
+    if (got != ok)
+        fail_msg("%s gives %d: %s", content, got, why);
+    if (!ok) {
+        if (!strstr(why, expected))
+            fail_msg("'%s' lacks '%s'", why, expected);
+    } else {
+        for (int64_t i = 0; i < doc.n_items; i++) {
+            snprintf(text + strlen(text), sizeof text - strlen(text), "%.*s", (int)doc.item[i].length,
+                     doc.text + doc.item[i].text);
+            if (i + 1 < doc.n_items)
+                snprintf(text + strlen(text), sizeof text - strlen(text), "[%s]",
+                         shard_part_name(&docs, shard_parts(&docs, 0) + doc.item[i].part));
+        }
+        assert_string_equal(text, expected);
+        assert_int_equal(doc.item[doc.n_items - 1].part, -1);
+    }
+    shard_free(&docs);
+}
+
+static void a_caption_follows_the_pictures_in_numeric_order(void **state)
+{
+    read_doc("json", "{\"caption\": \"a cat\", \"width\": 3}", true,
+             "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a cat");
+    assert_int_equal(doc.kind, SAMPLE_CAPTION);
+    read_doc("txt", "a dog\n", true, "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a dog\n");
+}
+
+static void interleaved_documents_keep_their_order(void **state)
+{
+    read_doc("json", "{\"texts\": [\"one\", null, \"two\", \"three\"], \"images\": [null, \"10.jpg\", null, null], \"caption\": \"x\"}",
+             true, "one<img>[10.jpg]</img>two\nthree");
+    assert_int_equal(doc.kind, SAMPLE_INTERLEAVED);
+    read_doc("json", "{\"texts\": [\"one\"], \"images\": []}", false, "texts has 1 entries and images 0");
+    read_doc("json", "{\"texts\": [\"one\"], \"images\": [\"jpg\"]}", false, "place 0");
+    read_doc("json", "{\"texts\": [null], \"images\": [null]}", false, "place 0");
+    read_doc("json", "{\"texts\": [null], \"images\": [\"9.jpg\"]}", false, "no part '9.jpg'");
+    read_doc("json", "{\"texts\": [null], \"images\": [\"json\"]}", false, "is none");
+}
+
+static void conversations_are_sender_lines(void **state)
+{
+    read_doc("json",
+             "{\"caption\": \"x\", \"conversation\": [{\"sender\": \"user\", \"fragments\": [{\"t\": \"image\", \"value\": \"2.png\"},"
+             "{\"t\": \"text\", \"value\": \"what?\"}]}, {\"sender\": \"assistant\", \"fragments\": [{\"t\": \"text\", \"value\": \"a cat\"}]}]}",
+             true, "user: <img>[2.png]</img>what?\nassistant: a cat");
+    assert_int_equal(doc.kind, SAMPLE_CONVERSATION);
+    read_doc("json", "{\"conversation\": [{\"sender\": \"user\"}]}", false, "turn 0");
+    read_doc("json", "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"video\", \"value\": \"2.png\"}]}]}", false,
+             "fragment 0 of turn 0");
+    read_doc("json", "{\"conversation\": {}}", false, "not a list");
+}
+
+static void broken_documents_say_why(void **state)
+{
+    read_doc("json", "{\"caption\": ", false, "line 1");
+    read_doc("json", "[1]", false, "not an object");
+    read_doc("json", "{\"caption\": 3}", false, "caption is not a string");
+    read_doc("json", "{\"width\": 3}", false, "no caption");
+    read_doc("json", "{\"caption\": \"a\\u0000b\"}", false, "json");
+    read_doc("txt", "\xc3(", false, "UTF-8");
+    read_doc("txt", "\xed\xa0\x80", false, "UTF-8");
+    read_doc("cls", "3", false, "no caption");
+}
+
+static void random_damage_never_crashes(void **state)
+{
+    uint64_t x = 88172645463325252u;
+    struct tar clean = { 0 };
+    for (int i = 0; i < 4; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "%d.json", i);
+        tar_text(&clean, name, "{\"caption\": \"c\"}");
+        snprintf(name, sizeof name, "%d.jpg", i);
+        tar_text(&clean, name, "J");
+    }
+    tar_header(&clean, "PaxHeader/x", 'x', 15);
+    tar_data(&clean, "15 path=ab.txt\n", 15);
+    tar_text(&clean, "y.txt", "next");
+    tar_end(&clean);
+    for (int trial = 0; trial < 500; trial++) {
+        struct tar t = { 0 };
+        memcpy(tar_room(&t, clean.n), clean.bytes, clean.n);
+        for (int k = 0; k < 1 + trial % 3; k++) {
+            x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+            const size_t at = x % t.n;
+            x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+            t.bytes[at] = (unsigned char)x;
+            if (trial % 2)
+                tar_sum(t.bytes + at / 512 * 512);      /* the damage passes the checksum where it hits a header */
+        }
+        if (trial % 7 == 0)
+            t.n = x % t.n;
+        tar_write(&t, file("fuzz.tar"));
+        struct shard_set set;
+        struct errors errors;
+        init(&set, file("fuzz.tar"), &errors);
+        for (int64_t i = 0; i < set.n_samples; i++) {
+            char why[512];
+            sample_read(&doc, &set, i, "", "", why, sizeof why);
+        }
+        errors_free(&errors);
+        shard_free(&set);
+    }
+    free(clean.bytes);
+}
+
+static void a_shard_that_shrinks_during_the_run_ends_the_job_with_4(void **state)
+{
+    struct tar t = { 0 };
+    tar_text(&t, "a.txt", "x");
+    tar_end(&t);
+    tar_write(&t, file("shrink.tar"));
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(init(&set, file("shrink.tar"), &errors), 0);
+    assert_int_equal(truncate(file("shrink.tar"), 512), 0);
+    fflush(NULL);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        char why[64];
+        if (!freopen("/dev/null", "w", stderr))
+            _exit(99);
+        sample_read(&doc, &set, 0, "", "", why, sizeof why);
+        _exit(0);
+    }
+    int status;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), EXIT_DATA);
+    shard_free(&set);
+    sample_free(&doc);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(samples_are_runs_of_members_that_agree_up_to_the_first_dot),
+        cmocka_unit_test(members_without_a_part_are_ignored_and_counted),
+        cmocka_unit_test(long_names_of_gnu_ustar_and_pax_are_read),
+        cmocka_unit_test(a_pax_size_replaces_the_header_s),
+        cmocka_unit_test(names_that_leave_the_archive_are_refused),
+        cmocka_unit_test(links_devices_and_sparse_members_are_refused),
+        cmocka_unit_test(sizes_that_lie_are_refused),
+        cmocka_unit_test(truncated_and_damaged_archives_are_refused),
+        cmocka_unit_test(compressed_shards_are_refused_with_the_command),
+        cmocka_unit_test(directories_and_patterns_give_sorted_shards),
+        cmocka_unit_test(missing_data_says_make_data),
+        cmocka_unit_test(several_bad_shards_are_all_named),
+        cmocka_unit_test(scattered_and_doubled_parts_break_the_sample),
+        cmocka_unit_test(a_caption_follows_the_pictures_in_numeric_order),
+        cmocka_unit_test(interleaved_documents_keep_their_order),
+        cmocka_unit_test(conversations_are_sender_lines),
+        cmocka_unit_test(broken_documents_say_why),
+        cmocka_unit_test(random_damage_never_crashes),
+        cmocka_unit_test(a_shard_that_shrinks_during_the_run_ends_the_job_with_4),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}

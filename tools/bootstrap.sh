@@ -1,0 +1,48 @@
+#!/bin/sh
+# Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need; with --cuda also
+# NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed to build). Safe to run again.
+# Without root it prints the command to run as root and ends with status 1.
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread libopenblas-dev libarchive-dev
+    libjpeg62-turbo-dev libpng-dev libwebp-dev libpcre2-dev libjansson-dev libxxhash-dev
+    python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-fonttools fonts-noto-color-emoji"
+dev="clang libclang-rt-14-dev libcmocka-dev git"
+cuda=no
+
+for option in "$@"; do
+    case "$option" in
+    --dev) packages="$packages $dev" ;;
+    --cuda) cuda=yes ;;
+    -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+    *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --help)" >&2; exit 2 ;;
+    esac
+done
+
+missing=
+for p in $packages; do
+    dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
+done
+if [ -n "$missing" ]; then
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "bootstrap.sh: packages are missing; as root run:" >&2
+        echo "    apt-get update && apt-get install -y --no-install-recommends$missing" >&2
+        exit 1
+    fi
+    echo "installing:$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $missing >/dev/null
+fi
+
+if [ "$cuda" = yes ] && [ ! -d .cuda/nvidia ]; then
+    echo "fetching NVIDIA's libraries into .cuda (about 1 GB)"
+    mkdir -p .cuda/wheels
+    python3 -m pip download -q --no-deps -d .cuda/wheels nvidia-cublas==13.1.1.3 nvidia-nccl-cu13==2.28.9 \
+        nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0
+    for w in .cuda/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda; done
+    rm -rf .cuda/wheels
+fi
+echo "bootstrap: everything is installed"
