@@ -11,7 +11,7 @@ OPT_1   = -O1 $(SANFLAGS_1)
 VERSION = 0.1.0
 GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 
-CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
+CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) -fno-math-errno $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
 LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -larchive -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl
 LDFLAGS = $(SANFLAGS_$(SAN)) -Wl,--as-needed
 

@@ -205,7 +205,7 @@ void text_batch_free(struct text_batch *b)
     memset(b, 0, sizeof *b);
 }
 
-void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples, int64_t patch_dim, bool fp64)
+void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples, int64_t patch_width, bool fp64)
 {
     const size_t n = (size_t)samples, tiles = n * (size_t)l->max_tiles_per_sample;
     memset(b, 0, sizeof *b);
@@ -214,7 +214,7 @@ void picture_batch_init(struct picture_batch *b, const struct data_limits *l, in
     b->tiles_per_sample = xcalloc(n, sizeof *b->tiles_per_sample);
     b->rows_per_sample = xcalloc(n, sizeof *b->rows_per_sample);
     b->cpe = xcalloc(tiles, sizeof *b->cpe);
-    b->pixels = xcalloc(n * (size_t)l->max_patches_per_sample * 3 * (size_t)(patch_dim * patch_dim), fp64 ? sizeof(double) : sizeof(float));
+    b->pixels = xcalloc(n * (size_t)l->max_patches_per_sample * (size_t)patch_width, fp64 ? sizeof(double) : sizeof(float));
     b->sample_index = xcalloc(n, sizeof *b->sample_index);
     b->key = xcalloc(n, sizeof *b->key);
 }

@@ -80,10 +80,10 @@ void data_skip(struct data *d, int64_t iteration);
 void data_gather_positions(struct data *d, struct comm *world);
 void data_free(struct data *d);
 
-/* Buffers of one batch, from the limits; `fp64` sets the pixel type. Local. */
+/* Buffers of one batch, from the limits; patch_width = 3*p*p numbers of a patch; `fp64` sets the pixel type. Local. */
 void text_batch_init(struct text_batch *b, const struct data_limits *l, int64_t samples);
 void text_batch_free(struct text_batch *b);
-void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples, int64_t patch_dim, bool fp64);
+void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples, int64_t patch_width, bool fp64);
 void picture_batch_free(struct picture_batch *b);
 
 /* mimo --check-data and --show-sample; return the exit status. Local (one process). */

@@ -33,14 +33,17 @@ struct data_webdataset {
     /* Work space of a load, reused. */
     struct sample sample;
     int64_t *ids, ids_capacity;       /* token ids of all stretches and the end of document */
-    int64_t *from, from_capacity;     /* [stretches + 1] where they begin in ids */
-    int64_t *cap, cap_capacity;       /* [pictures] patches */
+    int64_t *piece, piece_capacity;   /* of one stretch */
+    int64_t *from;                    /* [max_tiles + 2] where stretches begin in ids, and the end */
+    int64_t *cap;                     /* [max_tiles] patches */
     int32_t (*original)[2];           /* [max_tiles] width, height as stored */
-    unsigned char *raw, *pixels, *resized;
-    int64_t raw_capacity, pixels_capacity, resized_capacity;
+    unsigned char *raw;               /* bytes of picture part raw_part of sample raw_sample */
+    int64_t raw_capacity, raw_sample;
+    int32_t raw_part;
+    struct image picture, resized;
 };
 
-static bool check_sizes(const struct deck *deck, struct errors *errors);
+static void check_sizes(const struct deck *deck, struct errors *errors);
 static void open_tokenizer(struct data_webdataset *w, struct errors *errors);
 static void find_image_id(struct data_webdataset *w, struct errors *errors);
 static void find_end_id(struct data_webdataset *w, struct errors *errors);
@@ -51,7 +54,7 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
 static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures, struct data_sample *out);
 static bool lay_out(struct data_webdataset *w, int64_t pictures, struct data_sample *out);
 static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out, void *pixels, char *why);
-static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, int64_t *size, char *why);
+static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size, char *why);
 static int64_t *grow(int64_t *v, int64_t *capacity, int64_t n);
 
 struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_split split, const struct data_limits *limits,
@@ -87,7 +90,9 @@ struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_s
     }
     w->whole = xcalloc((size_t)w->set.n_samples, sizeof *w->whole);
     w->original = xcalloc((size_t)limits->max_tiles_per_sample, sizeof *w->original);
-    w->cap = grow(w->cap, &w->cap_capacity, limits->max_tiles_per_sample);
+    w->cap = xcalloc((size_t)limits->max_tiles_per_sample, sizeof *w->cap);
+    w->from = xcalloc((size_t)limits->max_tiles_per_sample + 2, sizeof *w->from);
+    w->raw_sample = -1;
     return w;
 }
 
@@ -112,7 +117,7 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
     out->shrunk = out->truncated = false;
     if (!sample_read(&w->sample, &w->set, index, tags[0], tags[1], why, DATA_WHY))
         return false;
-    /* Each picture has at least one embedding of those that max_pictures counts: more than that cannot fit. */
+    /* More of them could not fit into S. */
     int64_t pictures = w->sample.n_items - 1;
     if (pictures > out->max_pictures) {
         pictures = out->max_pictures;
@@ -120,8 +125,7 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
     }
     if (!encode(w, pictures, why) || !measure(w, index, pictures, out, why))
         return false;
-    const bool trainable = lay_out(w, pictures, out);
-    if (!trainable) {
+    if (!lay_out(w, pictures, out)) {
         snprintf(why, DATA_WHY, "it has no token to learn from (%" PRId64 " positions, %" PRId64 " pictures)", out->n_ids,
                  out->n_pictures);
         return false;
@@ -159,6 +163,13 @@ const int32_t (*data_webdataset_original(const struct data_webdataset *w))[2]
     return (const int32_t(*)[2])w->original;
 }
 
+const char *data_webdataset_token(const struct data_webdataset *w, int64_t id, char *out, size_t size)
+{
+    char text[256];
+    tokenizer_decode(w->tokenizer, &id, 1, text, sizeof text);
+    return id == w->image_id ? printable(out, size, w->deck->data.image_token) : printable(out, size, text);
+}
+
 void data_webdataset_free(struct data_webdataset *w)
 {
     if (!w)
@@ -171,9 +182,10 @@ void data_webdataset_free(struct data_webdataset *w)
     free(w->from);
     free(w->cap);
     free(w->original);
+    free(w->piece);
     free(w->raw);
-    free(w->pixels);
-    free(w->resized);
+    image_free(&w->picture);
+    image_free(&w->resized);
     free(w);
 }
 
@@ -200,14 +212,13 @@ uint64_t data_permute(uint64_t seed, uint64_t epoch, uint64_t n, uint64_t positi
     return x;
 }
 
-static bool check_sizes(const struct deck *deck, struct errors *errors)
+static void check_sizes(const struct deck *deck, struct errors *errors)
 {
-    const int before = errors->count;
     const int64_t p = deck->vision.patch_dim, side = deck->vision.pixel_shuffle ? 2 * p : p;
     const int64_t h = deck->vision.img_h, width = deck->vision.img_w, min = deck->vision.dynamic_resolution_min_patches;
     const int64_t max = deck->vision.dynamic_resolution_max_patches;
     if (deck->topology.layout == DECK_LAYOUT_LANGUAGE_ONLY)
-        return true;
+        return;
     if (deck->vision.dynamic_resolution && max > 0 && max < min)
         errors_add(errors, EXIT_DECK,
                    "%s: error: vision.dynamic_resolution_max_patches = %" PRId64
@@ -219,7 +230,6 @@ static bool check_sizes(const struct deck *deck, struct errors *errors)
     if (!deck->vision.dynamic_resolution && (width < side || width % side != 0))
         errors_add(errors, EXIT_DECK, "%s: error: vision.img_w = %" PRId64 ": must be a multiple of %" PRId64 " pixels",
                    deck_where(deck, "vision", "img_w"), width, side);
-    return errors->count == before;
 }
 
 /* Without an encoder nobody could look at them. */
@@ -239,6 +249,132 @@ static void refuse_pictures(const struct data_webdataset *w, const char *where, 
         errors_add(errors, EXIT_DATA,
                    "%s = '%s': %" PRId64 " samples have pictures, but layout = 'language_only' has no encoder; the first is %s",
                    where, path, n, shard_key(&w->set, first, key, sizeof key));
+}
+
+static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
+{
+    const struct deck *deck = w->deck;
+    const char *where = deck_where(deck, "data", "tokenizer"), *path = deck->data.tokenizer;
+    char why[512];
+    if (!*path) {
+        errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '': dataset_provider = 'webdataset' needs a tokenizer", where);
+        return;
+    }
+    w->tokenizer = tokenizer_open(path, why, sizeof why);
+    if (!w->tokenizer) {
+        errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '%s': %s%s", where, path, why,
+                   strncmp(path, "data/", 5) == 0 ? " (run `make data`)" : "");
+        return;
+    }
+    find_image_id(w, errors);
+    find_end_id(w, errors);
+    /* The image token may lie in the padding of the vocabulary, nothing else may. */
+    int64_t size = tokenizer_size(w->tokenizer);
+    if (w->image_id == size - 1)
+        size--;
+    if (size > deck->language.vocab_size)
+        errors_add(errors, EXIT_DECK, "%s: error: language.vocab_size = %" PRId64 ": tokenizer '%s' has ids up to %" PRId64,
+                   deck_where(deck, "language", "vocab_size"), deck->language.vocab_size, path, size - 1);
+    if (deck->data.pad_token_id < 0 || deck->data.pad_token_id >= deck->derived.padded_vocab)
+        errors_add(errors, EXIT_DECK, "%s: error: data.pad_token_id = %" PRId64 ": must be in 0..%" PRId64,
+                   deck_where(deck, "data", "pad_token_id"), deck->data.pad_token_id, deck->derived.padded_vocab - 1);
+}
+
+/* By string; else the id that is named, if it is not a word; else the first id behind the vocabulary. */
+static void find_image_id(struct data_webdataset *w, struct errors *errors)
+{
+    const struct deck *deck = w->deck;
+    const char *where = deck_where(deck, "data", "image_token_id"), *token = deck->data.image_token;
+    const int64_t found = tokenizer_id(w->tokenizer, token), named = deck->data.image_token_id;
+    const int64_t size = tokenizer_size(w->tokenizer), padded = deck->derived.padded_vocab;
+    const bool given = deck_given(deck, "data", "image_token_id");
+    const bool reserved = named >= 0 && (named >= size || tokenizer_is_added(w->tokenizer, named));
+    w->image_id = -1;
+    if (found >= 0 && given && named != found)
+        errors_add(errors, EXIT_DECK, "%s: error: data.image_token_id = %" PRId64 ": in tokenizer '%s' '%s' is %" PRId64, where,
+                   named, deck->data.tokenizer, token, found);
+    else if (found >= 0)
+        w->image_id = found;
+    else if (given && !reserved)
+        errors_add(errors, EXIT_DECK, "%s: error: data.image_token_id = %" PRId64 ": is a word of tokenizer '%s'", where, named,
+                   deck->data.tokenizer);
+    else
+        w->image_id = reserved && (given || named < padded) ? named : size;
+    if (w->image_id >= padded)
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: data.image_token_id = %" PRId64 ": tokenizer '%s' has no '%s', and id %" PRId64
+                   " is not below the padded vocabulary (%" PRId64 "); name a reserved id",
+                   where, named, deck->data.tokenizer, token, w->image_id, padded);
+    else if (w->image_id >= 0 && w->image_id == deck->data.pad_token_id)
+        errors_add(errors, EXIT_DECK, "%s: error: data.pad_token_id = %" PRId64 ": is the id of '%s' as well",
+                   deck_where(deck, "data", "pad_token_id"), w->image_id, token);
+}
+
+static void find_end_id(struct data_webdataset *w, struct errors *errors)
+{
+    const char *name = w->deck->data.end_of_document;
+    const bool automatic = strcmp(name, "auto") == 0;
+    w->end_id = tokenizer_id(w->tokenizer, automatic ? "</s>" : name);
+    if (w->end_id < 0 && automatic)
+        w->end_id = tokenizer_id(w->tokenizer, "<|endoftext|>");
+    char text[256];
+    if (w->end_id < 0)
+        errors_add(errors, EXIT_DECK, "%s: error: data.end_of_document = '%s': tokenizer '%s' has no %s",
+                   deck_where(w->deck, "data", "end_of_document"), printable(text, sizeof text, name), w->deck->data.tokenizer,
+                   automatic ? "'</s>' and no '<|endoftext|>'" : "such token");
+}
+
+/* Token ids of the stretches around the first `pictures` pictures; the end of document only behind the last of all. */
+static bool encode(struct data_webdataset *w, int64_t pictures, char *why)
+{
+    int64_t n = 0;
+    for (int64_t k = 0; k <= pictures; k++) {
+        const struct sample_item *item = &w->sample.item[k];
+        w->from[k] = n;
+        const int64_t got = tokenizer_encode(w->tokenizer, w->sample.text + item->text, item->length, &w->piece,
+                                             &w->piece_capacity, why, DATA_WHY);
+        if (got < 0)
+            return false;
+        w->ids = grow(w->ids, &w->ids_capacity, n + got + 1);
+        for (int64_t j = 0; j < got; j++) {
+            const int64_t id = w->piece[j];
+            if (id == w->image_id) {
+                snprintf(why, DATA_WHY, "its text holds the image token (id %" PRId64 ")", id);
+                return false;
+            }
+            if (id < 0 || id >= w->deck->language.vocab_size) {
+                snprintf(why, DATA_WHY, "token id %" PRId64 " is not below vocab_size (%" PRId64 ")", id,
+                         w->deck->language.vocab_size);
+                return false;
+            }
+            w->ids[n++] = id;
+        }
+    }
+    if (pictures == w->sample.n_items - 1)
+        w->ids[n++] = w->end_id;
+    w->from[pictures + 1] = n;
+    return true;
+}
+
+/* Original sizes from the headers, then sizes for the encoder. */
+static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures, struct data_sample *out, char *why)
+{
+    for (int64_t i = 0; i < pictures; i++) {
+        size_t size;
+        int width, height;
+        if (!read_picture(w, index, i, &size, why) || !image_probe(w->raw, size, &width, &height, why, DATA_WHY))
+            return false;
+        w->original[i][0] = width;
+        w->original[i][1] = height;
+    }
+    fit_pictures(w, pictures, w->from[pictures + 1], out);
+    for (int64_t i = 0; i < pictures; i++)
+        if (out->picture[i].height > IMAGE_MAX_SIDE || out->picture[i].width > IMAGE_MAX_SIDE) {
+            snprintf(why, DATA_WHY, "picture %" PRId64 " would be resized to %d x %d pixels", i, out->picture[i].width,
+                     out->picture[i].height);
+            return false;
+        }
+    return true;
 }
 
 /* All pictures within one budget when the sample is longer than S ("shared token budget" of training.md 6.8). */
@@ -279,6 +415,24 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
     size_pictures(w, pictures, out);
 }
 
+/* Sizes of all pictures under their caps; returns the sum of their patches. */
+static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures, struct data_sample *out)
+{
+    const int side = w->merge == 4 ? 2 : 1, patch = (int)w->patch;
+    int64_t total = 0;
+    for (int64_t i = 0; i < pictures; i++) {
+        int tw = (int)(w->deck->vision.img_w / w->patch), th = (int)(w->deck->vision.img_h / w->patch);
+        if (w->deck->vision.dynamic_resolution)
+            image_grid(w->original[i][0], w->original[i][1], patch, w->min_patches, w->cap[i], side, &tw, &th);
+        const int64_t patches = (int64_t)tw * th, height = th * w->patch, width = tw * w->patch;
+        out->picture[i] = (struct data_picture){ .height = height < INT32_MAX ? (int32_t)height : INT32_MAX,
+                                                 .width = width < INT32_MAX ? (int32_t)width : INT32_MAX,
+                                                 .patches = patches, .rows = patches / w->merge };
+        total += patches;
+    }
+    return total;
+}
+
 /* Text and pictures in order until S is full. Returns whether a position is left to learn from. */
 static bool lay_out(struct data_webdataset *w, int64_t pictures, struct data_sample *out)
 {
@@ -314,6 +468,44 @@ static bool lay_out(struct data_webdataset *w, int64_t pictures, struct data_sam
     for (int64_t j = 0; j + 1 < n; j++)
         trainable += out->picture_of[j] < 0 && out->picture_of[j + 1] < 0;
     return trainable > 0;
+}
+
+/* Every picture that stays, also when nobody wants its pixels: what is broken is broken for all. */
+static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out, void *pixels, char *why)
+{
+    int64_t done = 0;
+    for (int64_t i = 0; i < out->n_pictures; i++) {
+        size_t size;
+        if (!read_picture(w, index, i, &size, why) || !image_decode(w->raw, size, NULL, &w->picture, why, DATA_WHY))
+            return false;
+        if (w->picture.width != w->original[i][0] || w->picture.height != w->original[i][1]) {
+            snprintf(why, DATA_WHY, "picture %" PRId64 " has another size than its header says", i);
+            return false;
+        }
+        if (!pixels)
+            continue;
+        image_resize(&w->picture, out->picture[i].width, out->picture[i].height, &w->resized);
+        const int64_t at = done * 3 * w->patch * w->patch;
+        done += w->deck->derived.fp64 ? image_patchify_f64(&w->resized, (int)w->patch, (double *)pixels + at)
+                                      : image_patchify_f32(&w->resized, (int)w->patch, (float *)pixels + at);
+    }
+    return true;
+}
+
+/* Bytes of a picture into w->raw. */
+static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size, char *why)
+{
+    const int32_t k = w->sample.item[picture].part;
+    const struct shard_part *part = shard_parts(&w->set, index) + k;
+    *size = (size_t)part->size;
+    if (w->raw_sample == index && w->raw_part == k)
+        return true;
+    w->raw_sample = -1;
+    if (!shard_read(&w->set, index, part, SAMPLE_PICTURE_MAX, &w->raw, &w->raw_capacity, why, DATA_WHY))
+        return false;
+    w->raw_sample = index;
+    w->raw_part = k;
+    return true;
 }
 
 static int64_t *grow(int64_t *v, int64_t *capacity, int64_t n)

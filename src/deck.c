@@ -34,6 +34,11 @@ void deck_read(struct deck *deck, const char *file, const char *text, size_t len
     for (int i = 0; i < n_overrides; i++) deck_text_override(deck, overrides[i], errors);
 }
 
+void deck_resolve(struct deck *deck, int size, struct errors *errors)
+{
+    deck_rules_resolve(deck, size, errors);
+}
+
 bool deck_given(const struct deck *deck, const char *group, const char *key)
 {
     int row = deck_table_find(group, key);
@@ -119,4 +124,12 @@ void deck_visit(const struct deck *deck, void (*visit)(void *ctx, const char *gr
         visit(ctx, deck_table[row].group, deck_table[row].key, value, deck->source[row].origin);
         free(value);
     }
+}
+
+void deck_free(struct deck *deck)
+{
+    deck_table_release(deck);
+    free(deck->source);
+    free(deck->file);
+    memset(deck, 0, sizeof *deck);
 }

@@ -2,8 +2,8 @@
  *
  * encoder ranks = encoder_tp * encoder_pp * encoder_dp from rank 0 on; language ranks = llm_tp * llm_cp * llm_pp * llm_dp from
  * llm_offset on. 'disjoint': the two spans follow each other and cover the job; 'colocated': both cover it; 'language_only':
- * there is no encoder. Exit status: a deck that contradicts itself is 2 (rules A1-A8 of parallel.md 1.5), sizes that do not
- * multiply to the ranks present are 3 (A6, A9), because another number of ranks would do.
+ * there is no encoder. Exit status: a deck that contradicts itself is 2, whatever the ranks (rules A1-A5, A7, A8, and A9 when
+ * llm_offset leaves a gap, of parallel.md 1.5); sizes that do not multiply to the ranks present are 3 (A6, A9).
  */
 #include "deck_rules.h"
 
@@ -66,7 +66,8 @@ static bool derive_dp(struct deck_rules *c, int row, int64_t ranks, int64_t unit
     int64_t *dp = deck_integer(c->deck, row);
     if (!deck_table_is_unset(c->deck, row)) return true;
     if (ranks < unit || ranks % unit) {
-        errors_add(c->errors, EXIT_ENVIRONMENT, "%s: error: topology: %" N " ranks for the %s grid are no multiple of %s = %" N,
+        if (!c->deck->unread)
+            errors_add(c->errors, EXIT_ENVIRONMENT, "%s: error: topology: %" N " ranks for the %s grid are no multiple of %s = %" N,
                    c->deck->file, ranks, grid, product, unit);
         c->failed = true;
         return false;

@@ -1,9 +1,10 @@
-/* deck_rules.c - derived values and every condition between keys (deck_resolve).
+/* deck_rules.c - derived values and every condition between keys.
  *
  * In this order: presets; backend and precision; the two grids (deck_grids.c: layout, dp, offset, rules A1-A9 of parallel.md
  * 1.5 and the bridge's divisibility); model shapes; vision and pictures; data; batch and length of the training; learning
  * rate (training.md 2.1); stage; checkpoint and evaluation; last the values whose feature is not built (column `built` of the table).
  * A rule names key, value and all numbers that it compares. It stays silent about a key whose value the reader refused.
+ * When the reader had to skip text, only values that were read are complained about: what seems missing may be in what was skipped.
  * Products of deck values saturate instead of overflowing (deck_rules_mul).
  */
 #include "deck_rules.h"
@@ -27,6 +28,7 @@ void deck_rules_fail(struct deck_rules *c, int row, enum exit_code code, const c
     if (source->bad) return;
     c->failed = true;
     c->blamed[row] = true;
+    if (c->deck->unread && source->origin < DECK_FROM_DECK) return;
     char why[1024];
     va_list args;
     va_start(args, fmt);
@@ -46,6 +48,7 @@ void deck_rules_missing(struct deck_rules *c, int row, const char *why)
     if (c->deck->source[row].bad) return;
     c->failed = true;
     c->blamed[row] = true;
+    if (c->deck->unread) return;
     errors_add(c->errors, EXIT_DECK, "%s: error: %s.%s is not given: %s", deck_where(c->deck, p->group, p->key), p->group, p->key,
                why);
 }
@@ -485,8 +488,7 @@ static void refuse_unbuilt(struct deck_rules *c)
     for (int row = 0; row < DECK_ROWS; row++) {
         const struct deck_param *p = &deck_table[row];
         if (!p->only || c->blamed[row] || d->source[row].bad || value_works(d, row)) continue;
-        /* bf16 that follows from a missing backend is that backend's business. */
-        if (row == DECK_ROW(run, precision) && d->source[row].origin == DECK_FROM_DERIVED) continue;
+        if (row == DECK_ROW(run, precision) && missing) continue;   /* bf16 belongs to the backend that is missing */
         bool failed = c->failed;
         deck_rules_fail(c, row, EXIT_DECK, "%s is not built yet, only %s works", p->feature, p->only);
         c->failed = failed;
@@ -494,12 +496,11 @@ static void refuse_unbuilt(struct deck_rules *c)
     }
 }
 
-void deck_resolve(struct deck *deck, int size, struct errors *errors)
+void deck_rules_resolve(struct deck *deck, int size, struct errors *errors)
 {
     memset(&deck->derived, 0, sizeof deck->derived);
-    if (deck->unread) return;
     struct deck_rules *c = xcalloc(1, sizeof *c);
-    *c = (struct deck_rules){ .deck = deck, .errors = errors, .size = size };
+    *c = (struct deck_rules){ .deck = deck, .errors = errors, .size = size, .failed = deck->unread };
     for (int row = 0; row < DECK_ROWS; row++) c->failed |= deck->source[row].bad;
     deck_presets_apply(deck);
     resolve_backend(c);

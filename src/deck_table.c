@@ -101,16 +101,13 @@ const char *deck_table_keep(struct deck *deck, const char *text, size_t length)
     return t->block[t->count++] = copy;
 }
 
-void deck_free(struct deck *deck)
+void deck_table_release(struct deck *deck)
 {
-    if (deck->text) {
-        for (int i = 0; i < deck->text->count; i++) free(deck->text->block[i]);
-        free(deck->text->block);
-        free(deck->text);
-    }
-    free(deck->source);
-    free(deck->file);
-    memset(deck, 0, sizeof *deck);
+    if (!deck->text) return;
+    for (int i = 0; i < deck->text->count; i++) free(deck->text->block[i]);
+    free(deck->text->block);
+    free(deck->text);
+    deck->text = NULL;
 }
 
 void deck_table_default(struct deck *deck, int row)
@@ -165,7 +162,7 @@ bool deck_table_is_default(const struct deck *deck, int row)
     struct deck *fresh = xcalloc(1, sizeof *fresh);
     deck_table_default(fresh, row);
     bool same = deck_table_equal(deck, fresh, row);
-    deck_free(fresh);
+    deck_table_release(fresh);
     free(fresh);
     return same;
 }
@@ -275,8 +272,8 @@ char *deck_table_range(int row)
     }
     case DECK_TYPE_REAL: {
         bool outside = p->real < p->real_min || p->real > p->real_max;
-        char *range = outside ? xasprintf("%g or %g..%g", p->real, p->real_min, p->real_max)
-                              : xasprintf("%g..%g", p->real_min, p->real_max);
+        char *range = outside ? xasprintf("%.10g or %.10g..%.10g", p->real, p->real_min, p->real_max)
+                              : xasprintf("%.10g..%.10g", p->real_min, p->real_max);
         return range;
     }
     case DECK_TYPE_CHOICE:
@@ -303,26 +300,32 @@ int deck_table_distance(const char *a, const char *b, int limit)
     enum { LONGEST = 2 * DECK_NAME_MAX };
     int m = (int)strnlen(a, LONGEST + 1), n = (int)strnlen(b, LONGEST + 1);
     if (m > LONGEST || n > LONGEST || abs(m - n) > limit) return limit + 1;
-    int row[LONGEST + 1];
+    int rows[3][LONGEST + 1], *before = rows[0], *last = rows[1], *row = rows[2];
+    memset(rows, 0, sizeof rows);
     for (int j = 0; j <= n; j++) row[j] = j;
     for (int i = 1; i <= m; i++) {
-        int diagonal = row[0], best = row[0] = i;
+        int *oldest = before;
+        before = last;
+        last = row;
+        row = oldest;
+        row[0] = i;
         for (int j = 1; j <= n; j++) {
-            int change = diagonal + (tolower((unsigned char)a[i - 1]) != tolower((unsigned char)b[j - 1]));
-            diagonal = row[j];
-            int insert = (row[j - 1] < row[j] ? row[j - 1] : row[j]) + 1;
-            row[j] = change < insert ? change : insert;
-            if (row[j] < best) best = row[j];
+            int x = tolower((unsigned char)a[i - 1]), y = tolower((unsigned char)b[j - 1]);
+            int best = last[j - 1] + (x != y);
+            if (last[j] + 1 < best) best = last[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            bool swapped = i > 1 && j > 1 && x == tolower((unsigned char)b[j - 2]) && y == tolower((unsigned char)a[i - 2]);
+            if (swapped && before[j - 2] + 1 < best) best = before[j - 2] + 1;
+            row[j] = best;
         }
-        if (best > limit) return limit + 1;
     }
-    return row[n];
+    return row[n] <= limit ? row[n] : limit + 1;
 }
 
 /* How far a word may be from a name to be offered: a third of its length, at least 1. */
 static int nearness(const char *word)
 {
-    int n = (int)strlen(word) / 3;
+    int n = ((int)strlen(word) + 1) / 3;
     return n < 1 ? 1 : n;
 }
 

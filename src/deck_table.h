@@ -87,9 +87,11 @@ int deck_table_word(const char *words, const char *word);
 char *deck_table_nth_word(const char *words, int n);
 /* A copy of length bytes and a NUL, owned by the deck. Local. */
 const char *deck_table_keep(struct deck *deck, const char *text, size_t length);
+/* Free what deck_table_keep made. Local. */
+void deck_table_release(struct deck *deck);
 /* Put "; did you mean ...?" for a wrong key (or group when key is NULL) into out, "" when nothing is near. Local. */
 const char *deck_table_suggest(const char *group, const char *key, char *out, size_t size);
-/* Edits between two texts, letter case ignored; gives up above `limit` and returns limit+1. Local. */
+/* Insertions, deletions, changes and swaps of neighbours between two texts, letter case ignored; limit+1 when more. Local. */
 int deck_table_distance(const char *a, const char *b, int limit);
 
 /* Parse the deck's text into its fields; the groups are counted. deck_text.c. Local. */
@@ -98,6 +100,8 @@ int deck_text_parse(struct deck *deck, const char *text, size_t length, struct e
 void deck_text_override(struct deck *deck, const char *argument, struct errors *errors);
 /* Fill what presets set and the user left open. deck_presets.c. Local. */
 void deck_presets_apply(struct deck *deck);
+/* Derived values and conditions between keys: deck_resolve. deck_rules.c. Local. */
+void deck_rules_resolve(struct deck *deck, int size, struct errors *errors);
 
 /* The field of a row. Local. */
 static inline int64_t *deck_integer(struct deck *d, int row) { return (int64_t *)((char *)d + deck_table[row].offset); }

@@ -339,6 +339,13 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
     return true;
 }
 
+/* "&end" or "$end" at the cursor. */
+static bool at_end_word(const struct deck_reader *r)
+{
+    return (peek(r) == '&' || peek(r) == '$') && r->length - r->at >= 4 && !strncasecmp(r->text + r->at + 1, "end", 3) &&
+           !is_name(peek_at(r, 4));
+}
+
 /* All values of an item, up to the next item, "/" or "&". */
 static void read_values(struct deck_reader *r, const char *name, struct deck_place name_place, struct deck_values *values)
 {
@@ -346,7 +353,7 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
     for (;;) {
         skip_space(r);
         int c = peek(r);
-        if (c < 0 || c == '&' || c == '$' || (c == '/' && is_end(peek_at(r, 1))) || (is_letter(c) && item_follows(r))) {
+        if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) || (is_letter(c) && item_follows(r))) {
             if (values->n == 0 && !values->faulty) {
                 deck_text_fault(r, name_place, "%s: value missing", name);
                 values->faulty = true;
@@ -441,7 +448,7 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     struct deck_reader before = *r;
     skip_space(r);
     if (peek(r) != '=') {
-        deck_text_fault(r, p, "'=' missing after %s", name);
+        if (!r->recovering) deck_text_fault(r, p, "'=' missing after %s", name);
         r->at = before.at, r->line = before.line, r->column = before.column;
         r->recovering = true;
         skip_line(r);
@@ -467,6 +474,7 @@ static void read_group(struct deck_reader *r)
     struct deck_place p = here(r);
     char name[DECK_NAME_MAX + 1], hint[200], text[DECK_SHOWN];
     advance(r);
+    r->groups++;
     if (is_blank(peek(r))) deck_text_fault(r, here(r), "no blank between & and the name of a group");
     skip_blanks(r);
     if (!is_letter(peek(r))) {
@@ -475,7 +483,6 @@ static void read_group(struct deck_reader *r)
         return;
     }
     read_name(r, name);
-    r->groups++;
     if (!strcasecmp(name, "end")) {
         deck_text_fault(r, p, "&end outside a group; a group ends with /");
         skip_line(r);
@@ -502,9 +509,7 @@ static void read_group(struct deck_reader *r)
             return;
         }
         if (c == '&' || c == '$') {
-            bool end = !strncasecmp(r->text + r->at + 1, "end", r->length - r->at - 1 < 3 ? 0 : 3) && r->length - r->at > 3 &&
-                       !is_name(peek_at(r, 4));
-            if (end) {
+            if (at_end_word(r)) {
                 deck_text_fault(r, here(r), "write / to end a group, not %cend", c);
                 skip_line(r);
             } else {

@@ -146,7 +146,7 @@ static bool set_word(struct deck_reader *r, int row, const struct deck_value *v,
     *out = deck_table_word(deck_table[row].words, v->token);
     if (*out >= 0) return true;
     char *words = deck_table_range(row), near[80] = "", *word;
-    int best = 1 + (int)strlen(v->token) / 3;
+    int best = 1 + ((int)strlen(v->token) + 1) / 3;
     for (int i = 0; (word = deck_table_nth_word(deck_table[row].words, i)); i++) {
         int d = deck_table_distance(v->token, word, best);
         if (*word && d < best) {
@@ -247,7 +247,10 @@ void deck_value_set_item(struct deck_reader *r, int row, struct deck_place p, in
         return;
     }
     bool ok = !values->faulty && (list ? deck_value_set_list(r, row, p, first, last, values) : deck_value_set_scalar(r, row, values));
-    if (!ok) source->bad = true;
+    if (!ok) {
+        source->bad = true;
+        if (list) deck_table_default(r->deck, row);   /* nothing of a refused list stays */
+    }
     if (source->line) return;
     source->origin = DECK_FROM_DECK;
     source->line = p.line;

@@ -1,16 +1,16 @@
 /* image.h - pictures: bytes of a JPEG, PNG or WebP file to patches (training.md 6.8).
  *
  * Decode to 8-bit RGB, resize with the 8-bit bicubic of the Python imaging library (bit for bit), cut into patches, normalise.
- * Conventions, all as that library's `Image.open(f).convert('RGB')` does:
+ * Conventions, those of that library's `Image.open(f).convert('RGB')` but for the two marked DEV:
  *   - the format is read from the first bytes, never from a name;
  *   - alpha is dropped, not composited: the colours under transparent pixels show; a PNG's transparent colour likewise;
  *   - an EXIF rotation is NOT applied, gamma and colour profiles are ignored;
- *   - 16-bit PNG: the high byte of RGB and of grey with alpha; 16-bit grey values are CLAMPED to 255, not scaled;
- *   - CMYK JPEG: 255 - C, M or Y, reduced by K; YCbCr upsampling is libjpeg's default (fancy);
- *   - an animated WebP shows its first frame.
- * A broken picture is data, not a fault of the program: every reader returns false and writes one sentence. A JPEG with a decoder
- * warning (premature end, extraneous bytes in a scan) counts as broken, and so does a PNG with a wrong checksum.
- * Nothing is allocated before the header was checked against the limits.
+ *   - 16-bit PNG: the high byte. DEV: of grey too, which that library clamps to 255, so that such a picture turns white;
+ *   - CMYK JPEG: Adobe's inverted values; k - (255-c)*k/255 for raw c and k; YCbCr upsampling is libjpeg's default (fancy);
+ *   - DEV: an animated WebP is refused instead of showing its first frame.
+ * A broken picture is data, not a fault of the program: every reader returns false and writes one sentence. A JPEG whose decoder
+ * warns of lost data (premature end, bad code, lost restart marker) counts as broken, and so does a PNG with a wrong checksum.
+ * Nothing is allocated for pixels before the header was checked against the limits.
  */
 #ifndef MIMO_IMAGE_H
 #define MIMO_IMAGE_H

@@ -184,7 +184,7 @@ static int64_t read_tracker(const char *dir, char *why, size_t why_size)
     FILE *f = fopen(path, "re");
     if (!f) {
         if (errno == ENOENT || errno == ENOTDIR) return -1;
-        snprintf(why, why_size, "%s: cannot read: %s", path, strerror(errno));
+        snprintf(why, why_size, "%s: error: cannot read: %s", path, strerror(errno));
         return -2;
     }
     size_t n = fread(text, 1, sizeof text - 1, f);
@@ -197,7 +197,7 @@ static int64_t read_tracker(const char *dir, char *why, size_t why_size)
     while (*end == '\n' || *end == ' ' || *end == '\r') end++;
     if (digits > 0 && text[0] >= '0' && text[0] <= '9' && *end == 0 && (size_t)(end - text) == n && errno == 0) return value;
     for (char *c = text; *c; c++) if (*c == '\n') { *c = 0; break; }
-    snprintf(why, why_size, "%s: should hold the number of an iteration, holds '%s'", path, printable(shown, sizeof shown, text));
+    snprintf(why, why_size, "%s: error: should hold the number of an iteration, holds '%s'", path, printable(shown, sizeof shown, text));
     return -2;
 }
 
@@ -312,7 +312,7 @@ int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topolo
             join(path, directory, "checkpoint.h5");
             const char *not_regular = io_why_not_regular(path);
             if (not_regular[0])
-                errors_add(errors, EXIT_CHECKPOINT, "%s: %s names iteration %" PRId64 ", but its checkpoint cannot be used: %s", path,
+                errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s names iteration %" PRId64 ", but its checkpoint cannot be used: %s", path,
                            ckpt_step < 0 ? tracker_name : "checkpoint.ckpt_step", found, not_regular);
         }
     }

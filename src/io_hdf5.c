@@ -76,7 +76,9 @@ hid_t io_open(const char *path, bool write)
     hid_t fapl = access_list(false);
     if (!write) H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG);
     hid_t file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
+    hid_t reason = H5Eget_current_stack();       /* every further call would forget why */
     H5Pclose(fapl);
+    H5Eset_current_stack(reason);
     return file;
 }
 
@@ -445,6 +447,8 @@ bool io_get_box(hid_t set, hid_t type, int ndim, const int64_t *start, const int
 {
     hid_t memory, space;
     bool ok = select_box(set, ndim, start, count, &memory, &space) && H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
+    hid_t reason = H5Eget_current_stack();
     close_box(memory, space);
+    H5Eset_current_stack(reason);
     return ok;
 }

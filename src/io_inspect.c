@@ -30,18 +30,19 @@ static void print_code(struct view *v)
     H5Gclose(group);
 }
 
-/* Lines of the deck that are no defaults. */
+/* Keys of the deck that are no defaults, as overrides that can be pasted behind a command. */
 static void print_deck(struct view *v)
 {
     size_t size = (size_t)1 << 20;
-    char *text = xcalloc(size, 1), shown[2048];
+    char *text = xcalloc(size, 1), shown[2048], group[64] = "";
     if (io_get_string(v->file, "/deck/text", text, size)) {
-        fprintf(v->out, "\ndeck, without defaults (h5dump -d /deck/text shows all)\n");
+        fprintf(v->out, "\ndeck, without defaults (dataset /deck/text has all of it)\n");
         for (char *next = NULL, *line = strtok_r(text, "\n", &next); line; line = strtok_r(NULL, "\n", &next)) {
             const char *origin = strrchr(line, '!');
-            if (!strchr(line, '=') || (origin && strstr(origin, "default"))) continue;
             while (*line == ' ') line++;
-            fprintf(v->out, "  %s\n", printable(shown, sizeof shown, line));
+            if (*line == '&') snprintf(group, sizeof group, "%.*s", (int)strcspn(line + 1, " "), line + 1);
+            if (*line == '!' || !strchr(line, '=') || (origin && strstr(origin, "default"))) continue;
+            fprintf(v->out, "  %s.%s\n", group, printable(shown, sizeof shown, line));
         }
     }
     free(text);
@@ -83,7 +84,7 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
     int ndim = io_get_shape(v->file, name, shape), n = 0;
     hid_t set = ndim > 0 ? H5Dopen2(v->file, name, H5P_DEFAULT) : -1;
     if (set < 0 || !dtype_of(set, &dtype)) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: %s: missing, or of a type that is not ours", v->path,
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: missing, or of a type that is not ours", v->path,
                    printable(shown, sizeof shown, name));
         if (set >= 0) H5Dclose(set);
         return;
@@ -104,7 +105,7 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
             bytes *= (double)b->count[i];
         }
         if (!inside || bytes > (double)((int64_t)1 << 31)) {
-            errors_add(&v->errors, EXIT_CHECKPOINT, "%s: %s: /manifest names a block outside the tensor", v->path, name);
+            errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest names a block outside the tensor", v->path, name);
             break;
         }
         void *buf = xmalloc((size_t)bytes, 1);
@@ -113,7 +114,7 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
         volume += io_volume(ndim, b->count);
     }
     if (volume != io_volume(ndim, shape) && v->errors.count == 0)
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: %s: /manifest does not vouch for all of it", v->path, name);
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest does not vouch for all of it", v->path, name);
     H5Dclose(set);
 }
 
@@ -124,7 +125,7 @@ static void inspect_checkpoint(struct view *v)
     double real, elements = 0, model = 0;
     char text[512], shown[600];
     if (!io_get_attr_i64(v->file, "complete", &complete) || complete != 1) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: is incomplete: its writer was killed before it was done", v->path);
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is incomplete: its writer was killed before it was done", v->path);
         return;
     }
     if (!io_manifest_get(v->path, v->file, &m, &v->errors)) return;
@@ -138,7 +139,7 @@ static void inspect_checkpoint(struct view *v)
             fprintf(v->out, "  %-24s %-14.9g %s\n", f->name, real, f->description);
         else if (f->kind != IO_STATE_F64 && io_get(v->file, name, H5T_NATIVE_INT64, 1, &value))
             fprintf(v->out, "  %-24s %-14" PRId64 " %s\n", f->name, value, f->description);
-        else errors_add(&v->errors, EXIT_CHECKPOINT, "%s: %s: missing", v->path, name);
+        else errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: missing", v->path, name);
     }
     if (io_get_string(v->file, "/state/layout", text, sizeof text))
         fprintf(v->out, "  %-24s %s\n", "layout", printable(shown, sizeof shown, text));
@@ -180,7 +181,7 @@ static void inspect_trace(struct view *v)
     bool ok = io_get(v->file, "/rows", H5T_NATIVE_INT64, 1, &rows) && io_get_shape(v->file, "/iteration", shape) == 1
               && rows >= 0 && rows <= shape[0] && io_get(v->file, "/eval/rows", H5T_NATIVE_INT64, 1, &eval_rows);
     if (!ok) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: is no complete trace: /rows or /iteration is missing or out of range", v->path);
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is no complete trace: /rows or /iteration is missing or out of range", v->path);
         return;
     }
     fprintf(v->out, "\n  %" PRId64 " of %" PRId64 " rows, %" PRId64 " validations\n", rows, shape[0], eval_rows);
@@ -224,11 +225,11 @@ int io_inspect(const char *path, FILE *out)
     char format[64] = "", why[1200], shown[128];
     int64_t version = 0;
     const char *not_regular = io_why_not_regular(path);
-    if (not_regular[0]) errors_add(&v.errors, EXIT_CHECKPOINT, "%s: %s", path, not_regular);
+    if (not_regular[0]) errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
     else if ((v.file = io_open(path, false)) < 0)
-        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: cannot open as HDF5: %s", path, io_reason(why, sizeof why));
+        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: cannot open as HDF5: %s", path, io_reason(why, sizeof why));
     else if (!io_get_attr_string(v.file, "format", format, sizeof format) || strncmp(format, "mimo-", 5))
-        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: is an HDF5 file, but none of mimo's", path);
+        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: is an HDF5 file, but none of mimo's", path);
     else {
         io_get_attr_i64(v.file, "format_version", &version);
         fprintf(out, "%s: %s, format version %" PRId64 "\n", path, printable(shown, sizeof shown, format), version);
@@ -237,7 +238,7 @@ int io_inspect(const char *path, FILE *out)
         else if (strcmp(format, "mimo-batches") == 0 && version == IO_BATCHES_VERSION) {
             H5Literate(v.file, H5_INDEX_NAME, H5_ITER_INC, NULL, print_batch, &v);
             print_code(&v);
-        } else errors_add(&v.errors, EXIT_CHECKPOINT, "%s: this program does not read %s of format version %" PRId64, path,
+        } else errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: this program does not read %s of format version %" PRId64, path,
                           printable(shown, sizeof shown, format), version);
     }
     if (v.file >= 0) H5Fclose(v.file);

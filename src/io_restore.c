@@ -50,25 +50,25 @@ static void audit_dataset(struct audit *a, const struct io_tensor *d)
     hid_t set = H5Dopen2(a->file, d->path, H5P_DEFAULT);
     if (set < 0) {
         char why[1200];
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: cannot open: %s", a->path, d->path, io_reason(why, sizeof why));
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: cannot open: %s", a->path, d->path, io_reason(why, sizeof why));
         return;
     }
     hid_t type = H5Dget_type(set), want = io_type(d->dtype), dcpl = H5Dget_create_plist(set);
     int64_t shape[TENSOR_MAX_DIMS] = { 0 };
     int ndim = io_get_shape(a->file, d->path, shape);
     if (dcpl < 0 || H5Pget_layout(dcpl) != H5D_CONTIGUOUS || H5Pget_external_count(dcpl) != 0)
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: is not stored contiguously in this file", a->path, d->path);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: is not stored contiguously in this file", a->path, d->path);
     if (type < 0 || H5Tequal(type, want) <= 0) {
         char name[64] = "another type";
         io_get_attr_string(set, "dtype", name, sizeof name);
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: has type %s, this model needs %s", a->path, d->path,
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: has type %s, this model needs %s", a->path, d->path,
                    type >= 0 && strcmp(name, io_type_name(d->dtype)) ? name : "another type", io_type_name(d->dtype));
     }
     if (ndim != d->ndim || memcmp(shape, d->shape, (size_t)d->ndim * sizeof *shape)) {
         char has[128], needs[128];
         shape_text(ndim, shape, has, sizeof has);
         shape_text(d->ndim, d->shape, needs, sizeof needs);
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: has shape %s, this model needs %s", a->path, d->path,
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: has shape %s, this model needs %s", a->path, d->path,
                    ndim < 0 ? "of too many dimensions" : has, needs);
     }
     if (type >= 0) H5Tclose(type);
@@ -84,20 +84,20 @@ static herr_t audit_link(hid_t file, const char *name, const H5L_info_t *info, v
     snprintf(full, sizeof full, "/%s", name);
     printable(shown, sizeof shown, full);
     if (info->type != H5L_TYPE_HARD) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: is a %s link, which is not followed", a->path, shown,
-                   info->type == H5L_TYPE_SOFT ? "soft" : "external or user-defined");
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: is %s link, which is not followed", a->path, shown,
+                   info->type == H5L_TYPE_SOFT ? "a soft" : "an external or user-defined");
         return 0;
     }
     H5O_info_t object;
     if (H5Oget_info_by_name2(file, name, &object, H5O_INFO_BASIC, H5P_DEFAULT) < 0) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: is damaged", a->path, shown);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: is damaged", a->path, shown);
         return 0;
     }
     bool model = strncmp(full, "/model/", 7) == 0, optimizer = strncmp(full, "/optimizer/", 11) == 0;
     if (object.type == H5O_TYPE_GROUP || !(model || (optimizer && a->with_optimizer))) return 0;
     struct io_tensor *d = strlen(full) < IO_TENSOR_PATH ? io_tensors_find(a->want, full) : NULL;
     if (d) a->seen[d - a->want->tensor] = true;
-    else errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: unexpected: this model has no such tensor", a->path, shown);
+    else errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: unexpected: this model has no such tensor", a->path, shown);
     return 0;
 }
 
@@ -106,10 +106,10 @@ static void audit_tensors(struct audit *a)
     char why[1200];
     a->seen = xcalloc((size_t)a->want->count + 1, sizeof *a->seen);
     if (H5Lvisit(a->file, H5_INDEX_NAME, H5_ITER_INC, audit_link, a) < 0)
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: cannot list its contents: %s", a->path, io_reason(why, sizeof why));
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: cannot list its contents: %s", a->path, io_reason(why, sizeof why));
     for (int i = 0; i < a->want->count; i++) {
         if (a->seen[i]) audit_dataset(a, &a->want->tensor[i]);
-        else errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: missing", a->path, a->want->tensor[i].path);
+        else errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: missing", a->path, a->want->tensor[i].path);
     }
     free(a->seen);
 }
@@ -129,7 +129,7 @@ static void audit_manifest(struct audit *a)
     for (int64_t i = 0; i < m.n_paths; i++) {
         const struct io_tensor *d = io_tensors_find(a->want, m.path[i]);
         if (d && elements[i] != (double)io_volume(d->ndim, d->shape))
-            errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s: /manifest vouches for %.0f of its %" PRId64 " elements", a->path, d->path,
+            errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest vouches for %.0f of its %" PRId64 " elements", a->path, d->path,
                        elements[i], io_volume(d->ndim, d->shape));
     }
     free(elements);
@@ -150,10 +150,10 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
         structural = structural || strcmp(name, structural_keys[i]) == 0;
     if (!structural) return;
     if (!io_get_attr_string(d->group, name, then, sizeof then))
-        errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: /deck does not tell %s", d->a->path, name);
+        errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: error: /deck does not tell %s", d->a->path, name);
     else if (strcmp(then, value)) {
         char shown[1024];
-        errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: was written with %s = %s, this run has %s (%s)", d->a->path, name,
+        errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: error: was written with %s = %s, this run has %s (%s)", d->a->path, name,
                    printable(shown, sizeof shown, then), value, deck_where(d->deck, group, key));
     }
 }
@@ -162,7 +162,7 @@ static void audit_deck(struct audit *a, const struct deck *deck)
 {
     struct deck_audit d = { a, H5Gopen2(a->file, "/deck", H5P_DEFAULT), deck };
     if (d.group < 0) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: /deck is missing", a->path);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: /deck is missing", a->path);
         return;
     }
     deck_visit(deck, audit_key, &d);
@@ -201,7 +201,7 @@ static bool read_state(struct audit *a, struct train_state *s, char *layout, siz
          && io_get(a->file, "/state/seed", H5T_NATIVE_INT64, 1, &seed) && io_get_attr_u64(group, "xxh3", &stored)
          && io_state_hash(s, layout, seed) == stored;
     if (group >= 0) H5Gclose(group);
-    if (!ok) errors_add(a->errors, EXIT_CHECKPOINT, "%s: /state is missing or damaged", a->path);
+    if (!ok) errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: /state is missing or damaged", a->path);
     return ok;
 }
 
@@ -211,19 +211,19 @@ static void audit_state(struct audit *a, const struct train_state *stored, const
 {
     char now[512], shown[512];
     if (stored->iteration != iteration)
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: holds iteration %" PRId64 ", its directory says %" PRId64, a->path, stored->iteration,
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: holds iteration %" PRId64 ", its directory says %" PRId64, a->path, stored->iteration,
                    iteration);
     if (options->finetune || options->model_only) return;      /* weights do not depend on layout or streams */
     io_layout_text(topo, now, sizeof now);
     if (strcmp(layout, now))
         errors_add(a->errors, EXIT_CHECKPOINT,
-                   "%s: was written by the layout '%s', this run has '%s': resuming on another layout is not built yet", a->path,
+                   "%s: error: was written by the layout '%s', this run has '%s': resuming on another layout is not built yet", a->path,
                    printable(shown, sizeof shown, layout), now);
     const char *const word[2] = { "training", "validation" };
     int64_t then[2] = { stored->n_train_streams, stored->n_valid_streams }, here[2] = { state->n_train_streams, state->n_valid_streams };
     for (int i = 0; i < 2; i++) {
         if (then[i] == here[i] || (i == 1 && (then[i] == 0 || here[i] == 0))) continue;    /* validation switched on or off */
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: has positions of %" PRId64 " %s streams, this run reads %" PRId64
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: has positions of %" PRId64 " %s streams, this run reads %" PRId64
                    " (data.data_streams): the order of samples cannot be continued", a->path, then[i], word[i], here[i]);
     }
 }
@@ -238,21 +238,21 @@ static void audit_file(struct audit *a, const struct deck *deck, const struct to
     int64_t version = 0, complete = 0;
     const char *not_regular = io_why_not_regular(a->path);
     if (not_regular[0]) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: %s", a->path, not_regular);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s", a->path, not_regular);
         return;
     }
     a->file = io_open(a->path, false);
     if (a->file < 0) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: cannot open: %s", a->path, io_reason(why, sizeof why));
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: cannot open: %s", a->path, io_reason(why, sizeof why));
         return;
     }
     if (!io_get_attr_string(a->file, "format", format, sizeof format) || strcmp(format, "mimo-checkpoint"))
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: is no checkpoint of mimo", a->path);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: is no checkpoint of mimo", a->path);
     else if (!io_get_attr_i64(a->file, "format_version", &version) || version != IO_CHECKPOINT_VERSION)
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: has format version %" PRId64 ", this program reads %d", a->path, version,
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: has format version %" PRId64 ", this program reads %d", a->path, version,
                    IO_CHECKPOINT_VERSION);
     else if (!io_get_attr_i64(a->file, "complete", &complete) || complete != 1)
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: is incomplete: its writer was killed before it was done", a->path);
+        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: is incomplete: its writer was killed before it was done", a->path);
     else {
         audit_deck(a, deck);
         if (read_state(a, stored, layout, sizeof layout))
@@ -320,7 +320,7 @@ void checkpoint_load(const char *load, int64_t iteration, const struct deck *dec
     if (comm_host_collect_errors(topo->world, errors) == 0) {
         struct io_manifest m = { 0 };
         hid_t file = io_open(path, false);
-        if (file < 0) errors_add(errors, EXIT_CHECKPOINT, "%s: cannot open: %s", path, io_reason(why, sizeof why));
+        if (file < 0) errors_add(errors, EXIT_CHECKPOINT, "%s: error: cannot open: %s", path, io_reason(why, sizeof why));
         else if (io_manifest_get(path, file, &m, errors)) io_tensors_read(path, file, &m, topo, model, with_optimizer != 0, errors);
         if (file >= 0) H5Fclose(file);
         io_manifest_free(&m);

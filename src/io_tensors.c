@@ -293,16 +293,14 @@ bool io_block_verify(const char *path, hid_t set, const char *name, enum dtype d
                      struct errors *errors)
 {
     hid_t type = io_type(dtype);
-    bool ok = io_get_box(set, type, ndim, b->start, b->count, buf);
-    H5Tclose(type);
     char why[1200];
-    if (!ok) {
-        errors_add(errors, EXIT_CHECKPOINT, "%s: %s: cannot read: %s", path, name, io_reason(why, sizeof why));
-        return false;
-    }
+    bool ok = io_get_box(set, type, ndim, b->start, b->count, buf);
+    if (!ok) errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: cannot read: %s", path, name, io_reason(why, sizeof why));
+    H5Tclose(type);
+    if (!ok) return false;
     uint64_t hash = XXH3_64bits(buf, (size_t)io_volume(ndim, b->count) * dtype_bytes(dtype));
     if (hash == b->xxh3) return true;
-    errors_add(errors, EXIT_CHECKPOINT, "%s: %s: rows %lld to %lld are damaged: checksum %016llx, stored %016llx", path, name,
+    errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: rows %lld to %lld are damaged: checksum %016llx, stored %016llx", path, name,
                (long long)b->start[0], (long long)(b->start[0] + b->count[0] - 1), (unsigned long long)hash,
                (unsigned long long)b->xxh3);
     return false;
@@ -344,7 +342,7 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
     int before = errors->count;
     hid_t set = H5Dopen2(file, name, H5P_DEFAULT);
     if (set < 0) {
-        errors_add(errors, EXIT_CHECKPOINT, "%s: %s: cannot open: %s", path, name, io_reason(why, sizeof why));
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: cannot open: %s", path, name, io_reason(why, sizeof why));
         return;
     }
     for (int64_t k = first; k < last; k++) {
@@ -357,7 +355,7 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
             if (inside) bytes *= b->count[i];
         }
         if (!inside || bytes > io_max_block_bytes) {
-            errors_add(errors, EXIT_CHECKPOINT, "%s: %s: /manifest names a block outside the tensor", path, name);
+            errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest names a block outside the tensor", path, name);
             break;
         }
         for (int s = 0; s < n_slabs; s++) wanted = wanted || overlap(b, &slab[s], p->ndim, start, count);
@@ -368,7 +366,7 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
     }
     for (int s = 0; s < n_slabs; s++) want += io_volume(p->ndim, slab[s].count);
     if (found != want && errors->count == before)
-        errors_add(errors, EXIT_CHECKPOINT, "%s: %s: /manifest vouches for %lld of the %lld elements needed", path, name,
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest vouches for %lld of the %lld elements needed", path, name,
                    (long long)found, (long long)want);
     H5Dclose(set);
 }
@@ -479,7 +477,7 @@ bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m, struct
     H5Tclose(block);
     if (!ok) {
         io_manifest_free(m);
-        errors_add(errors, EXIT_CHECKPOINT, "%s: /manifest, the list of checksums, is missing or damaged", path);
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: /manifest, the list of checksums, is missing or damaged", path);
         return false;
     }
     for (int64_t i = 0; i < m->n_paths; i++) m->path[i][IO_TENSOR_PATH - 1] = 0;

@@ -294,6 +294,9 @@ struct trace *trace_open(const char *path, const struct deck *deck, const struct
     t->width = topo->size;
     t->n_moe = n_moe;
     t->n_experts = n_moe ? deck->moe.num_experts : 0;
+    int64_t layers = 0;                    /* rank 0, which lays out, may hold no language model: n_moe is the job's, not the rank's */
+    for (const char *c = deck->derived.pattern; *c; c++) layers += *c == 'E';
+    ASSERT(t->n_moe == layers);
     t->eval_iteration = -1;
     if (topo->rank == 0) prepare(t, deck, start_row);
     comm_host_broadcast(topo->world, &t->width, sizeof t->width, 0);

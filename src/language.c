@@ -62,9 +62,9 @@ struct language *language_init(struct model *m)
         default: FATAL(EXIT_INTERNAL, "layer %d has the unknown kind '%c'", i, l->kind);
         }
     }
-    strcpy(p.name, "decoder.final_norm.weight");
+    snprintf(p.name, sizeof p.name, "decoder.final_norm.weight");
     lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
-    strcpy(p.name, "output_layer.weight");
+    snprintf(p.name, sizeof p.name, "output_layer.weight");
     lm->output = model_add_matrix(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
     return lm;
 }

@@ -28,18 +28,18 @@ struct projector *projector_init(struct model *m, int64_t width)
     l->eps = deck->language.layernorm_epsilon;
     l->norm = l->fc2 = -1;
     if (!mlp) {
-        strcpy(p.name, "encoder.weight");
+        snprintf(p.name, sizeof p.name, "encoder.weight");
         l->fc1 = model_add_matrix(m, &p, h, width, PARAM_SPLIT_ROWS, sigma);
         return l;
     }
     l->hidden = 4 * width;
     if (deck->projector.projection_normalization == DECK_PROJECTION_NORM_RMSNORM) {
-        strcpy(p.name, "encoder.linear_fc1.layer_norm_weight");
+        snprintf(p.name, sizeof p.name, "encoder.linear_fc1.layer_norm_weight");
         l->norm = model_add_vector(m, &p, width, PARAM_REPLICATED, PARAM_ONES, 0.0);
     }
-    strcpy(p.name, "encoder.linear_fc1.weight");
+    snprintf(p.name, sizeof p.name, "encoder.linear_fc1.weight");
     l->fc1 = model_add_matrix(m, &p, l->hidden, width, PARAM_SPLIT_ROWS, sigma);
-    strcpy(p.name, "encoder.linear_fc2.weight");
+    snprintf(p.name, sizeof p.name, "encoder.linear_fc2.weight");
     l->fc2 = model_add_matrix(m, &p, h, l->hidden, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }

@@ -286,8 +286,9 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     run_progress(r, "Starting job\tIteration: %lld", (long long)iteration);
 }
 
-void run_poll(struct run *r, bool request[STEP_REQUESTS])
+void run_poll(void *run, bool *request)
 {
+    struct run *r = run;
     double limit = 60.0 * r->deck->run.exit_duration_in_mins;
 
     for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;

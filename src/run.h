@@ -28,12 +28,8 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
 /* Decide between a fresh set of files and a continued one: `resumed` = the start is from this run's own checkpoint at `iteration`. Keeps
  * earlier files, writes deck.nml, opens run.log. Collective over the world. */
 void run_begin(struct run *r, int64_t iteration, bool resumed);
-/* What the run was built from and where it runs, as `key: value` lines (robustness.md R1.2). deck_text is what was read.
- * Collective over the world. */
-void run_header(const struct run *r, const struct topology *topo, const char *deck_text, size_t deck_bytes, int threads,
-                const char *start_reason);
-/* This rank's requests: a signal on any rank; STOP, SAVE and the clock on rank 0. Local. */
-void run_poll(struct run *r, bool request[STEP_REQUESTS]);
+/* This rank's requests: a signal on any rank; STOP, SAVE and the clock on rank 0. `run` is a struct run (step_poll). Local. */
+void run_poll(void *run, bool *request);
 /* Remove the SAVE file once it is served. Local. */
 void run_save_served(struct run *r);
 /* One line in progress.txt: time, job, ranks, text. Rank 0 writes. Local. */

@@ -214,8 +214,12 @@ static bool expand_pattern(const char *text, const char *where, struct paths *ou
     }
     for (long long i = a; i <= b; i++) {
         char *one = xasprintf("%.*s%0*lld%s", (int)(open - text), text, (int)(end - first), i, end2 + 1);
-        const bool ok = out->n < SHARDS_MAX && expand_pattern(one, where, out, errors);
+        bool ok = expand_pattern(one, where, out, errors);
         free(one);
+        if (ok && out->n > SHARDS_MAX) {
+            errors_add(errors, EXIT_DATA, "%s = '%s': a range of numbers for more than %d files", where, text, SHARDS_MAX);
+            ok = false;
+        }
         if (!ok)
             return false;
     }

@@ -80,7 +80,8 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
     for (int i = 0; i < s->n_text; i++) text_batch_init(&s->text[i], &limits, deck->batch.micro_batch_size);
     s->n_sum = SUM_EXPERTS;
     for (const char *c = deck->derived.pattern; *c; c++)
-        if (*c == 'E') s->n_sum += (int)deck->moe.num_experts;
+        s->n_moe += *c == 'E';
+    s->n_sum += (int)(s->n_moe * deck->moe.num_experts);
     s->sum = xcalloc((size_t)s->n_sum, sizeof *s->sum);
     s->expert_count = xcalloc((size_t)(s->n_sum - SUM_EXPERTS), sizeof *s->expert_count);
     find_senders(s);
@@ -335,8 +336,11 @@ static void read_expert_counts(struct step *s)
 }
 
 /* After it every rank knows the global batch's sums. */
-static void add_up(struct step *s, const bool *request)
+static void add_up(struct step *s)
 {
+    bool request[STEP_REQUESTS] = {false};
+
+    if (s->poll.poll) s->poll.poll(s->poll.ctx, request);
     if (counts_tokens(s)) {
         s->sum[SUM_LOSS] = read_scalar(s, model_loss_sum(s->model));
         if (s->model->n_moe > 0) s->sum[SUM_BALANCE] = read_scalar(s, model_balance_metric(s->model));
@@ -369,14 +373,13 @@ static void stop_on_loss(const struct step *s, double loss)
 
 static void fill_row(struct step *s, const struct optim_result *o, double loss, struct trace_row *row)
 {
-    int64_t lanes = s->topo->language.dp_size, n_moe = 0;
+    int64_t lanes = s->topo->language.dp_size;
     static const enum timer_section section[TRACE_SECTIONS] = {
         [TRACE_FORWARD] = TIMER_FORWARD, [TRACE_BACKWARD] = TIMER_BACKWARD, [TRACE_BRIDGE_WAIT] = TIMER_BRIDGE_WAIT,
         [TRACE_GRAD_SYNC] = TIMER_GRAD_SYNC, [TRACE_OPTIMIZER] = TIMER_OPTIMIZER, [TRACE_DATA_WAIT] = TIMER_DATA_WAIT};
     double seconds[TIMER_SECTIONS];
     struct rusage usage;
 
-    for (const char *c = s->deck->derived.pattern; *c; c++) n_moe += *c == 'E';
     row->iteration = s->iteration + 1;
     row->num_tokens = (int64_t)s->sum[SUM_TOKENS];
     row->images = (int64_t)s->sum[SUM_IMAGES];
@@ -387,8 +390,8 @@ static void fill_row(struct step *s, const struct optim_result *o, double loss, 
     row->params_norm = o->params_norm;
     row->skipped = !o->applied;
     row->seq_load_balancing_loss =
-        n_moe > 0 ? s->sum[SUM_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * n_moe) : 0.0;
-    row->tokens_per_expert = s->topo->rank == 0 && n_moe > 0 ? s->expert_count : NULL;
+        s->n_moe > 0 ? s->sum[SUM_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
+    row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;
     row->iteration_seconds = timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
     for (int i = 0; i < TRACE_SECTIONS; i++) row->section_seconds[i] = (float)seconds[section[i]];
     row->gemm_flops = model_take_gemm_flops(s->model);
@@ -416,7 +419,7 @@ static void fill_rates(const struct step *s, struct trace_row *row)
 }
 
 struct step_result step_train(struct step *s, struct data *data, int64_t iteration, double lr, double weight_decay,
-                              const bool *request, struct trace_row *row)
+                              struct trace_row *row)
 {
     struct optim_result o = {.grad_norm = NAN, .params_norm = NAN, .num_zeros = -1};
     struct step_result r = {.applied = false};
@@ -429,7 +432,7 @@ struct step_result step_train(struct step *s, struct data *data, int64_t iterati
     model_zero_grads(s->model);
     run_schedule(s, &s->train);
     timer_start(TIMER_GRAD_SYNC);
-    add_up(s, request);
+    add_up(s);
     timer_stop(TIMER_GRAD_SYNC);
     loss = s->sum[SUM_LOSS] / (s->sum[SUM_TOKENS] > 0.0 ? s->sum[SUM_TOKENS] : 1.0);
     r.finite = isfinite(loss);

@@ -21,6 +21,9 @@ struct step_pictures {
     void *ctx;
 };
 
+/* Asks for this rank's requests [STEP_REQUESTS] just before the ranks agree on them. */
+struct step_poll { void (*poll)(void *ctx, bool *request); void *ctx; };
+
 struct step {
     const struct deck *deck;
     const struct topology *topo;
@@ -31,6 +34,7 @@ struct step {
     struct stream *stream;
     struct bridge *bridge;               /* NULL unless disjoint */
     struct schedule train, forward;
+    struct step_poll poll;               /* poll = NULL: nobody asks; set by the caller */
     struct batch_dump *dump;             /* NULL = batches are not written; set by the caller */
     struct picture_batch *pictures;      /* [encoder slots] */
     struct text_batch *text;             /* [language slots] */
@@ -46,6 +50,7 @@ struct step {
     bool training, picture_seen;
     double *sum;                         /* [n_sum] what the world adds up */
     int n_sum;
+    int64_t n_moe;                       /* E layers of the pattern */
     int64_t *expert_count;               /* [n_moe, E] of the global batch after the step */
     int64_t *text_loaded;                /* [language slots] micro-batch in the buffer, -1 = none */
     struct comm **sender;                /* [n_senders] every communicator whose bytes are counted */
@@ -62,11 +67,11 @@ struct step_result {
 void step_init(struct step *s, const struct deck *deck, const struct topology *topo, struct model *model, struct optim *optim,
                const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream);
 void step_plan(struct step *s, struct arenas *arenas);       /* Local. */
-/* Iteration `iteration` (0-based) with this learning rate and weight decay. `request` [STEP_REQUESTS] is what this rank asks for.
+/* Iteration `iteration` (0-based) with this learning rate and weight decay.
  * Fills `row` but for consumed_samples; iteration_seconds is the time since the last call without saving and evaluation.
  * Collective over the world. */
 struct step_result step_train(struct step *s, struct data *data, int64_t iteration, double lr, double weight_decay,
-                              const bool *request, struct trace_row *row);
+                              struct trace_row *row);
 /* Forward passes of one iteration of `data`; adds this rank's share to *loss_sum and *tokens (sum over ranks = the global batch).
  * Collective over the world. */
 void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,

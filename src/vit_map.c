@@ -1,14 +1,18 @@
-/* vit_map.c - see vit_map.h. Formulas: model.md 2.3 (positions), 2.4 (class tokens), 2.6 (pixel shuffle); double precision.
+/* vit_map.c - see vit_map.h. Formulas: model.md 2.3 (positions), 2.4 (class tokens), 2.6 (pixel
+ * shuffle); double precision.
  *
- * Two conventions that are easy to mix up: the resize of the position grid takes pixel centres (align_corners = False), the
- * augmentation takes corners (align_corners = True).
+ * Two conventions that are easy to mix up: the resize of the position grid takes pixel centres
+ * (align_corners = False), the augmentation takes corners (align_corners = True).
  */
 #include <math.h>
 #include "check.h"
 #include "vit_map.h"
 
 /* One axis of a bilinear map: two points and their weights. */
-struct axis { int64_t i0, i1; double w0, w1; };
+struct axis {
+    int64_t i0, i1;
+    double w0, w1;
+};
 
 static struct axis axis_resize(int dst, int64_t from, int64_t to);
 static struct axis axis_sample(int dst, int n, double scale, double offset, int grid);
@@ -23,12 +27,14 @@ void vit_map_cpe(double u1, double u2, double u3x, double u3y, double out[4])
     out[3] = u3y * (1 - out[1]);
 }
 
-void vit_map_positions(int h, int w, int gh, int gw, int64_t width, const double *cpe, int32_t *index, double *weight)
+void vit_map_positions(int h, int w, int gh, int gw, int64_t width, const double *cpe,
+                       int32_t *index, double *weight)
 {
     ASSERT(h > 0 && w > 0 && gh > 0 && gw > 0 && width > 0 && (int64_t)gh * gw <= INT32_MAX);
     int64_t m = h > w ? h : w, rows = gh, cols = gw, to_rows = m, to_cols = m;
     bool raw = h == gh && w == gw;
-    /* 32-bit indices of the resized grid would overflow: crop first, then resize straight to the tile */
+    /* 32-bit indices of the resized grid would overflow: crop first, then resize straight to the
+     * tile */
     if ((double)width * (double)m * (double)m >= 2147483647.0) {
         rows = h < w ? ceil_ratio(gh, h, w) : gh;
         cols = w < h ? ceil_ratio(gw, w, h) : gw;
@@ -52,7 +58,8 @@ void vit_map_positions(int h, int w, int gh, int gw, int64_t width, const double
         }
 }
 
-/* Pixel centres; the far end is clamped, so its two points may coincide and their weights still add up to 1. */
+/* Pixel centres; the far end is clamped, so its two points may coincide and their weights still add
+ * up to 1. */
 static struct axis axis_resize(int dst, int64_t from, int64_t to)
 {
     double at = fmax(0, (dst + 0.5) * (double)from / (double)to - 0.5);
@@ -64,7 +71,8 @@ static struct axis axis_resize(int dst, int64_t from, int64_t to)
 /* Corners; a point outside the grid counts as zero. */
 static struct axis axis_sample(int dst, int n, double scale, double offset, int grid)
 {
-    double at = ((n > 1 ? (double)dst / (n - 1) : 0) * scale + offset) * (grid - 1), low = floor(at), w = at - low;
+    double at = ((n > 1 ? (double)dst / (n - 1) : 0) * scale + offset) * (grid - 1),
+           low = floor(at), w = at - low;
     struct axis a = { 0, 0, 0, 0 };
     if (low >= 0 && low < grid) {
         a.i0 = (int64_t)low;
@@ -143,7 +151,8 @@ int64_t vit_map_outputs(const int32_t (*tile)[2], int64_t tiles, int c, bool dro
     return vit_map_patches(tile, tiles) / 4;
 }
 
-void vit_map_output_rows(const int32_t (*tile)[2], int64_t tiles, int c, bool drop, bool shuffle, int32_t *row)
+void vit_map_output_rows(const int32_t (*tile)[2], int64_t tiles, int c, bool drop, bool shuffle,
+                         int32_t *row)
 {
     int32_t first = 0;
     ASSERT(vit_map_outputs(tile, tiles, c, drop, shuffle) <= vit_map_rows(tile, tiles, c));

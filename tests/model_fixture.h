@@ -62,8 +62,8 @@ static inline void fixture_open(struct fixture *f, int n, const char *const *ove
     assert_int_equal(e.count, 0);
     text_batch_init(&f->text, &f->data.limits, f->deck.batch.micro_batch_size);
     if (f->topo.encoder.present)
-        picture_batch_init(&f->pictures, &f->data.limits, f->deck.derived.encoder_microbatch, f->deck.vision.patch_dim,
-                           f->deck.derived.fp64);
+        picture_batch_init(&f->pictures, &f->data.limits, f->deck.derived.encoder_microbatch,
+                           3 * f->deck.vision.patch_dim * f->deck.vision.patch_dim, f->deck.derived.fp64);
     for (int i = 0; i < n; i++)
         free(copy[i]);
     free(copy);

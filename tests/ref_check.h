@@ -1,12 +1,14 @@
-/* ref_check.h - what the tests of the reference backend share: tensors with guarded padding, random fill, finite
- * differences and one harness that checks an operation's forward and backward.
+/* ref_check.h - what the tests of the reference backend share: tensors with guarded padding, random
+ * fill, finite differences and one harness that checks an operation's forward and backward.
  *
- * Gradient check: L(in) = sum over the weighted outputs of w*out. The directional derivative of L along a random direction
- * v of one input, by the fourth-order central formula (8(L(h)-L(-h)) - (L(2h)-L(-2h)))/(12h) in fp64, must equal
- * sum(din*v) of the operation's backward called with dout = w.
+ * Gradient check: L(in) = sum over the weighted outputs of w*out. The directional derivative of L
+ * along a random direction v of one input, by the fourth-order central formula
+ * (8(L(h)-L(-h)) - (L(2h)-L(-2h)))/(12h) in fp64, must equal sum(din*v) of the operation's backward
+ * called with dout = w.
  *
- * Padding (columns cols..ld of a row) and outputs not yet written hold bytes 0xFF: a NaN in both precisions, -1 as an
- * integer. An operation that reads them yields NaN, one that writes them is found by ref_check_padding.
+ * Padding (columns cols..ld of a row) and outputs not yet written hold bytes 0xFF: a NaN in both
+ * precisions, -1 as an integer. An operation that reads them yields NaN, one that writes them is
+ * found by ref_check_padding.
  */
 #ifndef MIMO_REF_CHECK_H
 #define MIMO_REF_CHECK_H
@@ -27,7 +29,9 @@
 #define REF_CHECK_OP(fp64, op) ((fp64) ? ref_##op##_f64 : ref_##op##_f32)
 
 /* splitmix64 */
-struct ref_check_random { uint64_t state; };
+struct ref_check_random {
+    uint64_t state;
+};
 
 static inline uint64_t ref_check_bits(struct ref_check_random *r)
 {
@@ -37,7 +41,7 @@ static inline uint64_t ref_check_bits(struct ref_check_random *r)
     return z ^ (z >> 31);
 }
 
-/* Uniform in [low, high); a multiple of 2^-20 of the width, so that fp32 holds what fp64 holds for ordinary bounds. */
+/* Uniform in [low, high), rounded to fp32: both precisions hold the same value. */
 static inline double ref_check_uniform(struct ref_check_random *r, double low, double high)
 {
     return (float)(low + (high - low) * (double)(ref_check_bits(r) >> 44) / 1048576.0);
@@ -48,10 +52,12 @@ static inline int64_t ref_check_index(struct ref_check_random *r, int64_t n)
     return (int64_t)(ref_check_bits(r) % (uint64_t)n);
 }
 
-/* ---- tensors --------------------------------------------------------------------------------------------------- */
+/* ---- tensors ---- */
 
-/* A tensor in its own allocation, ld = cols + pad, nothing allocated behind the last column of the last row. All bytes 0xFF. */
-static inline struct tensor ref_check_new(enum dtype dtype, int ndim, const int64_t *shape, int64_t pad)
+/* A tensor in its own allocation, ld = cols + pad, nothing allocated behind the last column of the
+ * last row. All bytes 0xFF. */
+static inline struct tensor ref_check_new(enum dtype dtype, int ndim, const int64_t *shape,
+                                          int64_t pad)
 {
     struct tensor t = { .dtype = dtype, .place = PLACE_DEVICE, .ndim = ndim };
     for (int i = 0; i < ndim; i++)
@@ -64,7 +70,8 @@ static inline struct tensor ref_check_new(enum dtype dtype, int ndim, const int6
     return t;
 }
 
-static inline struct tensor ref_check_matrix(enum dtype dtype, int64_t rows, int64_t cols, int64_t pad)
+static inline struct tensor ref_check_matrix(enum dtype dtype, int64_t rows, int64_t cols,
+                                             int64_t pad)
 {
     return ref_check_new(dtype, 2, (int64_t[]){ rows, cols }, pad);
 }
@@ -104,7 +111,7 @@ static inline void ref_check_set(const struct tensor *t, int64_t row, int64_t co
     }
 }
 
-#define REF_CHECK_EACH(t, r, c) \
+#define REF_CHECK_EACH(t, r, c)                  \
     for (int64_t r = 0; r < tensor_rows(t); r++) \
         for (int64_t c = 0; c < tensor_cols(t); c++)
 
@@ -114,7 +121,8 @@ static inline void ref_check_fill(const struct tensor *t, double value)
         ref_check_set(t, r, c, value);
 }
 
-static inline void ref_check_fill_random(const struct tensor *t, struct ref_check_random *rng, double low, double high)
+static inline void ref_check_fill_random(const struct tensor *t, struct ref_check_random *rng,
+                                         double low, double high)
 {
     REF_CHECK_EACH(t, r, c)
         ref_check_set(t, r, c, ref_check_uniform(rng, low, high));
@@ -135,7 +143,7 @@ static inline void ref_check_convert(const struct tensor *src, const struct tens
         ref_check_set(dst, r, c, ref_check_get(src, r, c));
 }
 
-/* A tensor of the same shape and ld; floating types become `dtype` when src is floating. Elements: 0xFF. */
+/* A tensor of the same shape and padding, all bytes 0xFF. */
 static inline struct tensor ref_check_like(const struct tensor *src, enum dtype dtype)
 {
     return ref_check_new(dtype, src->ndim, src->shape, src->ld - tensor_cols(src));
@@ -145,14 +153,15 @@ static inline void ref_check_padding(const struct tensor *t, const char *what)
 {
     size_t size = dtype_bytes(t->dtype), pad = (size_t)(t->ld - tensor_cols(t)) * size;
     for (int64_t r = 0; r + 1 < tensor_rows(t); r++) {
-        const unsigned char *p = (const unsigned char *)t->data + (size_t)(r * t->ld + tensor_cols(t)) * size;
+        const unsigned char *p =
+            (const unsigned char *)t->data + (size_t)(r * t->ld + tensor_cols(t)) * size;
         for (size_t i = 0; i < pad; i++)
             if (p[i] != 0xFF)
                 fail_msg("%s: row %lld: wrote behind the last column", what, (long long)r);
     }
 }
 
-/* ---- comparisons ------------------------------------------------------------------------------------------------ */
+/* ---- comparisons ---- */
 
 static inline double ref_check_dot(const struct tensor *a, const struct tensor *b)
 {
@@ -186,7 +195,8 @@ static inline double ref_check_difference(const struct tensor *a, const struct t
     return scale > 0 ? worst / scale : worst;
 }
 
-static inline void ref_check_near(const struct tensor *a, const struct tensor *b, double tolerance, const char *what)
+static inline void ref_check_near(const struct tensor *a, const struct tensor *b, double tolerance,
+                                  const char *what)
 {
     double d = ref_check_difference(a, b);
     if (!(d <= tolerance))
@@ -197,7 +207,8 @@ static inline void ref_check_near(const struct tensor *a, const struct tensor *b
 static inline void ref_check_same(const struct tensor *a, const struct tensor *b, const char *what)
 {
     size_t row = (size_t)tensor_cols(a) * dtype_bytes(a->dtype);
-    assert_true(a->dtype == b->dtype && tensor_rows(a) == tensor_rows(b) && tensor_cols(a) == tensor_cols(b));
+    assert_true(a->dtype == b->dtype && tensor_rows(a) == tensor_rows(b) &&
+                tensor_cols(a) == tensor_cols(b));
     for (int64_t r = 0; r < tensor_rows(a); r++)
         if (memcmp((const char *)a->data + (size_t)(r * a->ld) * dtype_bytes(a->dtype),
                    (const char *)b->data + (size_t)(r * b->ld) * dtype_bytes(b->dtype), row) != 0)
@@ -205,17 +216,18 @@ static inline void ref_check_same(const struct tensor *a, const struct tensor *b
 }
 
 /* Scalars, with the value in the message; absolute for |expected| < 1, else relative. */
-static inline void ref_check_value(double value, double expected, double tolerance, const char *what)
+static inline void ref_check_value(double value, double expected, double tolerance,
+                                   const char *what)
 {
     if (!(fabs(value - expected) <= tolerance * fmax(1, fabs(expected))))
         fail_msg("%s: %.12g, expected %.12g", what, value, expected);
 }
 
-/* ---- finite differences ----------------------------------------------------------------------------------------- */
+/* ---- finite differences ---- */
 
 /* d/ds of objective(context) at x + s*v, fourth order; x is restored to the bit. */
-static inline double ref_check_directional(double (*objective)(void *context), void *context, const struct tensor *x,
-                                           const struct tensor *v, double h)
+static inline double ref_check_directional(double (*objective)(void *context), void *context,
+                                           const struct tensor *x, const struct tensor *v, double h)
 {
     static const double step[4] = { 1, -1, 2, -2 }, coefficient[4] = { 8, -8, -1, 1 };
     double sum = 0;
@@ -223,7 +235,8 @@ static inline double ref_check_directional(double (*objective)(void *context), v
     ref_check_convert(x, &saved);
     for (int i = 0; i < 4; i++) {
         REF_CHECK_EACH(x, r, c)
-            ref_check_set(x, r, c, ref_check_get(&saved, r, c) + step[i] * h * ref_check_get(v, r, c));
+            ref_check_set(x, r, c,
+                          ref_check_get(&saved, r, c) + step[i] * h * ref_check_get(v, r, c));
         sum += coefficient[i] * objective(context);
     }
     ref_check_convert(&saved, x);
@@ -231,30 +244,36 @@ static inline double ref_check_directional(double (*objective)(void *context), v
     return sum / (12 * h);
 }
 
-/* ---- one operation ---------------------------------------------------------------------------------------------- */
+/* ---- one operation ---- */
 
 enum { REF_CHECK_MAX = 8 };
 
 struct ref_check_case {
     const char *name;
     int n_in, n_out;
-    struct tensor in[REF_CHECK_MAX];    /* F64 [n_in], filled by the test: everything that is differentiated */
-    struct tensor out[REF_CHECK_MAX];   /* F64 [n_out]; the harness overwrites them with 0xFF before each forward */
-    int n_weighted;                     /* out[0..n_weighted) enter L, the rest is saved for backward (rs, lse) */
-    unsigned accumulates;               /* bit i: backward adds to din[i] */
-    void (*forward)(bool fp64, const struct tensor *in, const struct tensor *out, const void *context);
+    /* F64 [n_in], filled by the test: everything that is differentiated. */
+    struct tensor in[REF_CHECK_MAX];
+    /* F64 [n_out]; the harness overwrites them with NaN before each forward. */
+    struct tensor out[REF_CHECK_MAX];
+    int n_weighted;             /* out[0..n_weighted) enter L, the rest is saved for backward */
+    unsigned accumulates;       /* bit i: backward adds to din[i] */
+    void (*forward)(bool fp64, const struct tensor *in, const struct tensor *out,
+                    const void *context);
     /* dout [n_weighted] = w; din [n_in]: every element must be defined afterwards. */
-    void (*backward)(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                     const struct tensor *din, const void *context);
-    const void *context;                /* sizes, index tensors: the same for both precisions */
-    double step, tolerance;             /* 0: 1e-3 and 1e-7 */
-    double tolerance32;                 /* 0: 1e-5, of fp32 against fp64 */
+    void (*backward)(bool fp64, const struct tensor *in, const struct tensor *out,
+                     const struct tensor *dout, const struct tensor *din, const void *context);
+    const void *context;        /* sizes, index tensors: the same for both precisions */
+    double step, tolerance;     /* 0: 1e-3 and 1e-7 */
+    double tolerance32;         /* 0: 1e-5, of fp32 against fp64 */
 };
 
-struct ref_check_objective { const struct ref_check_case *c; const struct tensor *w; };
+struct ref_check_objective {
+    const struct ref_check_case *c;
+    const struct tensor *w;
+};
 
-static inline void ref_check_forward(const struct ref_check_case *c, bool fp64, const struct tensor *in,
-                                     const struct tensor *out)
+static inline void ref_check_forward(const struct ref_check_case *c, bool fp64,
+                                     const struct tensor *in, const struct tensor *out)
 {
     for (int i = 0; i < c->n_out; i++)
         REF_CHECK_EACH(&out[i], r, col)
@@ -272,14 +291,17 @@ static inline double ref_check_evaluate(void *context)
     return sum;
 }
 
-/* Forward and backward of the case in one precision. prior [n_in]: what accumulated gradients hold before. */
-static inline void ref_check_run(const struct ref_check_case *c, bool fp64, const struct tensor *in, const struct tensor *out,
-                                 const struct tensor *w, const struct tensor *prior, const struct tensor *din)
+/* Forward and backward of the case in one precision. prior [n_in]: what accumulated gradients hold
+ * before. */
+static inline void ref_check_run(const struct ref_check_case *c, bool fp64, const struct tensor *in,
+                                 const struct tensor *out, const struct tensor *w,
+                                 const struct tensor *prior, const struct tensor *din)
 {
     ref_check_forward(c, fp64, in, out);
     for (int i = 0; i < c->n_in; i++)
         REF_CHECK_EACH(&din[i], r, col)
-            ref_check_set(&din[i], r, col, c->accumulates & (1u << i) ? ref_check_get(&prior[i], r, col) : NAN);
+            ref_check_set(&din[i], r, col,
+                          c->accumulates & (1u << i) ? ref_check_get(&prior[i], r, col) : NAN);
     c->backward(fp64, in, out, w, din, c->context);
     for (int i = 0; i < c->n_in; i++) {
         ref_check_padding(&din[i], c->name);
@@ -290,8 +312,8 @@ static inline void ref_check_run(const struct ref_check_case *c, bool fp64, cons
 }
 
 /* fp32 outputs and gradients against those of fp64 on the same (fp32-representable) inputs. */
-static inline void ref_check_fp32(const struct ref_check_case *c, const struct tensor *w, const struct tensor *prior,
-                                  const struct tensor *din)
+static inline void ref_check_fp32(const struct ref_check_case *c, const struct tensor *w,
+                                  const struct tensor *prior, const struct tensor *din)
 {
     struct tensor in[REF_CHECK_MAX], out[REF_CHECK_MAX], w32[REF_CHECK_MAX], din32[REF_CHECK_MAX];
     char what[160];
@@ -323,7 +345,8 @@ static inline void ref_check_fp32(const struct ref_check_case *c, const struct t
         ref_check_free(&w32[i]);
 }
 
-/* Every input's gradient against finite differences, twice the same bits, padding untouched, fp32 against fp64. */
+/* Every input's gradient against finite differences, twice the same bits, padding untouched, fp32
+ * against fp64. */
 static inline void ref_check_gradients(const struct ref_check_case *c, uint64_t seed)
 {
     struct ref_check_random rng = { seed };
@@ -355,7 +378,8 @@ static inline void ref_check_gradients(const struct ref_check_case *c, uint64_t 
                                                c->step > 0 ? c->step : 1e-3);
         double error = ref_check_relative(analytic, numeric);
         if (!(error <= tolerance))
-            fail_msg("%s: gradient %d: %.15g, finite differences %.15g, relative %.2e", c->name, i, analytic, numeric, error);
+            fail_msg("%s: gradient %d: %.15g, finite differences %.15g, relative %.2e", c->name, i,
+                     analytic, numeric, error);
         ref_check_free(&v);
     }
     for (int i = 0; i < c->n_in; i++) {

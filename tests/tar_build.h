@@ -77,7 +77,7 @@ static inline void tar_end(struct tar *t)
 static inline void tar_write(struct tar *t, const char *path)
 {
     FILE *f = fopen(path, "wb");
-    if (!f || fwrite(t->bytes, 1, t->n, f) != t->n || fclose(f) != 0)
+    if (!f || (t->n > 0 && fwrite(t->bytes, 1, t->n, f) != t->n) || fclose(f) != 0)
         abort();
     free(t->bytes);
     memset(t, 0, sizeof *t);

@@ -1,4 +1,5 @@
-/* test_ref_attention.c - attention of the reference backend: ragged batches, grouped heads, tiles, gradients. */
+/* test_ref_attention.c - attention of the reference backend: ragged batches, grouped heads, tiles,
+ * gradients. */
 #include "ref_check.h"
 
 static const enum dtype real_dtype[2] = { DTYPE_F32, DTYPE_F64 };
@@ -11,7 +12,8 @@ struct attention_context {
     struct tensor cu;
 };
 
-static struct attention_context make_context(int n, int g, int d, bool causal, int segments, const int *length)
+static struct attention_context make_context(int n, int g, int d, bool causal, int segments,
+                                             const int *length)
 {
     struct attention_context a = { n, g, d, causal, 0, ref_check_vector(DTYPE_I32, segments + 1) };
     int first = 0;
@@ -28,10 +30,12 @@ static int64_t rows_of(const struct attention_context *a)
     return (int64_t)ref_check_get(&a->cu, 0, tensor_numel(&a->cu) - 1);
 }
 
-static struct tensor new_qkv(const struct attention_context *a, bool fp64, uint64_t seed, double size, int64_t pad)
+static struct tensor new_qkv(const struct attention_context *a, bool fp64, uint64_t seed,
+                             double size, int64_t pad)
 {
     struct ref_check_random rng = { seed };
-    struct tensor t = ref_check_matrix(real_dtype[fp64], rows_of(a), (int64_t)(a->n + 2 * a->g) * a->d, pad);
+    struct tensor t =
+        ref_check_matrix(real_dtype[fp64], rows_of(a), (int64_t)(a->n + 2 * a->g) * a->d, pad);
     ref_check_fill_random(&t, &rng, -size, size);
     return t;
 }
@@ -46,24 +50,28 @@ static struct tensor new_lse(const struct attention_context *a, bool fp64, int64
     return ref_check_matrix(real_dtype[fp64], rows_of(a), a->n, pad);
 }
 
-static void attend(const struct attention_context *a, const struct tensor *qkv, const struct tensor *o, const struct tensor *lse)
+static void attend(const struct attention_context *a, const struct tensor *qkv,
+                   const struct tensor *o, const struct tensor *lse)
 {
-    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_forward)(NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse);
+    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_forward)(
+        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse);
 }
 
-static void attend_back(const struct attention_context *a, const struct tensor *qkv, const struct tensor *o,
-                        const struct tensor *lse, const struct tensor *dout, const struct tensor *dqkv)
+static void attend_back(const struct attention_context *a, const struct tensor *qkv,
+                        const struct tensor *o, const struct tensor *lse, const struct tensor *dout,
+                        const struct tensor *dqkv)
 {
-    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_backward)(NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse,
-                                                              dout, dqkv);
+    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_backward)(
+        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse, dout, dqkv);
 }
 
 /* One query of one head, straight from the definition. out [d]; returns the log-sum-exp. */
-static double naive_query(const struct attention_context *a, const struct tensor *qkv, int head, int64_t first, int64_t last,
-                          int64_t row, double *out)
+static double naive_query(const struct attention_context *a, const struct tensor *qkv, int head,
+                          int64_t first, int64_t last, int64_t row, double *out)
 {
     int per = a->n / a->g;
-    int64_t group = (int64_t)(head / per) * (per + 2) * a->d, q = group + (int64_t)(head % per) * a->d;
+    int64_t group = (int64_t)(head / per) * (per + 2) * a->d,
+            q = group + (int64_t)(head % per) * a->d;
     int64_t k = group + (int64_t)per * a->d, v = k + a->d;
     double sum = 0, top = -INFINITY;
     for (int pass = 0; pass < 2; pass++)
@@ -84,14 +92,17 @@ static double naive_query(const struct attention_context *a, const struct tensor
 
 static void against_definition(const struct attention_context *a, bool fp64, double size)
 {
-    struct tensor qkv = new_qkv(a, fp64, 21, size, 3), o = new_o(a, fp64, 2), lse = new_lse(a, fp64, 1);
+    struct tensor qkv = new_qkv(a, fp64, 21, size, 3), o = new_o(a, fp64, 2),
+                  lse = new_lse(a, fp64, 1);
     struct tensor expected_o = new_o(a, true, 0), expected_lse = new_lse(a, true, 0);
     for (int64_t s = 0; s + 1 < tensor_numel(&a->cu); s++) {
-        int64_t first = (int64_t)ref_check_get(&a->cu, 0, s), last = (int64_t)ref_check_get(&a->cu, 0, s + 1);
+        int64_t first = (int64_t)ref_check_get(&a->cu, 0, s),
+                last = (int64_t)ref_check_get(&a->cu, 0, s + 1);
         for (int64_t row = first; row < last; row++)
             for (int h = 0; h < a->n; h++) {
                 double out[64];
-                ref_check_set(&expected_lse, row, h, naive_query(a, &qkv, h, first, last, row, out));
+                ref_check_set(&expected_lse, row, h,
+                              naive_query(a, &qkv, h, first, last, row, out));
                 for (int i = 0; i < a->d; i++)
                     ref_check_set(&expected_o, row, (int64_t)h * a->d + i, out[i]);
             }
@@ -108,10 +119,12 @@ static void against_definition(const struct attention_context *a, bool fp64, dou
 
 static void qkv_rows_are_grouped_per_kv_group_golden(void **state)
 {
-    /* one token, d = 1, n = 4, g = 2: columns q0 q1 k0 v0 q2 q3 k1 v1; one key, so o = v and lse = q*k */
+    /* one token, d = 1, n = 4, g = 2: columns q0 q1 k0 v0 q2 q3 k1 v1; one key, so o = v and lse =
+     * q*k */
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct attention_context a = make_context(4, 2, 1, true, 1, (int[]){ 1 });
-        struct tensor qkv = new_qkv(&a, fp64, 1, 1, 0), o = new_o(&a, fp64, 0), lse = new_lse(&a, fp64, 0);
+        struct tensor qkv = new_qkv(&a, fp64, 1, 1, 0), o = new_o(&a, fp64, 0),
+                      lse = new_lse(&a, fp64, 0);
         ref_check_fill_values(&qkv, (double[]){ 2, 3, 5, 7, 11, 13, 17, 19 });
         attend(&a, &qkv, &o, &lse);
         static const double value[4] = { 7, 7, 19, 19 }, score[4] = { 10, 15, 187, 221 };
@@ -129,7 +142,7 @@ static void qkv_rows_are_grouped_per_kv_group_golden(void **state)
 static void equals_the_definition_on_ragged_batches(void **state)
 {
     static const int length[6] = { 1, 0, 130, 37, 300, 128 };
-    static const int heads[3][3] = { { 4, 2, 7 }, { 3, 3, 5 }, { 2, 1, 16 } };    /* n, g, d */
+    static const int heads[3][3] = { { 4, 2, 7 }, { 3, 3, 5 }, { 2, 1, 16 } }; /* n, g, d */
     for (int i = 0; i < 12; i++) {
         const int *h = heads[i / 4];
         struct attention_context a = make_context(h[0], h[1], h[2], i & 1, 6, length);
@@ -142,8 +155,10 @@ static void large_scores_stay_finite(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct attention_context a = make_context(2, 1, 4, true, 2, (int[]){ 150, 17 });
-        /* Scores reach 2e4: exp would overflow without the maximum. Multiples of 1/8, so that products are exact in fp32. */
-        struct tensor qkv = new_qkv(&a, fp64, 2, 128, 0), o = new_o(&a, fp64, 0), lse = new_lse(&a, fp64, 0);
+        /* Scores reach 2e4: exp would overflow without the maximum. Multiples of 1/8, so that
+         * products are exact in fp32. */
+        struct tensor qkv = new_qkv(&a, fp64, 2, 128, 0), o = new_o(&a, fp64, 0),
+                      lse = new_lse(&a, fp64, 0);
         struct tensor dout = new_o(&a, fp64, 0), dqkv = ref_check_like(&qkv, qkv.dtype);
         ref_check_fill(&dout, 1);
         attend(&a, &qkv, &o, &lse);
@@ -158,23 +173,29 @@ static void large_scores_stay_finite(void **state)
     }
 }
 
-static void case_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void case_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                         const void *context)
 {
     attend(context, &in[0], &out[0], &out[1]);
 }
 
-static void case_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                          const struct tensor *din, const void *context)
+static void case_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                          const struct tensor *dout, const struct tensor *din, const void *context)
 {
     attend_back(context, &in[0], &out[0], &out[1], dout, &din[0]);
 }
 
 static void check_gradient(struct attention_context a, uint64_t seed)
 {
-    struct ref_check_case c = {
-        .name = "attention", .n_in = 1, .n_out = 2, .n_weighted = 1, .forward = case_forward, .backward = case_backward,
-        .context = &a, .in = { new_qkv(&a, true, seed, 1.5, 3) }, .out = { new_o(&a, true, 2), new_lse(&a, true, 1) }
-    };
+    struct ref_check_case c = { .name = "attention",
+                                .n_in = 1,
+                                .n_out = 2,
+                                .n_weighted = 1,
+                                .forward = case_forward,
+                                .backward = case_backward,
+                                .context = &a,
+                                .in = { new_qkv(&a, true, seed, 1.5, 3) },
+                                .out = { new_o(&a, true, 2), new_lse(&a, true, 1) } };
     ref_check_gradients(&c, seed);
     ref_check_case_free(&c);
     ref_check_free(&a.cu);
@@ -198,9 +219,12 @@ static void gradients_across_tiles(void **state)
 }
 
 /* Forward and backward of a batch; dqkv is new. */
-struct result { struct tensor o, lse, dqkv; };
+struct result {
+    struct tensor o, lse, dqkv;
+};
 
-static struct result both(const struct attention_context *a, const struct tensor *qkv, const struct tensor *dout)
+static struct result both(const struct attention_context *a, const struct tensor *qkv,
+                          const struct tensor *dout)
 {
     bool fp64 = qkv->dtype == DTYPE_F64;
     struct result r = { new_o(a, fp64, 0), new_lse(a, fp64, 0), ref_check_like(qkv, qkv->dtype) };
@@ -225,7 +249,8 @@ static struct tensor rows_from(const struct tensor *t, int64_t first, int64_t n)
 }
 
 /* Rows [first, first+n) of both results are the same bits. */
-static void same_rows(const struct result *a, const struct result *b, int64_t first_a, int64_t first_b, int64_t n)
+static void same_rows(const struct result *a, const struct result *b, int64_t first_a,
+                      int64_t first_b, int64_t n)
 {
     const struct tensor *x[3] = { &a->o, &a->lse, &a->dqkv }, *y[3] = { &b->o, &b->lse, &b->dqkv };
     static const char *const name[3] = { "o", "lse", "dqkv" };
@@ -246,7 +271,7 @@ static void m6_08_tiles_do_not_leak(void **state)
         struct tensor second = rows_from(&qkv, 141, 70), d_second = rows_from(&dout, 141, 70);
         ref_check_fill_random(&second, &rng, -5, 5);
         ref_check_fill_random(&d_second, &rng, -5, 5);
-        ref_check_set(&second, 3, 2 * 8, NAN);   /* in the value of head 0: all of its outputs */
+        ref_check_set(&second, 3, 2 * 8, NAN); /* in the value of head 0: all of its outputs */
         struct result after = both(&a, &qkv, &dout);
         same_rows(&before, &after, 0, 0, 141);
         same_rows(&before, &after, 211, 211, 33);
@@ -270,13 +295,15 @@ static void m6_10_packed_samples_equal_separate_runs(void **state)
         struct result packed = both(&a, &qkv, &dout);
         for (int i = 0, first = 0; i < 2; first += length[i++]) {
             struct attention_context one = make_context(4, 2, 8, true, 1, &length[i]);
-            struct tensor part = rows_from(&qkv, first, length[i]), d_part = rows_from(&dout, first, length[i]);
+            struct tensor part = rows_from(&qkv, first, length[i]),
+                          d_part = rows_from(&dout, first, length[i]);
             struct result alone = both(&one, &part, &d_part);
             same_rows(&packed, &alone, first, 0, length[i]);
             result_free(&alone);
             ref_check_free(&one.cu);
         }
-        /* Without the boundary the second sample must come out differently, or this test shows nothing. */
+        /* Without the boundary the second sample must come out differently, or this test shows
+         * nothing. */
         struct attention_context joined = make_context(4, 2, 8, true, 1, (int[]){ 215 });
         struct result wrong = both(&joined, &qkv, &dout);
         assert_true(ref_check_get(&wrong.o, 151, 0) != ref_check_get(&packed.o, 151, 0));

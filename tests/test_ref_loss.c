@@ -4,13 +4,19 @@
 static const enum dtype real_dtype[2] = { DTYPE_F32, DTYPE_F64 };
 
 /* Everything a rank holds of T tokens. */
-struct pieces { struct tensor mx, se, pl, loss, total, mask, labels; };
+struct pieces {
+    struct tensor mx, se, pl, loss, total, mask, labels;
+};
 
 static struct pieces pieces_new(bool fp64, int64_t tokens)
 {
     enum dtype t = real_dtype[fp64];
-    struct pieces p = { ref_check_vector(t, tokens), ref_check_vector(t, tokens), ref_check_vector(t, tokens),
-                        ref_check_vector(t, tokens), ref_check_vector(t, 1), ref_check_vector(t, tokens),
+    struct pieces p = { ref_check_vector(t, tokens),
+                        ref_check_vector(t, tokens),
+                        ref_check_vector(t, tokens),
+                        ref_check_vector(t, tokens),
+                        ref_check_vector(t, 1),
+                        ref_check_vector(t, tokens),
                         ref_check_vector(DTYPE_I64, tokens) };
     ref_check_fill(&p.total, 0);
     ref_check_fill(&p.mask, 1);
@@ -52,7 +58,8 @@ static void cross_entropy_golden(void **state)
     }
 }
 
-static void case_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void case_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                         const void *context)
 {
     struct pieces p = pieces_new(fp64, tensor_rows(&in[0]));
     ref_check_convert(context, &p.labels);
@@ -64,14 +71,15 @@ static void case_forward(bool fp64, const struct tensor *in, const struct tensor
 }
 
 /* The mask is dL/dloss of each token. */
-static void case_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                          const struct tensor *din, const void *context)
+static void case_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                          const struct tensor *dout, const struct tensor *din, const void *context)
 {
     ref_check_convert(&in[0], &din[0]);
     REF_CHECK_OP(fp64, loss_backward)(NULL, context, 0, &out[1], &out[2], &dout[0], &din[0]);
 }
 
-/* An ignored label has no place here: its loss is log(se), whose mx the gradient formula takes as a constant; its mask is 0. */
+/* An ignored label has no place here: its loss is log(se), whose mx the gradient formula takes as a
+ * constant; its mask is 0. */
 static void gradient_of_logits(void **state)
 {
     static const int64_t cols[3] = { 2, 17, 523 };
@@ -80,11 +88,17 @@ static void gradient_of_logits(void **state)
         struct tensor labels = ref_check_vector(DTYPE_I64, 7);
         REF_CHECK_EACH(&labels, r, c)
             ref_check_set(&labels, r, c, (double)ref_check_index(&rng, cols[i]));
-        struct ref_check_case c = {
-            .name = "cross entropy", .n_in = 1, .n_out = 3, .n_weighted = 1, .forward = case_forward,
-            .backward = case_backward, .context = &labels, .in = { ref_check_matrix(DTYPE_F64, 7, cols[i], 3) },
-            .out = { ref_check_vector(DTYPE_F64, 7), ref_check_vector(DTYPE_F64, 7), ref_check_vector(DTYPE_F64, 7) }
-        };
+        struct ref_check_case c = { .name = "cross entropy",
+                                    .n_in = 1,
+                                    .n_out = 3,
+                                    .n_weighted = 1,
+                                    .forward = case_forward,
+                                    .backward = case_backward,
+                                    .context = &labels,
+                                    .in = { ref_check_matrix(DTYPE_F64, 7, cols[i], 3) },
+                                    .out = { ref_check_vector(DTYPE_F64, 7),
+                                             ref_check_vector(DTYPE_F64, 7),
+                                             ref_check_vector(DTYPE_F64, 7) } };
         ref_check_fill_random(&c.in[0], &rng, -2, 2);
         ref_check_gradients(&c, 71);
         ref_check_case_free(&c);
@@ -92,18 +106,24 @@ static void gradient_of_logits(void **state)
     }
 }
 
-/* loss_max and loss_sum on vocabulary shards of `per` columns of the same buffer, reduced as the caller does it, against one rank that
- * holds all; then the gradient of the shards in place. Labels: one of each shard, padded rows of the vocabulary, -100 and beyond. */
+/* loss_max and loss_sum on vocabulary shards of `per` columns of the same buffer, reduced as the
+ * caller does it, against one rank that holds all; then the gradient of the shards in place.
+ * Labels: one of each shard, padded rows of the vocabulary, -100 and beyond. */
 static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64_t per)
 {
     struct ref_check_random rng = { 2 };
     double tolerance = fp64 ? 1e-14 : 2e-6;
-    struct pieces whole = pieces_new(fp64, tokens), shard = pieces_new(fp64, tokens), sum = pieces_new(fp64, tokens);
-    struct tensor logits = ref_check_matrix(real_dtype[fp64], tokens, vocab, 0), parts = ref_check_like(&logits, logits.dtype);
+    struct pieces whole = pieces_new(fp64, tokens), shard = pieces_new(fp64, tokens),
+                  sum = pieces_new(fp64, tokens);
+    struct tensor logits = ref_check_matrix(real_dtype[fp64], tokens, vocab, 0),
+                  parts = ref_check_like(&logits, logits.dtype);
     ref_check_fill_random(&logits, &rng, -4, 4);
     ref_check_convert(&logits, &parts);
     for (int64_t t = 0; t < tokens; t++) {
-        ref_check_set(&whole.labels, 0, t, t == 0 ? -100 : t == 1 ? (double)vocab : (double)(t * per / 2 % vocab));
+        ref_check_set(&whole.labels, 0, t,
+                      t == 0   ? -100
+                      : t == 1 ? (double)vocab
+                               : (double)(t * per / 2 % vocab));
         ref_check_set(&whole.mask, 0, t, t < 2 ? 0 : 1);
     }
     forward_all(fp64, &logits, &whole);
@@ -119,20 +139,27 @@ static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64
             if (pass == 0)
                 REF_CHECK_OP(fp64, loss_max)(NULL, &view, &shard.mx);
             else if (pass == 1)
-                REF_CHECK_OP(fp64, loss_sum)(NULL, &view, &whole.labels, first, &sum.mx, &shard.se, &shard.pl);
+                REF_CHECK_OP(fp64, loss_sum)(
+                    NULL, &view, &whole.labels, first, &sum.mx, &shard.se, &shard.pl);
             else
-                REF_CHECK_OP(fp64, loss_backward)(NULL, &whole.labels, first, &sum.mx, &sum.se, &whole.mask, &view);
+                REF_CHECK_OP(fp64, loss_backward)(
+                    NULL, &whole.labels, first, &sum.mx, &sum.se, &whole.mask, &view);
             for (int64_t t = 0; t < tokens && pass < 2; t++) {
                 if (pass == 0)
-                    ref_check_set(&sum.mx, 0, t, fmax(ref_check_get(&sum.mx, 0, t), ref_check_get(&shard.mx, 0, t)));
+                    ref_check_set(
+                        &sum.mx, 0, t,
+                        fmax(ref_check_get(&sum.mx, 0, t), ref_check_get(&shard.mx, 0, t)));
                 else {
-                    ref_check_set(&sum.se, 0, t, ref_check_get(&sum.se, 0, t) + ref_check_get(&shard.se, 0, t));
-                    ref_check_set(&sum.pl, 0, t, ref_check_get(&sum.pl, 0, t) + ref_check_get(&shard.pl, 0, t));
+                    ref_check_set(&sum.se, 0, t,
+                                  ref_check_get(&sum.se, 0, t) + ref_check_get(&shard.se, 0, t));
+                    ref_check_set(&sum.pl, 0, t,
+                                  ref_check_get(&sum.pl, 0, t) + ref_check_get(&shard.pl, 0, t));
                 }
             }
         }
     REF_CHECK_OP(fp64, loss_finish)(NULL, &sum.se, &sum.pl, &whole.mask, &sum.loss, &sum.total);
-    REF_CHECK_OP(fp64, loss_backward)(NULL, &whole.labels, 0, &whole.mx, &whole.se, &whole.mask, &logits);
+    REF_CHECK_OP(fp64, loss_backward)(
+        NULL, &whole.labels, 0, &whole.mx, &whole.se, &whole.mask, &logits);
     ref_check_same(&sum.mx, &whole.mx, "mx of shards");
     ref_check_near(&sum.se, &whole.se, tolerance, "se of shards");
     ref_check_near(&sum.loss, &whole.loss, tolerance, "loss of shards");
@@ -141,7 +168,8 @@ static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64
     for (int64_t t = 0; t < 2 && t < tokens; t++) {
         assert_true(isfinite(ref_check_get(&whole.loss, 0, t)));
         ref_check_value(ref_check_get(&whole.pl, 0, t), 0, 0, "pl of an ignored label");
-        ref_check_value(ref_check_get(&whole.loss, 0, t), log(ref_check_get(&whole.se, 0, t)), 1e-6, "its loss is log(se)");
+        ref_check_value(ref_check_get(&whole.loss, 0, t), log(ref_check_get(&whole.se, 0, t)), 1e-6,
+                        "its loss is log(se)");
         for (int64_t v = 0; v < vocab; v++)
             ref_check_value(ref_check_get(&logits, t, v), 0, 0, "its gradient");
     }
@@ -164,7 +192,8 @@ static void m6_20_labels_of_every_shard_and_none(void **state)
 
 static void m6_20_padded_vocabulary_rows_count_in_the_denominator(void **state)
 {
-    /* four equal logits, of which only three are real tokens: ln 4, not ln 3; the padded row gets a gradient */
+    /* four equal logits, of which only three are real tokens: ln 4, not ln 3; the padded row gets a
+     * gradient */
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct pieces p = pieces_new(fp64, 1);
         struct tensor logits = ref_check_matrix(real_dtype[fp64], 1, 4, 0);
@@ -211,7 +240,8 @@ static void total_is_added_to_over_micro_batches(void **state)
             REF_CHECK_OP(fp64, loss_finish)(NULL, &p.se, &p.pl, &p.mask, &p.loss, &p.total);
             ref_check_value(ref_check_get(&p.total, 0, 0), i * 2.75, fp64 ? 1e-15 : 2e-7, "total");
         }
-        ref_check_value(ref_check_get(&p.loss, 0, 1), 1, fp64 ? 1e-15 : 2e-7, "a masked token's loss is reported");
+        ref_check_value(ref_check_get(&p.loss, 0, 1), 1, fp64 ? 1e-15 : 2e-7,
+                        "a masked token's loss is reported");
         pieces_free(&p);
     }
 }
@@ -237,7 +267,8 @@ static void no_tokens_and_no_columns_are_legal(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct pieces p = pieces_new(fp64, 0), q = pieces_new(fp64, 3);
-        struct tensor logits = ref_check_matrix(real_dtype[fp64], 0, 9, 0), empty = ref_check_matrix(real_dtype[fp64], 3, 0, 0);
+        struct tensor logits = ref_check_matrix(real_dtype[fp64], 0, 9, 0),
+                      empty = ref_check_matrix(real_dtype[fp64], 3, 0, 0);
         forward_all(fp64, &logits, &p);
         REF_CHECK_OP(fp64, loss_backward)(NULL, &p.labels, 0, &p.mx, &p.se, &p.mask, &logits);
         ref_check_value(ref_check_get(&p.total, 0, 0), 0, 0, "total of no tokens");

@@ -6,7 +6,8 @@ static const enum dtype real_dtype[2] = { DTYPE_F32, DTYPE_F64 };
 static void sum_squares_adds_in_double(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
-        struct tensor x = ref_check_matrix(real_dtype[fp64], 101, 37, 3), total = ref_check_vector(real_dtype[fp64], 1);
+        struct tensor x = ref_check_matrix(real_dtype[fp64], 101, 37, 3),
+                      total = ref_check_vector(real_dtype[fp64], 1);
         struct tensor empty = ref_check_matrix(real_dtype[fp64], 0, 37, 0);
         struct ref_check_random rng = { 1 };
         double expected = 0;
@@ -16,7 +17,8 @@ static void sum_squares_adds_in_double(void **state)
         ref_check_fill(&total, 0.5);
         REF_CHECK_OP(fp64, sum_squares)(NULL, &x, &total);
         REF_CHECK_OP(fp64, sum_squares)(NULL, &empty, &total);
-        ref_check_value(ref_check_get(&total, 0, 0), expected + 0.5, fp64 ? 1e-14 : 1e-7, "sum of squares");
+        ref_check_value(ref_check_get(&total, 0, 0), expected + 0.5, fp64 ? 1e-14 : 1e-7,
+                        "sum of squares");
         ref_check_free(&x);
         ref_check_free(&empty);
         ref_check_free(&total);
@@ -27,7 +29,8 @@ static void sum_squares_adds_in_double(void **state)
     ref_check_set(&x, 0, 0, 4096);
     ref_check_fill(&total, 0);
     ref_sum_squares_f32(NULL, &x, &total);
-    ref_check_value(ref_check_get(&total, 0, 0), 16777216 + 1024, 0, "sum of squares with a large first");
+    ref_check_value(ref_check_get(&total, 0, 0), 16777216 + 1024, 0,
+                    "sum of squares with a large first");
     ref_check_free(&x);
     ref_check_free(&total);
 }
@@ -35,7 +38,8 @@ static void sum_squares_adds_in_double(void **state)
 static void count_zeros_adds(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
-        struct tensor x = ref_check_matrix(real_dtype[fp64], 3, 5, 2), total = ref_check_vector(DTYPE_I64, 1);
+        struct tensor x = ref_check_matrix(real_dtype[fp64], 3, 5, 2),
+                      total = ref_check_vector(DTYPE_I64, 1);
         ref_check_fill(&x, 1e-30);
         ref_check_set(&x, 0, 0, 0);
         ref_check_set(&x, 2, 4, -0.0);
@@ -48,13 +52,16 @@ static void count_zeros_adds(void **state)
     }
 }
 
-struct state { struct tensor grad, master, m, v, param; };
+struct state {
+    struct tensor grad, master, m, v, param;
+};
 
 static struct state state_new(bool fp64, int64_t rows, int64_t cols)
 {
     enum dtype t = real_dtype[fp64];
-    struct state s = { ref_check_matrix(t, rows, cols, 1), ref_check_matrix(t, rows, cols, 2), ref_check_matrix(t, rows, cols, 0),
-                       ref_check_matrix(t, rows, cols, 0), ref_check_matrix(t, rows, cols, 3) };
+    struct state s = { ref_check_matrix(t, rows, cols, 1), ref_check_matrix(t, rows, cols, 2),
+                       ref_check_matrix(t, rows, cols, 0), ref_check_matrix(t, rows, cols, 0),
+                       ref_check_matrix(t, rows, cols, 3) };
     ref_check_fill(&s.m, 0);
     ref_check_fill(&s.v, 0);
     return s;
@@ -75,8 +82,10 @@ static void adamw_first_step_by_hand(void **state)
         double tolerance = fp64 ? 1e-14 : 5e-7;
         ref_check_fill(&s.grad, 4);
         ref_check_fill(&s.master, 10);
-        REF_CHECK_OP(fp64, adamw)(NULL, &s.grad, 0.5, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
-        ref_check_value(ref_check_get(&s.master, 0, 0), 10 - 0.1 * (2.0 / 3 + 0.1), tolerance, "master");
+        REF_CHECK_OP(fp64, adamw)(
+            NULL, &s.grad, 0.5, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
+        ref_check_value(ref_check_get(&s.master, 0, 0), 10 - 0.1 * (2.0 / 3 + 0.1), tolerance,
+                        "master");
         ref_check_value(ref_check_get(&s.m, 0, 0), 0.2, tolerance, "m");
         ref_check_value(ref_check_get(&s.v, 0, 0), 0.2, tolerance, "v");
         ref_check_same(&s.param, &s.master, "param");
@@ -84,7 +93,7 @@ static void adamw_first_step_by_hand(void **state)
     }
 }
 
-/* Many steps with changing gradients and rates against the formulas in double, element by element. */
+/* Many steps with changing gradients and rates against the formulas in double. */
 static void adamw_follows_the_formula(void **state)
 {
     enum { ROWS = 3, COLS = 41, STEPS = 7 };
@@ -101,8 +110,9 @@ static void adamw_follows_the_formula(void **state)
         for (int step = 1; step <= STEPS; step++) {
             double lr = 0.01 * step;
             ref_check_fill_random(&s.grad, &rng, -1, 1);
-            ref_check_set(&s.grad, 1, 1, 0);   /* never a gradient: only the decay moves it */
-            REF_CHECK_OP(fp64, adamw)(NULL, &s.grad, factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
+            ref_check_set(&s.grad, 1, 1, 0); /* never a gradient: only the decay moves it */
+            REF_CHECK_OP(fp64, adamw)(
+                NULL, &s.grad, factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
             REF_CHECK_EACH(&s.master, r, c) {
                 double g = ref_check_get(&s.grad, r, c) * factor;
                 m[r][c] = b1 * m[r][c] + (1 - b1) * g;
@@ -117,7 +127,8 @@ static void adamw_follows_the_formula(void **state)
         double decayed = start;
         for (int step = 1; step <= STEPS; step++)
             decayed *= 1 - 0.01 * step * wd;
-        ref_check_value(ref_check_get(&s.master, 1, 1), decayed, fp64 ? 1e-15 : 5e-7, "decay alone");
+        ref_check_value(ref_check_get(&s.master, 1, 1), decayed, fp64 ? 1e-15 : 5e-7,
+                        "decay alone");
         ref_check_padding(&s.master, "master");
         ref_check_padding(&s.param, "param");
         ref_check_free(&expected);
@@ -125,7 +136,7 @@ static void adamw_follows_the_formula(void **state)
     }
 }
 
-/* Two shards of a tensor give the same bits as the whole: the distributed optimizer cuts anywhere. */
+/* Two shards give the same bits as the whole: the distributed optimizer cuts anywhere. */
 static void adamw_of_shards_equals_whole_bitwise(void **state)
 {
     enum { N = 53, CUT = 20 };
@@ -137,14 +148,18 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
         ref_check_convert(&a.grad, &b.grad);
         ref_check_convert(&a.master, &b.master);
         for (int step = 1; step <= 3; step++) {
-            REF_CHECK_OP(fp64, adamw)(NULL, &a.grad, 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v, &a.param);
+            REF_CHECK_OP(fp64, adamw)(
+                NULL, &a.grad, 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v,
+                &a.param);
             for (int part = 0; part < 2; part++) {
                 struct tensor t[5] = { b.grad, b.master, b.m, b.v, b.param };
                 for (int i = 0; i < 5; i++) {
-                    t[i].data = (char *)t[i].data + (size_t)(part * CUT * t[i].ld) * dtype_bytes(t[i].dtype);
+                    t[i].data = (char *)t[i].data +
+                                (size_t)(part * CUT * t[i].ld) * dtype_bytes(t[i].dtype);
                     t[i].shape[0] = part == 0 ? CUT : N - CUT;
                 }
-                REF_CHECK_OP(fp64, adamw)(NULL, &t[0], 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3], &t[4]);
+                REF_CHECK_OP(fp64, adamw)(
+                    NULL, &t[0], 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3], &t[4]);
             }
         }
         ref_check_same(&a.master, &b.master, "master");
@@ -159,7 +174,8 @@ static void adamw_of_nothing(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct tensor none = ref_check_vector(real_dtype[fp64], 0);
-        REF_CHECK_OP(fp64, adamw)(NULL, &none, 1, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
+        REF_CHECK_OP(fp64, adamw)(
+            NULL, &none, 1, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
         ref_check_free(&none);
     }
 }

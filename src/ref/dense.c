@@ -1,7 +1,9 @@
-/* dense.c - matrix product, additions, activations and the two normalisations. Formulas: model.md 1.4 and 2.5.
+/* dense.c - matrix product, additions, activations and the two normalisations. Formulas:
+ * model.md 1.4 and 2.5.
  *
- * Rows are handled one after the other; sums over rows (gradients of weights and biases) run over blocks of columns, rows in
- * ascending order, so that a result does not depend on anything but its inputs.
+ * Rows are handled one after the other; sums over rows (gradients of weights and biases) run over
+ * blocks of columns, rows in ascending order, so that a result does not depend on anything but its
+ * inputs.
  */
 #include <string.h>
 #include "ref_row.h"
@@ -10,7 +12,8 @@ static void scale_rows(double beta, in_t c, out_t d);
 static real gelu(real x);
 static real gelu_derivative(real x);
 
-void REF(gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
+void REF(gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta,
+               in_t c, out_t d)
 {
     int64_t m = tensor_rows(d), n = tensor_cols(d), k = ta ? tensor_rows(a) : tensor_cols(a);
     ref_expect(a, ta ? k : m, ta ? m : k);
@@ -28,8 +31,9 @@ void REF(gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
     if (beta != 0 && c->data != d->data)
         scale_rows(1, c, d);
     ASSERT(beta == 0 || c->data != d->data || c->ld == d->ld || m == 1);
-    REF_GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, ref_int(m), ref_int(n), ref_int(k),
-             (real)alpha, a->data, ref_int(a->ld), b->data, ref_int(b->ld), (real)beta, d->data, ref_int(d->ld));
+    REF_GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+             ref_int(m), ref_int(n), ref_int(k), (real)alpha, a->data, ref_int(a->ld), b->data,
+             ref_int(b->ld), (real)beta, d->data, ref_int(d->ld));
 }
 
 /* d = beta*c; c is not read when beta is 0. */
@@ -101,7 +105,8 @@ void REF(activation_forward)(struct stream *s, enum backend_activation f, in_t x
         real *to = ref_row(y, r);
         switch (f) {
         case BACKEND_RELU2:
-            /* Two loops: the compiler makes vectors of a selection and of a product, not of both. A NaN stays one. */
+            /* Two loops: the compiler makes vectors of a selection and of a product, not of both. A
+             * NaN stays one. */
             for (int64_t i = 0; i < cols; i++)
                 to[i] = from[i] < 0 ? 0 : from[i];
             for (int64_t i = 0; i < cols; i++)
@@ -115,7 +120,8 @@ void REF(activation_forward)(struct stream *s, enum backend_activation f, in_t x
     }
 }
 
-void REF(activation_backward)(struct stream *s, enum backend_activation f, in_t x, in_t dy, out_t dx)
+void REF(activation_backward)(struct stream *s, enum backend_activation f, in_t x, in_t dy,
+                              out_t dx)
 {
     int64_t rows = tensor_rows(dx), cols = tensor_cols(dx);
     ref_expect(x, rows, cols);
@@ -139,8 +145,8 @@ void REF(activation_backward)(struct stream *s, enum backend_activation f, in_t 
     }
 }
 
-/* exp(-2u), u the argument of fgelu's tanh: (1+tanh(u))/2 = 1/(1+exp(-2u)) and (1-tanh(u))/2 = 1/(1+exp(2u)) are free of
- * cancellation on both sides, and exp costs a tenth of tanh. */
+/* exp(-2u), u the argument of fgelu's tanh: (1+tanh(u))/2 = 1/(1+exp(-2u)) and (1-tanh(u))/2 =
+ * 1/(1+exp(2u)) are free of cancellation on both sides, and exp costs a tenth of tanh. */
 static real gelu_exp(real x)
 {
     return REF_EXP(-2 * (real)0.7978845608 * x * (1 + (real)0.044715 * x * x));
@@ -213,7 +219,8 @@ void REF(rmsnorm_backward)(struct stream *s, in_t x, in_t w, in_t rs, in_t dy, o
     }
 }
 
-void REF(layernorm_forward)(struct stream *s, in_t x, in_t w, in_t b, double eps, out_t y, out_t mean, out_t rs)
+void REF(layernorm_forward)(struct stream *s, in_t x, in_t w, in_t b, double eps, out_t y,
+                            out_t mean, out_t rs)
 {
     int64_t rows = tensor_rows(x), cols = tensor_cols(x);
     const real *weight = ref_vector(w, cols), *bias = ref_vector(b, cols);
@@ -238,11 +245,14 @@ void REF(layernorm_forward)(struct stream *s, in_t x, in_t w, in_t b, double eps
     }
 }
 
-/* xh = (x-mean)*rs; dx += rs*(w dy - mean(w dy) - xh mean(w dy xh)); dw += sum dy xh; db += sum dy. */
-void REF(layernorm_backward)(struct stream *s, in_t x, in_t w, in_t mean, in_t rs, in_t dy, out_t dx, out_t dw, out_t db)
+/* xh = (x-mean)*rs; dx += rs*(w dy - mean(w dy) - xh mean(w dy xh));
+ * dw += sum dy xh; db += sum dy. */
+void REF(layernorm_backward)(struct stream *s, in_t x, in_t w, in_t mean, in_t rs, in_t dy,
+                             out_t dx, out_t dw, out_t db)
 {
     int64_t rows = tensor_rows(x), cols = tensor_cols(x);
-    const real *weight = ref_vector(w, cols), *centre = ref_vector(mean, rows), *inverse = ref_vector(rs, rows);
+    const real *weight = ref_vector(w, cols), *centre = ref_vector(mean, rows),
+               *inverse = ref_vector(rs, rows);
     ref_expect(x, rows, cols);
     ref_expect(dy, rows, cols);
     ref_expect(dx, rows, cols);
@@ -278,7 +288,8 @@ void REF(layernorm_backward)(struct stream *s, in_t x, in_t w, in_t mean, in_t r
             level[i % 8] += (double)weight[i] * from[i];
             along[i % 8] += (double)weight[i] * from[i] * ((at[i] - mu) * scale);
         }
-        real a = (real)(ref_lanes(level) / (double)cols), c = (real)(ref_lanes(along) / (double)cols);
+        real a = (real)(ref_lanes(level) / (double)cols),
+             c = (real)(ref_lanes(along) / (double)cols);
         for (i = 0; i < cols; i++)
             to[i] += scale * (weight[i] * from[i] - a - (at[i] - mu) * scale * c);
     }

@@ -1,7 +1,8 @@
-/* loss.c - cross entropy over vocabulary rows spread on ranks (model.md 1.9): local maximum, local sum, and the gradient.
+/* loss.c - cross entropy over vocabulary rows spread on ranks (model.md 1.9): local maximum, local
+ * sum, and the gradient.
  *
- * The caller reduces mx (max), se and pl (sum) over its group in between. A label outside [first, first+cols) is another rank's or
- * nobody's: it gives pl = 0 and no onehot term.
+ * The caller reduces mx (max), se and pl (sum) over its group in between. A label outside [first,
+ * first+cols) is another rank's or nobody's: it gives pl = 0 and no onehot term.
  */
 #include <string.h>
 #include "ref_row.h"
@@ -11,11 +12,13 @@ void REF(loss_max)(struct stream *s, in_t logits, out_t mx)
     int64_t rows = tensor_rows(logits), cols = tensor_cols(logits);
     real *top = ref_vector(mx, rows);
     ref_expect(logits, rows, cols);
-    for (int64_t t = 0; t < rows; t++)   /* -infinity without columns: the identity of the reduction that follows */
+    for (int64_t t = 0; t < rows;
+         t++) /* -infinity without columns: the identity of the reduction that follows */
         top[t] = ref_max(ref_row(logits, t), cols);
 }
 
-void REF(loss_sum)(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se, out_t pl)
+void REF(loss_sum)(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se,
+                   out_t pl)
 {
     int64_t rows = tensor_rows(logits), cols = tensor_cols(logits);
     const int64_t *label = labels->data;
@@ -42,7 +45,8 @@ void REF(loss_sum)(struct stream *s, in_t logits, in_t labels, int64_t first, in
 void REF(loss_finish)(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss, out_t total)
 {
     int64_t rows = tensor_numel(loss);
-    const real *sum = ref_vector(se, rows), *picked = ref_vector(pl, rows), *keep = ref_vector(mask, rows);
+    const real *sum = ref_vector(se, rows), *picked = ref_vector(pl, rows),
+               *keep = ref_vector(mask, rows);
     real *out = ref_vector(loss, rows), *into = ref_vector(total, 1);
     double all = 0;
     for (int64_t t = 0; t < rows; t++) {
@@ -53,11 +57,13 @@ void REF(loss_finish)(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss,
     into[0] = (real)(into[0] + all);
 }
 
-void REF(loss_backward)(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se, in_t mask, out_t logits)
+void REF(loss_backward)(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se, in_t mask,
+                        out_t logits)
 {
     int64_t rows = tensor_rows(logits), cols = tensor_cols(logits);
     const int64_t *label = labels->data;
-    const real *top = ref_vector(mx, rows), *sum = ref_vector(se, rows), *keep = ref_vector(mask, rows);
+    const real *top = ref_vector(mx, rows), *sum = ref_vector(se, rows),
+               *keep = ref_vector(mask, rows);
     ref_expect_dense(labels, DTYPE_I64, rows);
     ref_expect(logits, rows, cols);
     for (int64_t t = 0; t < rows; t++) {

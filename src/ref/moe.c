@@ -266,7 +266,13 @@ void REF(moe_unsort_prob)(struct stream *s, in_t drow, in_t token_row, out_t dpr
         }
 }
 
-/* In both, relu keeps a NaN. */
+/* to = relu(from), which keeps a NaN. */
+static void relu(const real *from, int64_t n, real *restrict to)
+{
+    for (int64_t i = 0; i < n; i++)
+        to[i] = from[i] < 0 ? 0 : from[i];
+}
+
 void REF(expert_act_forward)(struct stream *s, in_t h, in_t prob, out_t y)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
@@ -274,15 +280,14 @@ void REF(expert_act_forward)(struct stream *s, in_t h, in_t prob, out_t y)
     ref_expect(h, rows, cols);
     ref_expect(y, rows, cols);
     for (int64_t r = 0; r < rows; r++) {
-        const real *from = ref_row(h, r);
-        real *to = ref_row(y, r);
-        for (int64_t i = 0; i < cols; i++) {
-            real positive = from[i] < 0 ? 0 : from[i];
-            to[i] = positive * positive * p[r];
-        }
+        real *restrict to = ref_row(y, r), factor = p[r];
+        relu(ref_row(h, r), cols, to);
+        for (int64_t i = 0; i < cols; i++)
+            to[i] = to[i] * to[i] * factor;
     }
 }
 
+/* dh may be dy: a block of dy is read before it is written. */
 void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
@@ -292,22 +297,21 @@ void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_
     ref_expect(dy, rows, cols);
     ref_expect(dh, rows, cols);
     for (int64_t r = 0; r < rows; r++) {
-        const real *at = ref_row(h, r), *from = ref_row(dy, r);
-        real *to = ref_row(dh, r), twice = 2 * p[r];
-        double lane[8] = { 0 };
-        int64_t i = 0;
-        for (; i + 8 <= cols; i += 8)
-            for (int j = 0; j < 8; j++) {
-                real positive = at[i + j] < 0 ? 0 : at[i + j];
-                lane[j] += (double)positive * positive * from[i + j];
-            }
-        for (; i < cols; i++)
-            lane[i % 8] += at[i] < 0 ? 0 : (double)at[i] * at[i] * from[i];
-        dp[r] = (real)ref_lanes(lane);
-        for (i = 0; i < cols; i++) {
-            real positive = at[i] < 0 ? 0 : at[i];
-            to[i] = positive * from[i] * twice;
+        const real twice = 2 * p[r];
+        double sum = 0;
+        for (int64_t first = 0; first < cols; first += REF_COLUMNS) {
+            const int64_t n = cols - first < REF_COLUMNS ? cols - first : REF_COLUMNS;
+            real positive[REF_COLUMNS], slope[REF_COLUMNS];
+            const real *from = ref_row(dy, r) + first;
+            relu(ref_row(h, r) + first, n, positive);
+            for (int64_t i = 0; i < n; i++)
+                slope[i] = positive[i] * from[i];
+            sum += ref_dot(positive, slope, n);
+            for (int64_t i = 0; i < n; i++)
+                slope[i] *= twice;
+            memcpy(ref_row(dh, r) + first, slope, (size_t)n * sizeof *slope);
         }
+        dp[r] = (real)sum;
     }
 }
 

@@ -1,7 +1,9 @@
-/* ref_row.h - what the loops of this folder share: rows and vectors of a view, sums in double, libm in `real`.
+/* ref_row.h - what the loops of this folder share: rows and vectors of a view, sums in double, libm
+ * in `real`.
  *
- * Checks are made once per operation, never inside loops. ref_dot adds in eight fixed lanes: the order of the sum is part of
- * the source, so the compiler may use vectors and the result does not depend on it.
+ * Checks are made once per operation, never inside loops. ref_dot adds in eight fixed lanes: the
+ * order of the sum is part of the source, so the compiler may use vectors and the result does not
+ * depend on it.
  */
 #ifndef MIMO_REF_ROW_H
 #define MIMO_REF_ROW_H

@@ -1,6 +1,7 @@
 /* rows.c - gathering rows, and the embedding of merged text and pictures (model.md 1.3, 3).
  *
- * Scatter-adds run over tokens in ascending order, so that repeated token ids add up in one fixed order.
+ * Scatter-adds run over tokens in ascending order, so that repeated token ids add up in one fixed
+ * order.
  */
 #include <string.h>
 #include "ref_row.h"
@@ -48,9 +49,11 @@ void REF(gather_sum_rows)(struct stream *s, in_t in, in_t index, double beta, ou
     }
 }
 
-void REF(embed_merge_forward)(struct stream *s, in_t ids, in_t image_row, in_t table, int64_t first, in_t image, out_t out)
+void REF(embed_merge_forward)(struct stream *s, in_t ids, in_t image_row, in_t table, int64_t first,
+                              in_t image, out_t out)
 {
-    int64_t rows = tensor_rows(out), cols = tensor_cols(out), images = image != NULL ? tensor_rows(image) : 0;
+    int64_t rows = tensor_rows(out), cols = tensor_cols(out),
+            images = image != NULL ? tensor_rows(image) : 0;
     const int32_t *picture = ref_index(image_row, rows);
     const int64_t *id = ids->data, table_rows = tensor_rows(table);
     ref_expect_dense(ids, DTYPE_I64, rows);
@@ -70,10 +73,12 @@ void REF(embed_merge_forward)(struct stream *s, in_t ids, in_t image_row, in_t t
     }
 }
 
-void REF(embed_merge_backward)(struct stream *s, in_t ids, in_t image_row, in_t dout, int64_t first, out_t dtable, out_t dimage)
+void REF(embed_merge_backward)(struct stream *s, in_t ids, in_t image_row, in_t dout, int64_t first,
+                               out_t dtable, out_t dimage)
 {
     int64_t rows = tensor_rows(dout), cols = tensor_cols(dout);
-    int64_t images = dimage != NULL ? tensor_rows(dimage) : 0, table_rows = dtable != NULL ? tensor_rows(dtable) : 0;
+    int64_t images = dimage != NULL ? tensor_rows(dimage) : 0,
+            table_rows = dtable != NULL ? tensor_rows(dtable) : 0;
     const int32_t *picture = ref_index(image_row, rows);
     const int64_t *id = ids->data;
     ref_expect_dense(ids, DTYPE_I64, rows);

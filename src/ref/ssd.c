@@ -26,7 +26,7 @@ struct rates {
 /* Letters: q = rows of a chunk at most, w = per_group*P, m = tokens. */
 struct scratch {
     struct rates rates;           /* [per_group][m] each */
-    double *row, *part, *e, *dcs; /* [q] */
+    double *row, *part, *e, *r;   /* [q] */
     double *sums;                 /* [per_group][3]: ddt_bias, dA, dD */
     real *state, *gm;             /* [chunks][w,N] of the longest segment (forward uses one), [w,N] */
     real *cb, *mix, *gx, *z;      /* [q,q] */
@@ -127,7 +127,7 @@ static int64_t scratch_of(struct scratch *w, real *base, int64_t tokens, int64_t
         { &w->rates.del, NULL, per_group * tokens }, { &w->rates.slope, NULL, per_group * tokens },
         { &w->rates.decay, NULL, per_group * tokens }, { &w->rates.carry, NULL, per_group * tokens },
         { &w->rates.tail, NULL, per_group * tokens }, { &w->row, NULL, q }, { &w->part, NULL, q }, { &w->e, NULL, q },
-        { &w->dcs, NULL, q }, { &w->sums, NULL, 3 * per_group },
+        { &w->r, NULL, q }, { &w->sums, NULL, 3 * per_group },
         { NULL, &w->state, chunks * width * state }, { NULL, &w->gm, width * state },
         { NULL, &w->cb, q * q }, { NULL, &w->mix, q * q }, { NULL, &w->gx, q * q }, { NULL, &w->z, q * q },
         { NULL, &w->v, q * width }, { NULL, &w->sc, q * width }, { NULL, &w->xs, q * width }, { NULL, &w->ys, q * width },
@@ -308,38 +308,38 @@ static void backward_chunk(const struct ssd *a, const struct scratch *w, const s
     }
 }
 
-/* With G_ij = gy_i.x_j: mix = CB L del; z += L del G; e_j = sum_i CB L G; dcs_i = sum_j mix G (what is subtracted by column is
- * del_j e_j). */
+/* With G_ij = gy_i.x_j: mix = CB L del, z += L del G, e_j = sum over i >= j of CB L G, and with W = mix G (below the diagonal)
+ * r_j = sum over k < j <= i of W_ik: every path that runs over the decay of token j. This is R_j of 1.6.5 without its differences
+ * of row and column sums, which cancel when del is large. */
 static void mix_backward(const struct scratch *w, int64_t q, const double *restrict del, const double *decay)
 {
-    double *restrict e = w->e, *restrict part = w->part;
+    double *restrict e = w->e, *restrict part = w->part, *restrict r = w->r;
     for (int64_t j = 0; j < q; j++)
-        e[j] = 0;
+        e[j] = r[j] = 0;
     for (int64_t i = 0; i < q; i++) {
         const real *restrict cb = w->cb + i * q, *restrict g = w->gx + i * q;
         const double *restrict row = w->row;
         real *restrict mix = w->mix + i * q, *restrict z = w->z + i * q;
-        double lane[8] = { 0 };
-        int64_t j = 0;
+        double before = 0;
         next_row(w->row, i, decay[i]);
-        for (; j <= i; j++) {
+        for (int64_t j = 0; j <= i; j++) {
             double lg = row[j] * g[j], term = lg * cb[j];
             mix[j] = (real)(row[j] * del[j]) * cb[j];
             z[j] += (real)(lg * del[j]);
             e[j] += term;
             part[j] = term * del[j];
         }
-        for (; j < q; j++)
+        for (int64_t j = i + 1; j < q; j++)
             mix[j] = 0;
-        for (j = 0; j + 8 <= i + 1; j += 8)
-            for (int l = 0; l < 8; l++)
-                lane[l] += part[j + l];
-        for (; j <= i; j++)
-            lane[j % 8] += part[j];
-        w->dcs[i] = ref_lanes(lane);
+        for (int64_t j = 0; j <= i; j++) {
+            r[j] += before;
+            before += part[j];
+        }
     }
 }
 
+/* The rest of one head. The paths over the decay of token i also come from the state before the chunk (carry: to i and later),
+ * lead to the state behind it (tail: from before i), or do both (keep). */
 static void backward_head(const struct ssd *a, const struct scratch *w, const struct chunk *k, int64_t h, in_t dy,
                           const real *state, out_t dxbc, out_t ddt)
 {
@@ -347,43 +347,36 @@ static void backward_head(const struct ssd *a, const struct scratch *w, const st
     const double *del = w->rates.del + o, *carry = w->rates.carry + o, *tail = w->rates.tail + o, a_head = ssd_a(a, head);
     const real *x = k->x + h * width, *gy = ref_row(dy, k->first) + head * width, skip = a->d_skip[head];
     real *dx = ref_row(dxbc, k->first) + head * width;
-    double from_tail = 0, dd = 0;
+    double before = 0, *sums = w->sums + 3 * h;
     product(false, true, q, q, width, gy, dy->ld, x, a->ld, 0, w->gx, q);
     mix_backward(w, q, del, w->rates.decay + o);
     for (int64_t i = 0; i < q; i++) {
         const real *restrict from = gy + i * dy->ld, *restrict v = w->v + i * wide + h * width;
+        const real behind = (real)(tail[i] * del[i]);
         real *restrict to = dx + i * dxbc->ld;
-        dd += w->gx[i * q + i];
-        w->dcs[i] -= del[i] * w->e[i];
-        if (!k->opens)
-            w->dcs[i] += carry[i] * ref_dot(from, w->sc + i * wide + h * width, width);
+        sums[2] += w->gx[i * q + i];
         if (k->closes) {
             for (int64_t p = 0; p < width; p++)
                 to[p] = skip * from[p];
             continue;
         }
         const double xv = tail[i] * ref_dot(x + i * a->ld, v, width);
-        const real behind = (real)(tail[i] * del[i]);
         for (int64_t p = 0; p < width; p++)
             to[p] = skip * from[p] + behind * v[p];
         w->e[i] += xv;
-        w->dcs[i] -= del[i] * xv;
-        from_tail += del[i] * xv;
+        w->r[i] += before;
+        before += del[i] * xv;
     }
     product(true, false, q, width, q, w->mix, q, gy, dy->ld, 1, dx, dxbc->ld);
 
     const int64_t size = width * a->state;
-    if (!k->opens && !k->closes)
-        from_tail += carry[q - 1] * ref_dot(w->gm + h * size, state + h * size, size);
-    double suffix = from_tail, da = 0, dbias = 0;
+    double after = k->opens || k->closes ? 0 : carry[q - 1] * ref_dot(w->gm + h * size, state + h * size, size);
     for (int64_t i = q - 1; i >= 0; i--) {
-        suffix += w->dcs[i];
-        const double d = (a_head * suffix + w->e[i]) * w->rates.slope[o + i];
+        if (!k->opens)
+            after += carry[i] * ref_dot(gy + i * dy->ld, w->sc + i * wide + h * width, width);
+        const double r = w->r[i] + after, d = (a_head * r + w->e[i]) * w->rates.slope[o + i];
         ref_row(ddt, k->first + i)[head] = (real)d;
-        dbias += d;
-        da += del[i] * suffix;
+        sums[0] += d;
+        sums[1] += del[i] * r;
     }
-    w->sums[3 * h] += dbias;
-    w->sums[3 * h + 1] += da;
-    w->sums[3 * h + 2] += dd;
 }

@@ -1,5 +1,5 @@
-/* ssd.h - what the two forms of the selective state space scan share (model.md 1.6.3): the checked arguments, the rates of a
- * token, and the sequential form, which is the definition. ssd.c (chunks) is what the tables of backend_ref.c run.
+/* ssd.h - what the two forms of the selective state space scan share (model.md 1.6.3): the checked arguments and the rates
+ * of a token. ssd_sequential.c is the definition, ssd.c (chunks) what runs.
  */
 #ifndef MIMO_REF_SSD_H
 #define MIMO_REF_SSD_H
@@ -68,10 +68,5 @@ static inline struct ssd_rate ssd_rate_of(const struct ssd *a, int64_t token, in
     rate.decay = exp(rate.del * a_head);
     return rate;
 }
-
-#define X(op) extern __typeof__(*((struct backend_ops *)0)->op) ref_##op##_sequential_f32, ref_##op##_sequential_f64;
-/* The definition, token by token, with the arguments of the table's members; chunk is not used. Local. */
-X(ssd_forward) X(ssd_backward) X(ssd_work)
-#undef X
 
 #endif

@@ -3,6 +3,8 @@
  * This is the truth that the chunked form (ssd.c) is compared with; no table names it. Scratch: the states of one head over
  * the longest segment and one adjoint state.
  */
+#include "ssd_sequential.h"
+
 #include "ssd.h"
 
 /* One head of one segment. */
@@ -16,17 +18,17 @@ static void run_states(const struct ssd *a, const struct sequence *q, real *stat
 static void sequence_backward(const struct ssd *a, const struct sequence *q, const real *states, real *gm, in_t dy, out_t dxbc,
                               out_t ddt, double sums[3]);
 
-int64_t REF(ssd_work_sequential)(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk)
+int64_t REF(ssd_sequential_work)(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk)
 {
     return (tokens + 2) * head_dim * state;
 }
 
-void REF(ssd_forward_sequential)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu,
+void REF(ssd_sequential_forward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu,
                                  int64_t max_len, int heads, int head_dim, int groups, int state, int chunk, in_t work, out_t y)
 {
     const struct ssd a = ssd_arguments(xbc, dt, dt_bias, a_log, d_skip, cu, max_len, heads, head_dim, groups, state, chunk);
     ref_expect(y, a.tokens, a.heads * head_dim);
-    ASSERT(tensor_numel(work) >= REF(ssd_work_sequential)(a.tokens, a.segments, heads, head_dim, groups, state, chunk));
+    ASSERT(tensor_numel(work) >= REF(ssd_sequential_work)(a.tokens, a.segments, heads, head_dim, groups, state, chunk));
     for (int64_t i = 0; i < a.segments; i++)
         for (int64_t h = 0; h < heads; h++) {
             const struct sequence q = sequence_of(&a, i, h);
@@ -42,7 +44,7 @@ void REF(ssd_forward_sequential)(struct stream *s, in_t xbc, in_t dt, in_t dt_bi
         }
 }
 
-void REF(ssd_backward_sequential)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu,
+void REF(ssd_sequential_backward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu,
                                   int64_t max_len, int heads, int head_dim, int groups, int state, int chunk, in_t dy, in_t work,
                                   out_t dxbc, out_t ddt, out_t ddt_bias, out_t da_log, out_t dd_skip)
 {
@@ -50,7 +52,7 @@ void REF(ssd_backward_sequential)(struct stream *s, in_t xbc, in_t dt, in_t dt_b
     ref_expect(dy, a.tokens, a.heads * head_dim);
     ref_expect(dxbc, a.tokens, tensor_cols(xbc));
     ref_expect(ddt, a.tokens, heads);
-    ASSERT(tensor_numel(work) >= REF(ssd_work_sequential)(a.tokens, a.segments, heads, head_dim, groups, state, chunk));
+    ASSERT(tensor_numel(work) >= REF(ssd_sequential_work)(a.tokens, a.segments, heads, head_dim, groups, state, chunk));
     real *gm = work->data, *states = gm + (int64_t)head_dim * state;
     for (int64_t t = 0; t < a.tokens; t++)
         for (int64_t i = a.heads * head_dim; i < tensor_cols(dxbc); i++)

@@ -1,15 +1,18 @@
-/* vision.c - token rows of the encoder: patches with their position, class tokens (model.md 2.3, 2.4), and their gradients.
+/* vision.c - token rows of the encoder: patches with their position, class tokens
+ * (model.md 2.3, 2.4), and their gradients.
  *
- * Which grid points with which weights is decided on the host (vit_map.h); here it is a sparse linear map of at most four
- * points per patch. The backward pass adds into the grid in ascending row order.
+ * Which grid points with which weights is decided on the host (vit_map.h); here it is a sparse
+ * linear map of at most four points per patch. The backward pass adds into the grid in ascending
+ * row order.
  */
 #include <string.h>
 #include "ref_row.h"
 
-void REF(vit_assemble_forward)(struct stream *s, in_t e, in_t class_token, in_t grid, in_t row_source, in_t pos_index,
-                               in_t pos_w, out_t x)
+void REF(vit_assemble_forward)(struct stream *s, in_t e, in_t class_token, in_t grid,
+                               in_t row_source, in_t pos_index, in_t pos_w, out_t x)
 {
-    int64_t rows = tensor_rows(x), cols = tensor_cols(x), patches = tensor_rows(e), classes = tensor_rows(class_token);
+    int64_t rows = tensor_rows(x), cols = tensor_cols(x), patches = tensor_rows(e),
+            classes = tensor_rows(class_token);
     int64_t points = tensor_rows(grid);
     const int32_t *source = ref_index(row_source, rows), *index = ref_index(pos_index, 4 * patches);
     const real *weight = ref_vector(pos_w, 4 * patches);
@@ -39,10 +42,11 @@ void REF(vit_assemble_forward)(struct stream *s, in_t e, in_t class_token, in_t 
     }
 }
 
-void REF(vit_assemble_backward)(struct stream *s, in_t dx, in_t row_source, in_t pos_index, in_t pos_w, out_t de,
-                                out_t dclass_token, out_t dgrid)
+void REF(vit_assemble_backward)(struct stream *s, in_t dx, in_t row_source, in_t pos_index,
+                                in_t pos_w, out_t de, out_t dclass_token, out_t dgrid)
 {
-    int64_t rows = tensor_rows(dx), cols = tensor_cols(dx), patches = tensor_rows(de), classes = tensor_rows(dclass_token);
+    int64_t rows = tensor_rows(dx), cols = tensor_cols(dx), patches = tensor_rows(de),
+            classes = tensor_rows(dclass_token);
     int64_t points = tensor_rows(dgrid);
     const int32_t *source = ref_index(row_source, rows), *index = ref_index(pos_index, 4 * patches);
     const real *weight = ref_vector(pos_w, 4 * patches);

@@ -1,4 +1,4 @@
-/* flops.c - forward floating-point operations of the model (multiply-add = 2), model.md 5. Training = 3 x forward where a module trains. */
+/* model_flops.c - forward floating-point operations of the model (multiply-add = 2), model.md 5. Training = 3 x forward where a module trains. */
 #include "model.h"
 
 static double attention_flops(const struct deck *k, double tokens, double sum_len2)

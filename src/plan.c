@@ -1,0 +1,153 @@
+/* plan.c - see plan.h. */
+#include "plan.h"
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include "bridge.h"
+#include "model.h"
+#include "optim.h"
+#include "schedule.h"
+
+enum { SCHEDULE_LINES = 6, ROLES_MAX = 64 };
+
+static void print_counts(const struct deck *deck, FILE *out)
+{
+    struct model_counts c = model_count(deck);
+
+    fprintf(out, "parameters\n");
+    fprintf(out, "  %-46s %18" PRId64 "\n", "language", c.language);
+    fprintf(out, "  %-46s %18" PRId64 "\n", "language, active per token", c.language_active);
+    fprintf(out, "  %-46s %18" PRId64 "\n", "language, active without input embedding", c.language_active_no_embedding);
+    fprintf(out, "  %-46s %18" PRId64 "\n", "vision", c.vision);
+    fprintf(out, "  %-46s %18" PRId64 "\n", "projector", c.projector);
+    fprintf(out, "  %-46s %18" PRId64 "\n\n", "total", c.total);
+}
+
+/* Ranks that differ in nothing but which samples they see share a role: the first of each pipeline stage of each grid stands for it. */
+static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
+{
+    int n = 0;
+
+    for (int r = 0; r < size && n < ROLES_MAX; r++) {
+        const struct grid *g = all[r].language.member ? &all[r].language : &all[r].encoder;
+        if (g->dp_rank == 0 && g->tp_rank == 0 && g->cp_rank == 0) role[n++] = r;
+    }
+    return n;
+}
+
+static void print_memory_row(const struct deck *deck, const struct topology *t, FILE *out)
+{
+    const struct backend_ops *be = backend_select(deck->derived.fp64);
+    struct stream stream = {.name = "none"};
+    struct bridge *bridge = NULL;
+    struct arenas arenas;
+    struct model model;
+    struct optim optim;
+    double total = 0.0;
+
+    model_init(&model, deck, t, be, &stream);
+    optim_init(&optim, deck, t, &model, be, &comm_mpi, &stream);
+    if (t->layout == DECK_LAYOUT_DISJOINT) bridge = bridge_init(deck, t, &comm_mpi, be, &stream);
+    arenas_init(&arenas);
+    model_plan(&model, &arenas);
+    optim_plan(&optim, &arenas);
+    if (bridge) bridge_plan(bridge, &arenas);
+    fprintf(out, "  %-10s %5d", topology_role(t), t->rank);
+    for (int i = 0; i < ARENA_COUNT; i++) {
+        double mib = (double)arenas.a[i].high / 0x1p20;
+        fprintf(out, " %12.2f", mib);
+        total += mib;
+        free(arenas.a[i].block);
+    }
+    fprintf(out, " %12.2f\n", total);
+    bridge_free(bridge);
+    model_free(&model);
+}
+
+static void print_memory(const struct deck *deck, const struct topology *all, const int *role, int n_roles, FILE *out)
+{
+    fprintf(out, "memory, MiB a rank\n  %-10s %5s", "role", "rank");
+    for (int i = 0; i < ARENA_COUNT; i++) fprintf(out, " %12s", arena_names[i]);
+    fprintf(out, " %12s\n", "total");
+    for (int i = 0; i < n_roles; i++) print_memory_row(deck, &all[role[i]], out);
+    fputc('\n', out);
+}
+
+/* The first lines of a list; long ones repeat themselves. */
+static void print_schedule(const struct schedule *s, FILE *out)
+{
+    char *text = NULL, *line;
+    size_t bytes = 0;
+    int n = 0;
+    FILE *f = open_memstream(&text, &bytes);
+
+    CHECK_SYS(f != NULL, EXIT_ENVIRONMENT, "schedule");
+    schedule_print(s, f);
+    fclose(f);
+    for (line = text; *line && n < SCHEDULE_LINES; n++) {
+        size_t length = strcspn(line, "\n");
+        fprintf(out, "    %.*s\n", (int)length, line);
+        line += length + (line[length] == '\n');
+    }
+    if (*line) fprintf(out, "    ... %d actions in all\n", s->n);
+    free(text);
+}
+
+static void print_schedules(const struct deck *deck, const struct topology *all, int size, const int *role, int n_roles, FILE *out,
+                            struct errors *errors)
+{
+    struct schedule *list = xcalloc((size_t)size, sizeof *list);
+    int nmb = (int)deck->derived.num_microbatches;
+    bool encoder_trains = !deck->derived.freeze_encoder || !deck->derived.freeze_projector;
+
+    for (int r = 0; r < size; r++) schedule_build(&list[r], &all[r], nmb, false, encoder_trains);
+    bool sound = schedule_verify(list, all, size, errors);
+    fprintf(out, "schedule, %d micro-batches, %s for all %d ranks\n", nmb, sound ? "verified" : "NOT SOUND", size);
+    for (int i = 0; i < n_roles; i++) {
+        const struct schedule *s = &list[role[i]];
+        fprintf(out, "  %s, rank %d, activation slots: %d encoder, %d language\n", topology_role(&all[role[i]]), role[i],
+                s->encoder_slots, s->language_slots);
+        print_schedule(s, out);
+    }
+    for (int r = 0; r < size; r++) schedule_free(&list[r]);
+    free(list);
+}
+
+void plan_print(const struct deck *deck, int size, FILE *out, struct errors *errors)
+{
+    struct topology *all;
+    int role[ROLES_MAX], n_roles, before = errors->count;
+
+    deck_echo(deck, out);
+    fputc('\n', out);
+    if (!deck->derived.complete) return;
+    print_counts(deck, out);
+    all = xcalloc((size_t)size, sizeof *all);
+    for (int r = 0; r < size && errors->count == before; r++) topology_init(&all[r], deck, size, r, errors);
+    if (errors->count == before) {
+        topology_print(&all[0], out);
+        fputc('\n', out);
+        n_roles = find_roles(all, size, role);
+        print_memory(deck, all, role, n_roles, out);
+        print_schedules(deck, all, size, role, n_roles, out, errors);
+        for (int r = 0; r < size; r++) topology_free(&all[r]);
+    }
+    free(all);
+}
+
+void plan_forgive_backend(const struct deck *deck, FILE *out, struct errors *errors)
+{
+    int kept = 0;
+
+    if (!deck->derived.no_backend) return;
+    for (int i = 0; i < errors->count; i++) {
+        if (strstr(errors->line[i], ": error: run.backend = '")) {
+            fprintf(out, "note: %s\n", strstr(errors->line[i], "run.backend"));
+            free(errors->line[i]);
+        } else {
+            errors->line[kept++] = errors->line[i];
+        }
+    }
+    errors->count = kept;
+    errors->worst = kept > 0 ? EXIT_DECK : EXIT_OK;
+}

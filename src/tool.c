@@ -1,0 +1,83 @@
+/* tool.c - see tool.h. */
+#include "tool.h"
+#include <stdlib.h>
+#include <string.h>
+#include "code.h"
+#include "data.h"
+#include "deck.h"
+#include "header.h"
+#include "io_hdf5.h"
+#include "run.h"
+
+enum { RANKS_TRIED = 4096 };
+
+bool tool_is_local(const struct cli *cli)
+{
+    return cli->action != CLI_RUN && cli->action != CLI_CHECK;
+}
+
+/* Data do not depend on the layout, so any number of ranks that the deck accepts will do. The errors of one rank are those reported. */
+static bool resolve(struct deck *deck, const struct cli *cli, const char *text, size_t length, struct errors *errors)
+{
+    for (int size = 1; size <= RANKS_TRIED; size++) {
+        struct errors tried = {0};
+        deck_read(deck, cli_deck_name(cli), text, length, cli->n_overrides, cli->overrides, &tried);
+        bool readable = tried.count == 0;
+        deck_resolve(deck, size, &tried);
+        if (tried.count == 0) return true;
+        if (size == 1)
+            for (int i = 0; i < tried.count; i++) errors_add(errors, tried.worst, "%s", tried.line[i]);
+        errors_free(&tried);
+        deck_free(deck);
+        if (!readable) break;
+    }
+    return false;
+}
+
+static int with_deck(const struct cli *cli)
+{
+    struct errors errors = {0};
+    struct deck deck;
+    size_t length = 0;
+    char *text = cli_read_deck_text(cli, &length, &errors), *directory;
+    int status = EXIT_OK;
+
+    if (text && resolve(&deck, cli, text, length, &errors)) {
+        if (cli->action == CLI_CHECK_DATA) {
+            status = data_check(&deck, stdout);
+        } else {
+            directory = xasprintf("sample_%ld", cli->sample);
+            status = data_show_sample(&deck, cli->sample, directory, stdout);
+            free(directory);
+        }
+        deck_free(&deck);
+        errors_free(&errors);
+    } else {
+        errors_print(&errors);
+        status = errors.worst;
+        errors_free(&errors);
+    }
+    free(text);
+    return status;
+}
+
+int tool_run(struct cli *cli)
+{
+    int status = EXIT_OK;
+
+    switch (cli->action) {
+    case CLI_REFERENCE: deck_print_reference(stdout); break;
+    case CLI_INSPECT: status = io_inspect(cli->path, stdout); break;
+    case CLI_CHECK_DATA:
+    case CLI_SHOW_SAMPLE: status = with_deck(cli); break;
+    case CLI_DOCTOR: header_doctor(stdout); break;
+    case CLI_STATUS: status = run_status(cli->path, stdout); break;
+    case CLI_FEATURES: code_print_features(stdout); break;
+    case CLI_VERSION: printf("mimo %s (git %s)\n", code_version(), code_git()); break;
+    case CLI_HELP: cli_print_help(stdout); break;
+    default: FATAL(EXIT_INTERNAL, "option %d has no tool", (int)cli->action);
+    }
+    if (fflush(stdout) != 0 || ferror(stdout)) status = EXIT_WRITE;
+    cli_free(cli);
+    return status;
+}

@@ -1,0 +1,413 @@
+/* train.c - see train.h. The line that an iteration prints is training.md 3.2 plus an estimate of the time left. */
+#include "train.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+#include "log.h"
+#include "timer.h"
+
+/* ---- where to start ----------------------------------------------------------------------------------------------- */
+
+static bool same_directory(const char *a, const char *b)
+{
+    struct stat sa, sb;
+
+    return strcmp(a, b) == 0 || (stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino);
+}
+
+void train_find_start(struct train_start *s, const struct deck *deck, const struct topology *topo, struct errors *errors)
+{
+    const struct deck_checkpoint *k = &deck->checkpoint;
+    const char *directory = *k->load ? k->load : k->save;
+
+    *s = (struct train_start){.iteration = 0};
+    snprintf(s->text, sizeof s->text, "new");
+    if (!*directory) return;
+    int64_t found = checkpoint_find(directory, k->ckpt_step, topo, errors);
+    if (comm_host_collect_errors(topo->world, errors) > 0) return;
+    if (found < 0) {
+        if (*k->load && topo->rank == 0) log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0", k->load);
+        return;
+    }
+    s->load = directory;
+    s->iteration = found;
+    int64_t own = !k->finetune && *k->save && same_directory(directory, k->save);
+    comm_host_broadcast(topo->world, &own, sizeof own, 0);
+    s->own = own != 0;
+    snprintf(s->text, sizeof s->text, "%s %s iteration %lld", k->finetune ? "weights of" : "restart from", directory,
+             (long long)found);
+}
+
+/* ---- build -------------------------------------------------------------------------------------------------------- */
+
+void train_init(struct train *t, const struct deck *deck, const struct topology *topo, struct run *run, struct errors *errors)
+{
+    memset(t, 0, sizeof *t);
+    t->deck = deck;
+    t->topo = topo;
+    t->run = run;
+    t->comm = &comm_mpi;
+    t->last_saved = t->last_validated = -1;
+    t->has_data = deck->run.mode == DECK_MODE_TRAIN;
+    if (t->has_data) data_init(&t->data, deck, DATA_TRAIN, errors);
+    if (errors->count == 0) eval_init(&t->eval, deck, topo, errors);
+    if (errors->count > 0) return;
+    t->be = backend_select(deck->derived.fp64);
+    t->be->stream_create(&t->stream, "compute");
+    model_init(&t->model, deck, topo, t->be, &t->stream);
+    optim_init(&t->optim, deck, topo, &t->model, t->be, t->comm, &t->stream);
+    step_init(&t->step, deck, topo, &t->model, &t->optim, t->be, t->comm, &t->stream);
+    t->step.poll = (struct step_poll){.poll = run_poll, .ctx = run};
+    arenas_init(&t->arenas);
+    for (int pass = 0; pass < 2; pass++) {
+        model_plan(&t->model, &t->arenas);
+        optim_plan(&t->optim, &t->arenas);
+        step_plan(&t->step, &t->arenas);
+        if (pass == 0) arenas_commit(&t->arenas, t->be);
+    }
+    model_initialise(&t->model);
+    optim_refresh_masters(&t->optim);
+    lr_init(&t->state.lr, deck);
+}
+
+/* ---- restore ------------------------------------------------------------------------------------------------------ */
+
+static void differs(const char *name, double stored, double deck, struct errors *errors)
+{
+    if (stored == deck) return;
+    errors_add(errors, EXIT_CHECKPOINT,
+               "mimo: error: the checkpoint's schedule has %s = %.9g, the deck %.9g; checkpoint.use_checkpoint_opt_param_scheduler "
+               "or override_opt_param_scheduler chooses one", name, stored, deck);
+}
+
+/* Schedules may differ only where the curve does not show it: a constant curve has no end. */
+static void compare_schedules(const struct lr_schedule *stored, const struct lr_schedule *deck, struct errors *errors)
+{
+    differs("lr_decay_style", stored->style, deck->style, errors);
+    differs("weight_decay_incr_style", stored->wd_style, deck->wd_style, errors);
+    differs("lr", stored->max, deck->max, errors);
+    differs("lr warm-up samples", stored->warmup, deck->warmup, errors);
+    if (deck->warmup > 0.0) differs("lr_warmup_init", stored->init, deck->init, errors);
+    if (deck->style != DECK_LR_CONSTANT) {
+        differs("min_lr", stored->min, deck->min, errors);
+        differs("lr decay samples", stored->decay, deck->decay, errors);
+    }
+    if (deck->style == DECK_LR_WSD) {
+        differs("WSD tail samples", stored->anneal, deck->anneal, errors);
+        differs("lr_wsd_decay_style", stored->wsd_style, deck->wsd_style, errors);
+    }
+    differs("end_weight_decay", stored->wd_end, deck->wd_end, errors);
+    if (deck->wd_style != DECK_WD_CONSTANT) {
+        differs("start_weight_decay", stored->wd_start, deck->wd_start, errors);
+        differs("weight decay samples", stored->wd_steps, deck->wd_steps, errors);
+    }
+}
+
+/* training.md 2.5. */
+static void restore_schedule(struct train *t, struct errors *errors)
+{
+    struct lr_schedule own, *s = &t->state.lr;
+
+    lr_init(&own, t->deck);
+    if (t->deck->checkpoint.override_opt_param_scheduler) {
+        own.n = t->state.consumed_train_samples;
+        if (s->n != own.n && t->topo->rank == 0)
+            log_warn("override_opt_param_scheduler: the schedule goes on at %lld consumed samples, the checkpoint's was at %lld",
+                     (long long)own.n, (long long)s->n);
+        *s = own;
+    } else if (!t->deck->checkpoint.use_checkpoint_opt_param_scheduler && t->topo->rank == 0) {
+        compare_schedules(s, &own, errors);
+    }
+    log_line("scheduler resumed: n=%lld, lr=%.6E, wd=%.6E", (long long)s->n, lr_at(s, (double)s->n),
+             lr_weight_decay_at(s, (double)s->n));
+}
+
+static void load_checkpoint(struct train *t, const struct train_start *start, struct errors *errors)
+{
+    const struct deck_checkpoint *k = &t->deck->checkpoint;
+    struct checkpoint_options options = {.model_only = !t->has_data, .no_optimizer = k->no_load_optim, .finetune = k->finetune};
+    bool has_optimizer = false;
+
+    checkpoint_load(start->load, start->iteration, t->deck, t->topo, &t->model, &t->state, &options, &has_optimizer, errors);
+    if (comm_host_collect_errors(t->topo->world, errors) > 0) return;
+    if (!has_optimizer) optim_refresh_masters(&t->optim);
+    t->optim.step = t->state.optim_step;
+    t->eval.consumed = t->state.consumed_valid_samples;
+    if (t->has_data && !k->finetune && !k->no_load_optim) restore_schedule(t, errors);
+    if (start->own) t->last_saved = start->iteration;
+}
+
+static void open_trace(struct train *t)
+{
+    int64_t bytes[ARENA_COUNT], first = t->run->first_iteration, done = t->state.iteration - first;
+    int64_t rows = t->deck->derived.train_iterations - first;
+    char *path = xasprintf("%s/trace.h5", t->run->dir);
+
+    for (int i = 0; i < ARENA_COUNT; i++) bytes[i] = (int64_t)t->arenas.a[i].capacity;
+    if (rows < done) rows = done;
+    if (rows < 1) rows = 1;
+    t->trace = trace_open(path, t->deck, t->topo, t->step.n_moe, rows, t->run->continues ? done : 0,
+                          eval_most(&t->eval, rows), bytes);
+    free(path);
+    if (t->deck->log.dump_batches > t->state.iteration && t->has_data) {
+        path = xasprintf("%s/batches.h5", t->run->dir);
+        t->dump = batch_dump_open(path, t->deck, t->topo);
+        free(path);
+    }
+}
+
+void train_restore(struct train *t, const struct train_start *start, struct errors *errors)
+{
+    t->state.n_train_streams = t->has_data ? t->data.n_streams : 0;
+    t->state.train_position = t->data.position;
+    t->state.n_valid_streams = t->eval.active ? t->eval.data.n_streams : 0;
+    t->state.valid_position = t->eval.data.position;
+    if (start->load) load_checkpoint(t, start, errors);
+    if (comm_host_collect_errors(t->topo->world, errors) > 0) return;
+    open_trace(t);
+}
+
+/* ---- saving and validating ------------------------------------------------------------------------------------------ */
+
+static void save(struct train *t)
+{
+    const struct deck_checkpoint *k = &t->deck->checkpoint;
+    double start = timer_now();
+
+    if (!*k->save || t->last_saved == t->state.iteration) return;
+    timer_start(TIMER_SAVE);
+    if (t->has_data) data_gather_positions(&t->data, t->topo->world);
+    if (t->eval.active) data_gather_positions(&t->eval.data, t->topo->world);
+    t->state.optim_step = t->optim.step;
+    t->state.consumed_valid_samples = t->eval.consumed;
+    checkpoint_save(k->save, t->deck, t->topo, &t->model, &t->state, !k->no_save_optim);
+    checkpoint_retain(k->save, k->keep_last, k->save_retain_interval, t->topo);
+    t->last_saved = t->state.iteration;
+    timer_stop(TIMER_SAVE);
+    log_line("saved iteration %lld in %s, %.2f s", (long long)t->state.iteration, k->save, timer_now() - start);
+    run_progress(t->run, "Saved checkpoint\tIteration: %lld\tTokens (in billions): %.6f", (long long)t->state.iteration,
+                 1e-9 * (double)t->state.consumed_train_samples * (double)t->deck->language.seq_length);
+    t->interval_start += timer_now() - start;
+}
+
+static void validate(struct train *t, const char *suffix)
+{
+    char prefix[128];
+    double start = timer_now();
+
+    if (!t->eval.active || t->last_validated == t->state.iteration) return;
+    snprintf(prefix, sizeof prefix, "iteration %lld%s", (long long)t->state.iteration, suffix);
+    struct eval_result r = eval_run(&t->eval, &t->step, prefix);
+    trace_write_eval(t->trace, t->state.iteration, r.lm_loss, r.lm_loss_ablated);
+    t->last_validated = t->state.iteration;
+    t->interval_start += timer_now() - start;
+}
+
+/* ---- the log line --------------------------------------------------------------------------------------------------- */
+
+static void put(char *line, size_t size, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+static void put(char *line, size_t size, const char *fmt, ...)
+{
+    size_t used = strlen(line);
+    va_list ap;
+
+    va_start(ap, fmt);
+    vsnprintf(line + used, size - used, fmt, ap);
+    va_end(ap);
+}
+
+static void put_eta(char *line, size_t size, double seconds)
+{
+    int64_t s = seconds < 1e9 ? (int64_t)(seconds + 0.5) : 1000000000;
+
+    if (s >= 86400) put(line, size, " eta: %lldd %02lldh |", (long long)(s / 86400), (long long)(s / 3600 % 24));
+    else put(line, size, " eta: %lld:%02lld:%02lld |", (long long)(s / 3600), (long long)(s / 60 % 60), (long long)(s % 60));
+}
+
+static void print_line(struct train *t, const struct trace_row *row)
+{
+    const struct deck *deck = t->deck;
+    char line[2048] = "", stamp[40];
+    struct timeval tv;
+    struct tm tm;
+    double elapsed = (timer_now() - t->interval_start) / (double)(t->advanced + t->skipped);
+    double updates = t->advanced > 0 ? (double)t->advanced : 1.0;
+    double tflops = row->tflops_per_gpu * row->iteration_seconds / elapsed;
+
+    gettimeofday(&tv, NULL);
+    strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", localtime_r(&tv.tv_sec, &tm));
+    put(line, sizeof line, " [%s.%06d] iteration %8lld/%8lld |", stamp, (int)tv.tv_usec, (long long)t->state.iteration,
+        (long long)deck->derived.train_iterations);
+    put(line, sizeof line, " consumed samples: %12lld |", (long long)t->state.consumed_train_samples);
+    if (t->state.skipped_train_samples > 0)
+        put(line, sizeof line, " skipped samples: %12lld |", (long long)t->state.skipped_train_samples);
+    put(line, sizeof line, " elapsed time per iteration (ms): %.1f |", 1000.0 * elapsed);
+    put(line, sizeof line, " throughput per GPU (TFLOP/s/GPU): %.1f |", tflops);
+    if (!deck->derived.freeze_language)
+        put(line, sizeof line, " learning rate: %.6E |", lr_at(&t->state.lr, (double)t->state.lr.n));
+    put(line, sizeof line, " global batch size: %5lld | lm loss: %.6E |", (long long)deck->batch.global_batch_size,
+        t->loss_sum / updates);
+    if (t->step.n_moe > 0 && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS)
+        put(line, sizeof line, " seq_load_balancing_loss: %.6E |", t->balance_sum / updates);
+    put(line, sizeof line, " loss scale: %.1f | grad norm: %.3f |", 1.0, row->grad_norm);
+    if (row->num_zeros >= 0) put(line, sizeof line, " num zeros: %lld |", (long long)row->num_zeros);
+    if (deck->log.log_params_norm) put(line, sizeof line, " params norm: %.3f |", row->params_norm);
+    put(line, sizeof line, " number of skipped iterations: %3lld | number of nan iterations: %3lld |", (long long)t->skipped,
+        (long long)t->nan);
+    put_eta(line, sizeof line, elapsed * (double)(deck->derived.train_iterations - t->state.iteration));
+    log_line("%s", line);
+}
+
+static void print_iteration(struct train *t, const struct trace_row *row)
+{
+    bool due = t->state.iteration % t->deck->log.log_interval == 0;
+
+    timer_start(TIMER_LOG);
+    if (due || !t->logged_first) print_line(t, row);
+    t->logged_first = true;
+    if (due) {
+        t->loss_sum = t->balance_sum = 0.0;
+        t->advanced = t->skipped = t->nan = 0;
+        t->interval_start = timer_now();
+    }
+    timer_stop(TIMER_LOG);
+    if (due && t->deck->log.log_timers) {
+        static const char *const roles[] = {"encoder", "language", "both"};
+        timer_report(t->topo->world, t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1, roles, 3);
+    }
+}
+
+/* ---- the loop --------------------------------------------------------------------------------------------------------- */
+
+void train_begin(struct train *t)
+{
+    if (t->has_data && t->state.iteration >= t->deck->derived.train_iterations)
+        log_line("nothing to train: iteration %lld of %lld is already done", (long long)t->state.iteration,
+                 (long long)t->deck->derived.train_iterations);
+    if (t->deck->checkpoint.save_initial && t->state.iteration == 0 && t->has_data) save(t);
+    if (!t->run->continues || t->state.iteration == 0 || !t->has_data) validate(t, "");
+    double seconds[TIMER_SECTIONS];
+    timer_take_iteration(seconds);
+    t->interval_start = timer_now();
+}
+
+bool train_goes_on(const struct train *t)
+{
+    return t->has_data && !t->stop && t->state.iteration < t->deck->derived.train_iterations;
+}
+
+static bool to_skip(const struct deck *deck, int64_t iteration)
+{
+    for (int i = 0; i < deck->batch.iterations_to_skip.n; i++)
+        if (deck->batch.iterations_to_skip.v[i] == iteration) return true;
+    return false;
+}
+
+/* Read the samples, train nothing; the row says so. */
+static void skip_iteration(struct train *t)
+{
+    int64_t gbs = t->deck->batch.global_batch_size;
+    struct trace_row row = {.iteration = t->state.iteration + 1, .num_zeros = -1, .lm_loss = NAN, .grad_norm = NAN,
+                            .params_norm = NAN, .skipped = 1};
+
+    data_skip(&t->data, t->state.iteration);
+    t->state.iteration++;
+    t->state.consumed_train_samples += gbs;
+    t->state.skipped_train_samples += gbs;
+    row.consumed_samples = t->state.consumed_train_samples;
+    row.learning_rate = lr_at(&t->state.lr, (double)t->state.lr.n);
+    row.weight_decay = lr_weight_decay_at(&t->state.lr, (double)t->state.lr.n);
+    trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
+}
+
+/* Stop with a checkpoint; the text goes to the EXIT file. */
+static void stop(struct train *t, const char *why)
+{
+    save(t);
+    if (t->stop || t->state.iteration >= t->deck->derived.train_iterations) return;
+    t->stop = true;
+    t->why = why;
+}
+
+static void save_and_decide(struct train *t, const struct step_result *r)
+{
+    const struct deck *deck = t->deck;
+    int64_t i = t->state.iteration;
+
+    if (r->request[STEP_STOP_SIGNAL]) stop(t, "stopped by a signal");
+    if (r->request[STEP_STOP_FILE]) stop(t, "stopped by the file STOP");
+    if (deck->checkpoint.save_interval > 0 && i % deck->checkpoint.save_interval == 0) save(t);
+    if (r->request[STEP_SAVE_FILE]) {
+        save(t);
+        run_save_served(t->run);
+    }
+    if (r->request[STEP_STOP_TIME]) stop(t, "stopped by run.exit_duration_in_mins");
+    if (deck->run.exit_interval > 0 && i % deck->run.exit_interval == 0) stop(t, "stopped by run.exit_interval");
+}
+
+void train_iterate(struct train *t)
+{
+    int64_t gbs = t->deck->batch.global_batch_size, n = t->state.lr.n;
+    struct trace_row row;
+
+    check_step((long)t->state.iteration + 1);
+    if (to_skip(t->deck, t->state.iteration + 1)) {
+        skip_iteration(t);
+        return;
+    }
+    t->step.dump = t->state.iteration < t->deck->log.dump_batches ? t->dump : NULL;
+    struct step_result r = step_train(&t->step, &t->data, t->state.iteration, lr_at(&t->state.lr, (double)n),
+                                      lr_weight_decay_at(&t->state.lr, (double)n), &row);
+    t->state.iteration++;
+    t->state.consumed_train_samples += gbs;
+    if (r.applied) t->state.lr.n += gbs;
+    row.consumed_samples = t->state.consumed_train_samples;
+    trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
+    if (t->step.dump) batch_dump_write(t->step.dump, t->state.iteration);
+    t->advanced += r.applied;
+    t->skipped += !r.applied;
+    t->nan += !r.finite;
+    /* A loss that is not finite is never left out of the mean, applied or not. */
+    if (r.applied || !r.finite) {
+        t->loss_sum += row.lm_loss;
+        t->balance_sum += row.seq_load_balancing_loss;
+    }
+    print_iteration(t, &row);
+    if (eval_due(&t->eval, t->state.iteration)) validate(t, "");
+    save_and_decide(t, &r);
+}
+
+int train_end(struct train *t)
+{
+    static const char *const roles[] = {"encoder", "language", "both"};
+
+    check_step(-1);
+    if (t->has_data && !t->stop && t->state.iteration > 0) save(t);
+    if (t->has_data && !t->stop) validate(t, " on validation set");
+    timer_report(t->topo->world, t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1, roles, 3);
+    if (!t->stop) {
+        t->why = t->has_data ? "all iterations done" : "evaluation done";
+        return EXIT_OK;
+    }
+    log_line("%s at iteration %lld%s", t->why, (long long)t->state.iteration,
+             *t->deck->checkpoint.save ? ", saved; submit again to go on" : "; nothing is saved, checkpoint.save is not set");
+    return EXIT_STOPPED;
+}
+
+void train_free(struct train *t)
+{
+    if (t->dump) batch_dump_close(t->dump);
+    if (t->trace) trace_close(t->trace);
+    if (t->be) {
+        step_free(&t->step);
+        model_free(&t->model);
+        arenas_free(&t->arenas, t->be);
+        t->be->stream_destroy(&t->stream);
+    }
+    eval_free(&t->eval);
+    data_free(&t->data);
+    memset(t, 0, sizeof *t);
+}

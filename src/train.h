@@ -1,0 +1,63 @@
+/* train.h - the state of a training and its loop: build, restore, iterate, save, report (order of training.md 1.2 and 1.9).
+ *
+ * Owns everything between the topology and the run directory. Iterations count from 1 in what is printed; state.iteration is the
+ * number of completed ones. Learning rate and weight decay of an iteration are those at the samples of successful updates
+ * before it; a skipped update counts its samples as consumed but does not advance the schedule.
+ */
+#ifndef MIMO_TRAIN_H
+#define MIMO_TRAIN_H
+
+#include "eval.h"
+#include "run.h"
+
+struct train {
+    const struct deck *deck;
+    const struct topology *topo;
+    struct run *run;
+    const struct backend_ops *be;
+    const struct comm_ops *comm;
+    struct stream stream;
+    struct arenas arenas;
+    struct model model;
+    struct optim optim;
+    struct step step;
+    struct eval eval;
+    struct data data;
+    bool has_data;                      /* training data are open (not in mode eval) */
+    struct trace *trace;
+    struct batch_dump *dump;
+    struct train_state state;
+    int64_t last_saved, last_validated; /* iterations, -1 = none */
+    bool stop;                          /* leave the loop before the last iteration */
+    const char *why;                    /* text of the EXIT line */
+    /* since the last log line */
+    double loss_sum, balance_sum, interval_start;
+    int64_t advanced, skipped, nan;
+    bool logged_first;
+};
+
+/* Where a run starts, decided before anything is allocated. */
+struct train_start {
+    const char *load;                   /* directory, NULL = new weights */
+    int64_t iteration;                  /* of the checkpoint */
+    bool own;                           /* this run's own checkpoint: trace and logs continue */
+    char text[1200];                    /* for the header */
+};
+
+/* Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */
+void train_find_start(struct train_start *s, const struct deck *deck, const struct topology *topo, struct errors *errors);
+/* Model, optimizer, step, data; memory; initial values. Mistakes of data are collected. Local. */
+void train_init(struct train *t, const struct deck *deck, const struct topology *topo, struct run *run, struct errors *errors);
+/* The checkpoint, if any, then the trace. Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */
+void train_restore(struct train *t, const struct train_start *start, struct errors *errors);
+/* What comes before the first iteration: iteration-0 checkpoint, first validation. Collective over the world. */
+void train_begin(struct train *t);
+/* Whether another iteration is due. Local. */
+bool train_goes_on(const struct train *t);
+/* One pass of the loop. Collective over the world. */
+void train_iterate(struct train *t);
+/* Last checkpoint and validation, timers; the exit status (EXIT_OK or EXIT_STOPPED). Collective over the world. */
+int train_end(struct train *t);
+void train_free(struct train *t);       /* Collective over the world: closes the trace. */
+
+#endif

@@ -1,0 +1,380 @@
+/* test_model.c - the assembled model: counts, initial values, initial loss, masks, freezing, text-only batches, determinism. */
+#include "model_fixture.h"
+#include "rng.h"
+
+static void open_deck(struct deck *deck, const char *text)
+{
+    struct errors e = { 0 };
+    deck_read(deck, "test", text, strlen(text), 0, NULL, &e);
+    deck_resolve(deck, 1, &e);
+    errors_free(&e);   /* features that this binary refuses are refused elsewhere; the sizes are what is tested here */
+}
+
+static void check_counts(const char *language, const char *vision, int64_t lm, int64_t active, int64_t active_no_embedding,
+                         int64_t vit, int64_t projector)
+{
+    char text[512];
+    struct deck deck;
+    snprintf(text, sizeof text, "&run train_iters = 1 /\n&language preset = '%s' /\n&vision preset = '%s' /\n&lr lr = 1e-3 /\n",
+             language, vision);
+    open_deck(&deck, text);
+    const struct model_counts c = model_count(&deck);
+    assert_int_equal(c.language, lm);
+    assert_int_equal(c.language_active, active);
+    assert_int_equal(c.language_active_no_embedding, active_no_embedding);
+    if (vit > 0)
+        assert_int_equal(c.vision, vit);
+    assert_int_equal(c.projector, projector);
+    assert_int_equal(c.total, c.language + c.vision + c.projector);
+    deck_free(&deck);
+}
+
+static void m6_37_counts_of_the_presets(void **state)
+{
+    check_counts("nemotron_20l", "radio_vit_h", 11515677504, 1777290048, 1424968512, 651645440, 13762560);
+    check_counts("nemotron_54l", "radio_vit_h", 31657765568, 3659901632, 3307580096, 651648000, 13762560);
+    check_counts("tiny", "tiny", 208752, 159600, 126832, 26944, 8192);
+}
+
+static void count_of_the_released_52_layer_model(void **state)
+{
+    struct deck deck;
+    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron3_nano' /\n&lr lr = 1e-3 /\n");
+    assert_int_equal(model_count(&deck).language, 31577937344);
+    assert_int_equal(deck.derived.num_layers, 52);
+    deck_free(&deck);
+}
+
+static void two_kv_groups_change_the_count(void **state)
+{
+    struct deck deck;
+    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_20l' num_query_groups = 2 /\n&lr lr = 1e-3 /\n");
+    assert_int_equal(model_count(&deck).language, 11503291200);
+    deck_free(&deck);
+}
+
+static void mlp_projector_counts(void **state)
+{
+    struct deck deck;
+    open_deck(&deck, "&run train_iters = 1 /\n&projector vision_projection_type = 'mlp' projection_normalization = 'rmsnorm' /\n"
+                     "&lr lr = 1e-3 /\n");
+    assert_int_equal(model_count(&deck).projector, 159912960);
+    deck_free(&deck);
+}
+
+/* model.md 5: forward GFLOP per token at S = 8192, and the encoder's per tile. */
+static void flops_per_token_of_the_presets(void **state)
+{
+    struct deck deck;
+    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_20l' /\n&lr lr = 1e-3 /\n");
+    const double s = 8192.0;
+    assert_true(fabs(model_flops_language_megatron(&deck, 1.0, s) / 3.2742e9 - 1.0) < 2e-5);
+    assert_true(fabs(model_flops_language_exact(&deck, 1.0, s) / 3.0758e9 - 1.0) < 2e-5);
+    assert_true(fabs(model_flops_encoder_tile(&deck, 1024.0) / 1.475e12 - 1.0) < 5e-4);
+    assert_true(fabs(model_flops_encoder_tile(&deck, 16384.0) / 64.68e12 - 1.0) < 5e-4);
+    assert_true(model_flops_projector_row(&deck) == 2.0 * 5120.0 * 2688.0);
+    deck_free(&deck);
+    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_54l' /\n&lr lr = 1e-3 /\n");
+    assert_true(fabs(model_flops_language_megatron(&deck, 1.0, s) / 7.7199e9 - 1.0) < 2e-5);
+    assert_true(fabs(model_flops_language_exact(&deck, 1.0, s) / 7.2147e9 - 1.0) < 2e-5);
+    deck_free(&deck);
+}
+
+static double element(const struct tensor *t, int64_t i)
+{
+    return t->dtype == DTYPE_F64 ? ((double *)t->data)[i] : (double)((float *)t->data)[i];
+}
+
+/* Initial values depend on seed, name and element only: recomputed here one by one. */
+static void initial_values_are_functions_of_name_and_index(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.out_proj.weight");
+    const struct rng_key key = rng_key(7, "init:language.decoder.layers.0.mixer.out_proj.weight");
+    const double so = 0.0173 / sqrt(6.0);
+    for (int64_t i = 0; i < tensor_numel(&p->value); i++)
+        assert_true(element(&p->value, i) == (double)(float)(so * rng_normal_at(key, (uint64_t)i)));
+    double sum = 0.0, sum2 = 0.0;
+    const struct param *e = model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
+    const int64_t n = tensor_numel(&e->value);
+    for (int64_t i = 0; i < n; i++) {
+        sum += element(&e->value, i);
+        sum2 += element(&e->value, i) * element(&e->value, i);
+    }
+    assert_true(fabs(sum / (double)n) < 5.0 * 0.0173 / sqrt((double)n));
+    assert_true(fabs(sqrt(sum2 / (double)n) / 0.0173 - 1.0) < 0.02);
+    const struct param *a = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.A_log");
+    const struct param *dt = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.dt_bias");
+    for (int64_t i = 0; i < tensor_numel(&a->value); i++) {
+        assert_in_range((int64_t)(1e6 * element(&a->value, i)), 0, (int64_t)(1e6 * log(16.0)) + 1);
+        const double softplus = log1p(exp(element(&dt->value, i)));
+        assert_true(softplus > 0.00099 && softplus < 0.1001);
+    }
+    fixture_close(&f);
+}
+
+static void fp64_starts_from_the_widened_fp32_values(void **state)
+{
+    static const char *const o[] = { "run.precision=fp64" };
+    struct fixture f, g;
+    fixture_open(&f, 0, NULL);
+    fixture_open(&g, 1, o);
+    assert_int_equal(f.model.n_params, g.model.n_params);
+    for (int i = 0; i < f.model.n_params; i++)
+        for (int64_t k = 0; k < tensor_numel(&f.model.param[i].value); k++)
+            assert_true(element(&f.model.param[i].value, k) == element(&g.model.param[i].value, k));
+    fixture_close(&f);
+    fixture_close(&g);
+}
+
+static void m6_38_weight_decay_set(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    for (int i = 0; i < f.model.n_params; i++) {
+        const struct param *p = &f.model.param[i];
+        const size_t n = strlen(p->name);
+        const bool bias = n >= 5 && strcmp(p->name + n - 5, ".bias") == 0;
+        assert_int_equal(p->decay, p->ndim > 1 && !bias);
+    }
+    assert_true(model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.conv1d_weight")->decay);
+    assert_true(model_find_param(&f.model, MODEL_VISION, "class_token")->decay);
+    assert_true(model_find_param(&f.model, MODEL_VISION, "position_embeddings")->decay);
+    assert_false(model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.D")->decay);
+    fixture_close(&f);
+}
+
+/* model.md 6.27: ln 512 + sigma^2 H / 2 = 6.248 for the tiny model. */
+static void m6_27_initial_loss_of_the_tiny_model(void **state)
+{
+    static const char *const o[] = { "batch.micro_batch_size=8", "batch.global_batch_size=8" };
+    struct fixture f;
+    fixture_open(&f, 2, o);
+    fixture_batch(&f, 0, 0);
+    fixture_forward(&f, false);
+    const int64_t t = f.text.samples * f.text.seq_length;
+    double *lse = xcalloc((size_t)t, sizeof *lse), mean = 0.0;
+    model_token_lse(&f.model, lse);
+    for (int64_t i = 0; i < t; i++)
+        mean += lse[i] / (double)t;
+    assert_true(fabs(mean - (log(512.0) + 0.0173 * 0.0173 * 64.0 / 2.0)) < 5e-3);
+    free(lse);
+    fixture_close(&f);
+}
+
+static void m6_21_all_masked_microbatch_has_zero_language_gradient(void **state)
+{
+    static const char *const o[] = { "moe.moe_router_load_balancing_type=none" };
+    struct fixture f;
+    fixture_open(&f, 1, o);
+    fixture_batch(&f, 0, 0);
+    for (int64_t i = 0; i < f.text.samples * f.text.seq_length; i++) {
+        f.text.loss_mask[i] = 0.0f;
+        f.text.labels[i] = -100;
+    }
+    assert_true(fixture_forward(&f, true) == 0.0);
+    model_zero_grads(&f.model);
+    fixture_backward(&f);
+    for (int i = 0; i < f.model.n_params; i++)
+        for (int64_t k = 0; f.model.param[i].trainable && k < tensor_numel(&f.model.param[i].grad); k++)
+            assert_true(element(&f.model.param[i].grad, k) == 0.0);
+    fixture_close(&f);
+}
+
+static void m6_20_ignored_label_gives_a_finite_loss(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    fixture_batch(&f, 0, 0);
+    fixture_forward(&f, true);
+    const struct tensor loss = model_token_loss(&f.model);
+    for (int64_t i = 0; i < tensor_numel(&loss); i++)
+        assert_true(isfinite(element(&loss, i)));
+    fixture_close(&f);
+}
+
+/* Gradients of two micro-batches accumulate: g(a) then g(b) equals g(a) + g(b). */
+static void gradients_accumulate_over_microbatches(void **state)
+{
+    static const char *const o[] = { "run.precision=fp64", "batch.global_batch_size=4" };
+    struct fixture f;
+    fixture_open(&f, 2, o);
+    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.2.mixer.in_proj.weight");
+    const int64_t n = tensor_numel(&p->grad);
+    double *sum = xcalloc((size_t)n, sizeof *sum), scale = 0.0;
+    for (int m = 0; m < 2; m++) {
+        f.data.position[0] = f.data.position[f.data.n_streams - 1] = 0;
+        fixture_batch(&f, 0, m);
+        fixture_forward(&f, true);
+        model_zero_grads(&f.model);
+        fixture_backward(&f);
+        for (int64_t i = 0; i < n; i++)
+            sum[i] += element(&p->grad, i);
+    }
+    model_zero_grads(&f.model);
+    for (int m = 0; m < 2; m++) {
+        f.data.position[0] = f.data.position[f.data.n_streams - 1] = 0;
+        fixture_batch(&f, 0, m);
+        fixture_forward(&f, true);
+        fixture_backward(&f);
+    }
+    for (int64_t i = 0; i < n; i++)
+        scale = fmax(scale, fabs(sum[i]));
+    assert_true(scale > 0.0);
+    for (int64_t i = 0; i < n; i++)
+        assert_true(fabs(sum[i] - element(&p->grad, i)) <= 1e-13 * scale);
+    free(sum);
+    fixture_close(&f);
+}
+
+static void same_batch_twice_gives_the_same_bits(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    fixture_batch(&f, 0, 0);
+    const double loss = fixture_forward(&f, true);
+    model_zero_grads(&f.model);
+    fixture_backward(&f);
+    const struct tensor g = model_grad_buffer(&f.model, true);
+    const size_t bytes = (size_t)tensor_numel(&g) * dtype_bytes(g.dtype);
+    char *first = xcalloc(bytes, 1);
+    memcpy(first, g.data, bytes);
+    assert_true(fixture_forward(&f, true) == loss);
+    model_zero_grads(&f.model);
+    fixture_backward(&f);
+    assert_memory_equal(first, g.data, bytes);
+    free(first);
+    fixture_close(&f);
+}
+
+static void m6_30_text_only_batch(void **state)
+{
+    static const char *const o[] = { "data.mock_text_only_every=1" };
+    struct fixture f;
+    fixture_open(&f, 1, o);
+    fixture_batch(&f, 0, 0);
+    assert_int_equal(f.text.image_rows, 0);
+    assert_int_equal(f.pictures.tiles, 0);
+    assert_true(isfinite(fixture_forward(&f, true)));
+    model_zero_grads(&f.model);
+    fixture_backward(&f);
+    const struct tensor vision = model_grad_buffer(&f.model, false), language = model_grad_buffer(&f.model, true);
+    double most = 0.0;
+    for (int64_t i = 0; i < tensor_numel(&vision); i++)
+        assert_true(element(&vision, i) == 0.0);
+    for (int64_t i = 0; i < tensor_numel(&language); i++)
+        most = fmax(most, fabs(element(&language, i)));
+    assert_true(most > 0.0);
+    fixture_close(&f);
+}
+
+/* model.md 3.1: the embedding row of the image token is never read and gets no gradient from the input side. */
+static void image_token_row_has_no_input_gradient(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    fixture_batch(&f, 0, 0);
+    fixture_forward(&f, true);
+    model_zero_grads(&f.model);
+    fixture_backward(&f);
+    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
+    const int64_t h = f.deck.language.hidden_size, row = f.deck.data.image_token_id;
+    for (int64_t c = 0; c < h; c++)
+        assert_true(element(&p->grad, row * h + c) == 0.0);
+    fixture_close(&f);
+}
+
+static double embedding_scale(struct fixture *f)
+{
+    const struct tensor e = model_encoder_forward(&f->model, 0, &f->pictures, false);
+    double most = 0.0;
+    for (int64_t i = 0; i < tensor_numel(&e); i++)
+        most = fmax(most, fabs(element(&e, i)));
+    return most;
+}
+
+static void m6_01_final_layernorm_bounds_the_features(void **state)
+{
+    static const char *const with[] = { "stage.training_stage=2" };
+    static const char *const without[] = { "stage.training_stage=2", "vision.final_layernorm=F" };
+    struct fixture f, g;
+    fixture_open(&f, 1, with);
+    fixture_open(&g, 2, without);
+    fixture_batch(&f, 0, 0);
+    fixture_batch(&g, 0, 0);
+    assert_non_null(model_find_param(&f.model, MODEL_VISION, "decoder.final_layernorm.weight"));
+    assert_null(model_find_param(&g.model, MODEL_VISION, "decoder.final_layernorm.weight"));
+    assert_true(embedding_scale(&g) > 3.0 * embedding_scale(&f));
+    fixture_close(&f);
+    fixture_close(&g);
+}
+
+static void m6_04_frozen_encoder_ignores_training_mode(void **state)
+{
+    static const char *const frozen[] = { "stage.training_stage=2" };
+    struct fixture f;
+    for (int trains = 0; trains < 2; trains++) {
+        fixture_open(&f, trains ? 0 : 1, frozen);
+        fixture_batch(&f, 0, 0);
+        struct tensor e = model_encoder_forward(&f.model, 0, &f.pictures, false);
+        const size_t bytes = (size_t)tensor_numel(&e) * dtype_bytes(e.dtype);
+        char *eval = xcalloc(bytes, 1);
+        memcpy(eval, e.data, bytes);
+        e = model_encoder_forward(&f.model, 0, &f.pictures, true);
+        assert_int_equal(memcmp(eval, e.data, bytes) != 0, trains);
+        free(eval);
+        fixture_close(&f);
+    }
+}
+
+static void m6_33_frozen_modules_have_no_gradient_memory(void **state)
+{
+    static const char *const stage1[] = { "stage.training_stage=1" };
+    struct fixture f;
+    fixture_open(&f, 1, stage1);
+    for (int i = 0; i < f.model.n_params; i++) {
+        const struct param *p = &f.model.param[i];
+        assert_int_equal(p->trainable, p->module == MODEL_PROJECTOR);
+        assert_int_equal(p->grad.data != NULL, p->trainable);
+    }
+    const struct tensor language = model_grad_buffer(&f.model, true);
+    assert_int_equal(tensor_numel(&language), 0);
+    fixture_close(&f);
+}
+
+/* Counting and carving ask for the same bytes. */
+static void arenas_are_filled_exactly(void **state)
+{
+    struct fixture f;
+    fixture_open(&f, 0, NULL);
+    for (int i = 0; i < ARENA_COUNT; i++)
+        assert_true(f.arenas.a[i].high == f.arenas.a[i].capacity);
+    fixture_close(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(m6_37_counts_of_the_presets),
+        cmocka_unit_test(count_of_the_released_52_layer_model),
+        cmocka_unit_test(two_kv_groups_change_the_count),
+        cmocka_unit_test(mlp_projector_counts),
+        cmocka_unit_test(flops_per_token_of_the_presets),
+        cmocka_unit_test(initial_values_are_functions_of_name_and_index),
+        cmocka_unit_test(fp64_starts_from_the_widened_fp32_values),
+        cmocka_unit_test(m6_38_weight_decay_set),
+        cmocka_unit_test(m6_27_initial_loss_of_the_tiny_model),
+        cmocka_unit_test(m6_21_all_masked_microbatch_has_zero_language_gradient),
+        cmocka_unit_test(m6_20_ignored_label_gives_a_finite_loss),
+        cmocka_unit_test(gradients_accumulate_over_microbatches),
+        cmocka_unit_test(same_batch_twice_gives_the_same_bits),
+        cmocka_unit_test(m6_30_text_only_batch),
+        cmocka_unit_test(image_token_row_has_no_input_gradient),
+        cmocka_unit_test(m6_01_final_layernorm_bounds_the_features),
+        cmocka_unit_test(m6_04_frozen_encoder_ignores_training_mode),
+        cmocka_unit_test(m6_33_frozen_modules_have_no_gradient_memory),
+        cmocka_unit_test(arenas_are_filled_exactly),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
