@@ -60,6 +60,28 @@ $(BUILD)/tests/%: tests/%.c $(BUILD)/libmimo.a
 
 tests: $(TESTS)                    ## build every test binary
 
+data: data/demo/train              ## make the demo's pictures, texts and tokenizer in data/demo
+data/demo/train: tools/make_shards.py
+	$(PYTHON) tools/make_shards.py --out data/demo
+	@touch $@
+
+demo:                              ## install, build, make the data, train on 8 ranks, show the result
+	tools/demo.sh
+
+check: all tests                   ## run every test; the last line counts them
+	$(MAKE) BUILD=build/clang CC=clang MPICC="mpicc.mpich -cc=clang" build/clang/mimo
+	$(MAKE) BUILD=build/asan SAN=1 tests build/asan/mimo
+	tests/run --build build --mimo ./mimo --asan build/asan --mpiexec $(MPIEXEC) --python $(PYTHON)
+
+lint: all                          ## the rules of the source tree
+	$(PYTHON) tests/check_lint.py
+
+bench-cpu: all build/tests/bench_gemm   ## speed on this machine; PEER='command' compares
+	$(PYTHON) tools/bench_cpu.py --mimo ./mimo --mpiexec $(MPIEXEC) --peer "$(PEER)" --peer-lm "$(PEER_LM)"
+
+format:                            ## clang-format every source file in place
+	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h tests/*.c tests/*.h
+
 clean:                             ## remove what was built (not run/ and data/)
 	rm -rf build mimo
 

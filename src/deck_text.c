@@ -346,11 +346,17 @@ static bool at_end_word(const struct deck_reader *r)
            !is_name(peek_at(r, 4));
 }
 
-/* All values of an item, up to the next item, "/" or "&". */
+/* All values of an item, up to the next item, "/" or "&". Between two values gfortran takes a comma before a comment, and one
+ * that begins a line, for a missing value; such lists are refused, so that a deck means the same to every reader. */
 static void read_values(struct deck_reader *r, const char *name, struct deck_place name_place, struct deck_values *values)
 {
     bool comma = true;   /* a value may follow; two commas in a row are a missing value */
+    int value_line = r->line;
+    struct deck_place comma_place = { 0, 0 };
+    bool comma_ambiguous = false;
     for (;;) {
+        skip_blanks(r);
+        if (comma && comma_place.line == r->line && peek(r) == '!') comma_ambiguous = true;
         skip_space(r);
         int c = peek(r);
         if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) || (is_letter(c) && item_follows(r))) {
@@ -366,49 +372,56 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
                 values->faulty = true;
             }
             comma = true;
+            comma_place = here(r);
+            comma_ambiguous = r->line != value_line;
             advance(r);
             continue;
         }
+        if (comma_ambiguous && !values->faulty) {
+            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name,
+                            comma_place.line == value_line ? "before a comment" : "at the start of a line");
+            values->faulty = true;
+        }
+        comma_ambiguous = false;
         if (!read_value(r, values)) {
             values->faulty = r->recovering = true;
             skip_line(r);
             return;
         }
+        value_line = r->line;
         comma = false;
         if (r->stop) return;
     }
 }
 
-/* "(3)" or "(2:4)" at the cursor. False: reported. */
+/* A signed number of an index; false when there is none. Far out of bounds is as good as any number out of bounds. */
+static bool read_bound(struct deck_reader *r, int64_t *bound)
+{
+    bool negative = peek(r) == '-';
+    if (negative || peek(r) == '+') advance(r);
+    if (!is_digit(peek(r))) return false;
+    for (*bound = 0; is_digit(peek(r)); advance(r))
+        if (*bound < INT32_MAX) *bound = 10 * *bound + (peek(r) - '0');
+    if (negative) *bound = -*bound;
+    return true;
+}
+
+/* "(3)" or "(2:4)" at the cursor, no blanks inside (gfortran takes only some of them). False: reported. */
 static bool read_index(struct deck_reader *r, const char *name, int64_t *first, int64_t *last)
 {
     struct deck_place p = here(r);
-    int64_t bound[2] = { 0, 0 };
-    int n = 0;
     advance(r);
-    for (;;) {
-        skip_blanks(r);
-        bool negative = peek(r) == '-';
-        if (negative || peek(r) == '+') advance(r);
-        if (!is_digit(peek(r))) break;
-        while (is_digit(peek(r))) {
-            if (bound[n] < INT32_MAX) bound[n] = 10 * bound[n] + (peek(r) - '0');
-            advance(r);
-        }
-        if (negative) bound[n] = -bound[n];
-        skip_blanks(r);
-        n++;
-        if (n == 2 || peek(r) != ':') break;
+    bool ok = read_bound(r, first);
+    *last = *first;
+    if (ok && peek(r) == ':') {
         advance(r);
-        if (n == 1) continue;
+        ok = read_bound(r, last);
     }
-    if (n == 0 || peek(r) != ')') {
-        deck_text_fault(r, p, "%s: an index is (3) or (1:3)", name);
+    if (!ok || peek(r) != ')') {
+        deck_text_fault(r, p, "%s: an index is (3) or (1:3), without blanks", name);
         return false;
     }
     advance(r);
-    *first = bound[0];
-    *last = n == 2 ? bound[1] : bound[0];
     if (*first < 1 || *last > DECK_LIST_MAX || *last < *first) {
         deck_text_fault(r, p, "%s: index outside 1..%d", name, DECK_LIST_MAX);
         return false;
@@ -456,7 +469,11 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     }
     advance(r);
     r->recovering = false;
+    skip_blanks(r);
+    bool comment = peek(r) == '!';   /* gfortran reads no value after it */
+    if (comment) deck_text_fault(r, here(r), "%s: no comment between = and the value on the same line", name);
     struct deck_values *values = xcalloc(1, sizeof *values);
+    values->faulty = comment;
     read_values(r, name, p, values);
     if (known && row < 0) {
         deck_text_fault_item(r, p, "&%s has no key '%s'%s", deck_table[deck_table_group(group)].group, name,

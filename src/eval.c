@@ -195,9 +195,15 @@ static double pass(struct eval *e, struct step *step, int kind)
 
 static void print_result(const char *prefix, const char *what, double loss)
 {
-    char text[512], dashes[514];
-    int n = snprintf(text, sizeof text, " validation loss at %s%s | lm loss value: %.6E | lm loss PPL: %.6E | ", prefix, what, loss,
-                     exp(loss > 20.0 ? 20.0 : loss));
+    char text[512], dashes[514], value[2][32] = {"nan", "nan"};
+    int n;
+
+    if (!isnan(loss)) {
+        snprintf(value[0], sizeof value[0], "%.6E", loss);
+        snprintf(value[1], sizeof value[1], "%.6E", exp(fmin(20.0, loss)));
+    }
+    n = snprintf(text, sizeof text, " validation loss at %s%s | lm loss value: %s | lm loss PPL: %s | ", prefix, what, value[0],
+                 value[1]);
 
     if (n > (int)sizeof text - 1) n = (int)sizeof text - 1;
     memset(dashes, '-', (size_t)n + 1);

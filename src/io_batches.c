@@ -3,11 +3,12 @@
  * Rows are in the order of the global batch, (m*D + d)*mbs + b, whatever ranks served them. During an iteration each writing rank (tp = cp = pp =
  * 0 of its lane) keeps copies of its micro-batches; at the end the per-sample numbers of tiles and patches are summed over ranks, so that
  * everybody knows where its rows lie, world rank 0 lays out one group, and all write through MPI-IO, independently.
+ * A resumed run adds its iterations to the file it finds.
  */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
+#include <unistd.h>
 #include "io_internal.h"
 
 enum { KEY_BYTES = 256 };
@@ -38,6 +39,22 @@ static bool first_of_lane(const struct grid *g)
     return g->present && g->member && g->tp_rank == 0 && g->cp_rank == 0 && g->pp_rank == 0;
 }
 
+/* A resumed run adds to what it finds; anything else in the way is an error, not overwritten. */
+static bool continues(const char *path)
+{
+    char format[64] = "";
+    int64_t version = 0;
+    if (access(path, F_OK) != 0) return false;
+    hid_t file = io_why_not_regular(path)[0] ? -1 : io_open(path, false);
+    bool ours = file >= 0 && io_get_attr_string(file, "format", format, sizeof format) && strcmp(format, "mimo-batches") == 0
+                && io_get_attr_i64(file, "format_version", &version) && version == IO_BATCHES_VERSION;
+    if (file >= 0) H5Fclose(file);
+    if (!ours)
+        fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away", "%s: is in the way: no batch file of format version %d", path,
+              IO_BATCHES_VERSION);
+    return true;
+}
+
 struct batch_dump *batch_dump_open(const char *path, const struct deck *deck, const struct topology *topo)
 {
     io_start();
@@ -56,7 +73,7 @@ struct batch_dump *batch_dump_open(const char *path, const struct deck *deck, co
     d->language_lanes = topo->language.dp_size;
     d->encoder_rank = topo->encoder.dp_rank;
     d->encoder_ranks = topo->encoder.present ? topo->encoder.dp_size : 0;
-    if (topo->rank == 0) {
+    if (topo->rank == 0 && !continues(path)) {
         hid_t file = io_create(path, false);
         io_put_header(path, file, "mimo-batches", IO_BATCHES_VERSION, deck);
         IO_WRITE(path, "metadata", H5Fclose(file));
@@ -159,7 +176,9 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
                     const int64_t *tiles_per_sample)
 {
     const char *path = d->path;
-    hid_t file = IO_WRITE(path, name, io_open(path, true)), group = io_group(path, file, name), key = key_type();
+    hid_t file = IO_WRITE(path, name, io_open(path, true));
+    if (H5Lexists(file, name, H5P_DEFAULT) > 0) IO_WRITE(path, name, H5Ldelete(file, name, H5P_DEFAULT));   /* done again after a resume */
+    hid_t group = io_group(path, file, name), key = key_type();
     int64_t rows[2] = { d->samples, d->seq_length }, n[1] = { d->samples }, size[2] = { tiles, 2 }, cpe[2] = { tiles, 4 };
     int64_t pixels[2] = { patches, 3 * d->patch_dim * d->patch_dim };
     io_attr_i64(path, group, "iteration", iteration);

@@ -1,4 +1,4 @@
-/* schedule_verify.c - proof that the lists of all ranks of a job fit together, in two parts.
+/* schedule_verify.c - proof that the lists of all ranks of a job fit together, in three parts.
  *
  * 1. Each list alone: every micro-batch is received, computed, sent, differentiated exactly as often as its stage demands,
  *    in ascending order, one message in flight a direction, and never more live activations than slots.
@@ -6,6 +6,7 @@
  *    action goes on when all its messages of a round have met their counterpart, which is why a plain call against a combined one
  *    hangs. The leader of a boundary lane passes on to the lane what it received. Computing and the
  *    gradient reduction are collective over the stage, so they wait for all its ranks. If nobody can go on, that is the deadlock.
+ * 3. All ranks of a stage have the same list, also those whose calls move no data (parallel.md 3.6, rule 1).
  *
  * Only the grids and the bridge's leaders of the first topology are used; coordinates of other ranks are arithmetic.
  */
@@ -30,6 +31,7 @@ static struct position position_of(const struct topology *t, int rank);
 static void duties_of(const struct topology *t, const struct schedule *s, int rank, struct duty duty[MODULES]);
 static bool check_list(const struct topology *t, const struct schedule *s, int rank, struct errors *errors);
 static bool simulate(const struct schedule *lists, const struct topology *t, int size, struct errors *errors);
+static void compare_stages(const struct schedule *lists, const struct topology *t, int size, struct errors *errors);
 
 static const char *role_of(const struct topology *t, int rank)
 {
@@ -62,8 +64,8 @@ bool schedule_verify(const struct schedule *lists, const struct topology *ranks,
         check_list(t, s, r, errors);
         last_checked = r;
     }
-    if (errors->count == before)
-        simulate(lists, t, size, errors);
+    if (errors->count == before && simulate(lists, t, size, errors))
+        compare_stages(lists, t, size, errors);
     return errors->count == before;
 }
 
@@ -597,4 +599,22 @@ static bool simulate(const struct schedule *lists, const struct topology *t, int
     free(w.arrived);
     free(w.ready);
     return sound;
+}
+
+/* Ranks of a stage are neighbours: each against the one before it. */
+static void compare_stages(const struct schedule *lists, const struct topology *t, int size, struct errors *errors)
+{
+    for (int r = 1; r < size; r++) {
+        const struct schedule *a = &lists[r - 1], *b = &lists[r];
+        char one[TEXT], other[TEXT];
+        if (position_of(t, r).stage != position_of(t, r - 1).stage || a->n != b->n)
+            continue;   /* lists of one stage that passed part 1 are equally long */
+        for (int i = 0; i < a->n; i++)
+            if (memcmp(&a->action[i], &b->action[i], sizeof *a->action) != 0) {
+                errors_add(errors, EXIT_INTERNAL, "schedule: ranks %d and %d (%s) of one stage differ at action %d: %s, %s", r - 1, r,
+                           role_of(t, r), i, schedule_action_text(&a->action[i], one, sizeof one),
+                           schedule_action_text(&b->action[i], other, sizeof other));
+                break;
+            }
+    }
 }

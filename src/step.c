@@ -368,7 +368,7 @@ static void stop_on_loss(const struct step *s, double loss)
     if (s->topo->rank != 0) comm_host_barrier(s->topo->world);
     fatal(EXIT_NUMERICS, __FILE__, __LINE__,
           "optimizer.non_finite_policy = 'skip' goes on without this update; a lower lr.lr or a longer warm-up may cure it",
-          "lm loss is %f", loss);
+          "lm loss is %s", isnan(loss) ? "nan" : loss > 0.0 ? "inf" : "-inf");
 }
 
 static void fill_row(struct step *s, const struct optim_result *o, double loss, struct trace_row *row)

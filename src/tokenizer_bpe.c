@@ -222,7 +222,7 @@ static int64_t whole_piece(struct tokenizer *t, const char *text, size_t n)
         }
     }
     const int64_t id = vocab_find(&t->vocab, t->mapped, used);
-    return id >= 0 && t->added_of[id] >= 0 ? -1 : id;
+    return id >= 0 && t->added_of[id] >= 0 && !t->added[t->added_of[id]].in_model ? -1 : id;
 }
 
 static void reserve_symbols(struct tokenizer *t, int64_t n)

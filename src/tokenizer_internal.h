@@ -50,6 +50,7 @@ void merges_free(struct merges *m);
 struct added_token {
     int32_t id;
     bool single_word, lstrip, rstrip, normalized;
+    bool in_model;                    /* the model's vocabulary has it, too */
 };
 /* Byte tries of the added tokens: root 0 those to be found first (normalized = false), root 1 the others. */
 struct trie_node { int32_t child, sibling, token; uint8_t byte; };

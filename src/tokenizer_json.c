@@ -260,6 +260,7 @@ static bool read_added_token(struct parsing *p, const json_t *entry, size_t inde
     for (int64_t i = 0; i < t->added_count; i++)
         if (known >= 0 && t->added[i].id == id)
             return true;              /* listed twice */
+    a.in_model = known >= 0;
     if (known < 0 && !vocab_add(&t->vocab, text, n, id))
         return fail(p, "%s: '%s' has id %" PRId64 ", which is another token's", where, printable(shown, sizeof shown, text),
                     id);

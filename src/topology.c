@@ -265,6 +265,7 @@ static void check_specs(const struct topology_spec *specs, int n_specs, int size
             encoder = &specs[i];
         } else {
             errors_add(errors, EXIT_DECK, "a grid is named '%s': must be 'encoder' or 'language'", specs[i].name);
+            sound = false;
         }
         sound = check_spec(&specs[i], errors) && sound;
     }

@@ -219,6 +219,13 @@ static void put(char *line, size_t size, const char *fmt, ...)
     va_end(ap);
 }
 
+/* " name: value |" with six digits; what is not finite is "nan" or "inf", never "-NAN". */
+static void put_value(char *line, size_t size, const char *name, double value)
+{
+    if (isfinite(value)) put(line, size, " %s: %.6E |", name, value);
+    else put(line, size, " %s: %s |", name, isnan(value) ? "nan" : value > 0.0 ? "inf" : "-inf");
+}
+
 static void put_eta(char *line, size_t size, double seconds)
 {
     int64_t s = seconds < 1e9 ? (int64_t)(seconds + 0.5) : 1000000000;
@@ -248,11 +255,11 @@ static void print_line(struct train *t, const struct trace_row *row)
     put(line, sizeof line, " throughput per GPU (TFLOP/s/GPU): %.1f |", tflops);
     if (!deck->derived.freeze_language)
         put(line, sizeof line, " learning rate: %.6E |", lr_at(&t->state.lr, (double)t->state.lr.n));
-    put(line, sizeof line, " global batch size: %5lld | lm loss: %.6E |", (long long)deck->batch.global_batch_size,
-        t->loss_sum / updates);
+    put(line, sizeof line, " global batch size: %5lld |", (long long)deck->batch.global_batch_size);
+    put_value(line, sizeof line, "lm loss", t->loss_sum / updates);
     if (t->step.n_moe > 0 && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS)
-        put(line, sizeof line, " seq_load_balancing_loss: %.6E |", t->balance_sum / updates);
-    put(line, sizeof line, " loss scale: %.1f | grad norm: %.3f |", 1.0, row->grad_norm);
+        put_value(line, sizeof line, "seq_load_balancing_loss", t->balance_sum / updates);
+    put(line, sizeof line, " loss scale: %.1f | grad norm: %.3f |", 1.0, fabs(row->grad_norm));
     if (row->num_zeros >= 0) put(line, sizeof line, " num zeros: %lld |", (long long)row->num_zeros);
     if (deck->log.log_params_norm) put(line, sizeof line, " params norm: %.3f |", row->params_norm);
     put(line, sizeof line, " number of skipped iterations: %3lld | number of nan iterations: %3lld |", (long long)t->skipped,

@@ -933,7 +933,7 @@ static void batches_lie_in_the_order_of_the_global_batch(void **unused)
     struct picture_batch pictures;
     const int64_t whole = gbs / nmb, embs = j.deck.derived.encoder_microbatch;
     text_batch_init(&text, &l, 1);
-    picture_batch_init(&pictures, &l, embs, p, false);
+    picture_batch_init(&pictures, &l, embs, 3 * p * p, false);
     for (int iteration = 1; iteration <= 2; iteration++) {
         for (int64_t m = 0; m < nmb; m++) {
             int64_t row = m * whole + j.topo.language.dp_rank;
@@ -963,6 +963,10 @@ static void batches_lie_in_the_order_of_the_global_batch(void **unused)
         }
         batch_dump_write(d, iteration);
     }
+    batch_dump_close(d);
+    d = batch_dump_open(path, &j.deck, &j.topo);       /* a resumed run keeps what is there and does an iteration anew */
+    batch_dump_write(d, 3);
+    batch_dump_write(d, 3);
     batch_dump_close(d);
     if (world->rank == 0) {
         hid_t file = io_open(path, false);

@@ -32,8 +32,9 @@ static inline void tar_sum(unsigned char *h)
     memset(h + 148, ' ', 8);
     for (int i = 0; i < 512; i++)
         sum += h[i];
-    snprintf((char *)h + 148, 8, "%06o", sum);
-    h[155] = ' ';
+    h[154] = '\0';
+    for (int i = 5; i >= 0; i--, sum >>= 3)
+        h[148 + i] = (unsigned char)('0' + (sum & 7));
 }
 
 /* A ustar header of a plain file; valid until the next call. */
@@ -42,7 +43,8 @@ static inline unsigned char *tar_header(struct tar *t, const char *name, char ty
     unsigned char *h = tar_room(t, 512);
     memcpy(h, name, strlen(name) < 100 ? strlen(name) : 100);
     memcpy(h + 100, "0000644", 7);
-    snprintf((char *)h + 124, 12, "%011llo", (unsigned long long)size);
+    for (int i = 10; i >= 0; i--, size >>= 3)
+        h[124 + i] = (unsigned char)('0' + (size & 7));
     memcpy(h + 136, "00000000000", 11);
     h[156] = (unsigned char)type;
     memcpy(h + 257, "ustar\0" "00", 8);

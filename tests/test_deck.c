@@ -162,7 +162,7 @@ static void file_name_with_control_characters_is_printed_safely(void **state)
     size_t length;
     char *echo = echo_text(&deck, &length);
     assert_null(strchr(echo, '\x1b'));
-    assert_ptr_equal(strstr(strchr(echo, '\n'), "\n\n&run"), strchr(echo, '\n'));
+    assert_int_equal(strncmp(strchr(echo, '\n'), "\n\n&run", 6), 0);   /* one line of header */
     free(echo);
     deck_free(&deck);
     errors_free(&errors);

@@ -58,9 +58,14 @@ static inline void assert_no_errors(const struct errors *errors)
 
 static inline char *echo_text(const struct deck *deck, size_t *length)
 {
-    char *text = NULL;
-    FILE *f = open_memstream(&text, length);
+    FILE *f = tmpfile();
+    assert_non_null(f);
     deck_echo(deck, f);
+    *length = (size_t)ftell(f);
+    rewind(f);
+    char *text = xmalloc(*length + 1, 1);
+    assert_int_equal(fread(text, 1, *length, f), *length);
+    text[*length] = '\0';
     fclose(f);
     return text;
 }

@@ -525,6 +525,7 @@ static void grouped_check(int experts, const int *offsets, int64_t n_out, int64_
     ref_check_fill_random(&c.in[0], &rng, -1, 1);
     ref_check_fill_random(&c.in[1], &rng, -1, 1);
     ref_check_gradients(&c, 5);
+    ref_check_forward(&c, true, c.in, c.out);
     for (int e = 0; e < experts; e++)
         for (int64_t r = offsets[e]; r < offsets[e + 1]; r++)
             for (int64_t o = 0; o < n_out; o++) {
@@ -621,9 +622,9 @@ static void test_expert_activation_m6_18_gradients(void **state)
 /* The activation carries the probability before fc2, and dprob is the sum of relu(h)^2 dy. */
 static void test_expert_activation_m6_18_prob_before_fc2(void **state)
 {
-    struct tensor h = ref_check_matrix(DTYPE_F64, 2, 3, 0), prob = ref_check_vector(DTYPE_F64, 2), dprob = prob;
+    struct tensor h = ref_check_matrix(DTYPE_F64, 2, 3, 0), prob = ref_check_vector(DTYPE_F64, 2);
     struct tensor y = ref_check_like(&h, DTYPE_F64), dh = ref_check_like(&h, DTYPE_F64);
-    dprob = ref_check_like(&prob, DTYPE_F64);
+    struct tensor dprob = ref_check_like(&prob, DTYPE_F64);
     ref_check_fill_values(&h, (double[]){ 2, -1, 3, -4, 5, NAN });
     ref_check_fill_values(&prob, (double[]){ 0.5, 2 });
     ref_expert_act_forward_f64(NULL, &h, &prob, &y);

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Speed of the reference backend on this machine; prints a table and, with --json FILE, writes it.
+
+    make bench-cpu [PEER='python3 peer.py']
+
+Cases: the tiny model on one rank and one thread (8 sequences in one micro-batch), the same on eight ranks at global batch 24, and
+three layers at the production width against this machine's sgemm. PEER is a command that prints one JSON line with `it_per_s`
+for the same one-thread case; it runs before and after ours, in the same minute.
+"""
+import argparse, json, os, shutil, subprocess, sys, tempfile
+
+import h5py
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRATCH = tempfile.mkdtemp(prefix="mimo-bench-")
+
+
+def run(a, name, ranks, threads, *overrides):
+    out = os.path.join(SCRATCH, name)
+    command = [a.mimo, "input/mock_tiny.nml", "run.output_dir=" + out, *overrides]
+    if ranks > 1:
+        command = [a.mpiexec, "-n", str(ranks)] + command
+    env = dict(os.environ, OPENBLAS_NUM_THREADS=str(threads), HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix")
+    p = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if p.returncode:
+        sys.exit("bench-cpu: %s ended with %d\n%s%s" % (" ".join(command), p.returncode, p.stdout[-2000:], p.stderr[-2000:]))
+    with h5py.File(os.path.join(out, "trace.h5"), "r", locking=False) as f:
+        return {k: f[k][()] for k in ("iteration_seconds", "lm_loss", "ranks/forward_seconds", "ranks/backward_seconds",
+                                      "ranks/gemm_flops", "ranks/peak_bytes")}
+
+
+def per_second(t, skip=5):
+    return 1.0 / float(np.median(t["iteration_seconds"][skip:]))
+
+
+def peer(command):
+    if not command:
+        return None
+    p = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    lines = [l for l in p.stdout.splitlines() if l.startswith("{")]
+    if p.returncode or not lines:
+        sys.exit("bench-cpu: the peer failed: %s\n%s" % (command, p.stderr[-2000:]))
+    return float(json.loads(lines[-1])["it_per_s"])
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--mimo", default="./mimo")
+    ap.add_argument("--mpiexec", default="mpiexec.mpich")
+    ap.add_argument("--gemm", default="build/tests/bench_gemm")
+    ap.add_argument("--peer", default="", help="command of the peer on the whole model")
+    ap.add_argument("--peer-lm", default="", help="command of the peer on the language part")
+    ap.add_argument("--no-full-width", action="store_true", help="leave out the case that needs 16 GB")
+    ap.add_argument("--json", default="")
+    a = ap.parse_args()
+    rows = []
+
+    def row(name, value, unit, note=""):
+        rows.append({"case": name, "value": value, "unit": unit, "note": note})
+        print("%-58s %10.3f %-14s %s" % (name, value, unit, note), flush=True)
+
+    eight = ["batch.global_batch_size=8", "batch.micro_batch_size=8", "run.train_iters=150", "log.log_interval=150",
+             "stage.training_stage=3", "topology.layout=colocated"]
+    before = peer(a.peer)
+    t = run(a, "tiny1", 1, 1, *eight)
+    ours = per_second(t)
+    row("tiny, whole model, 1 rank, 1 thread, 8 sequences", ours, "iterations/s", "loss %.4f -> %.4f" % (t["lm_loss"][0], t["lm_loss"][-1]))
+    if before:
+        theirs = max(before, peer(a.peer))
+        row("  the peer on the same case", theirs, "iterations/s", "ratio %.2f" % (ours / theirs))
+    lm = per_second(run(a, "lm1", 1, 1, *eight[:4], "topology.layout=language_only"))
+    row("tiny, language part alone, 1 rank, 1 thread", lm, "iterations/s")
+    if a.peer_lm:
+        theirs = peer(a.peer_lm)
+        row("  the peer on the same case", theirs, "iterations/s", "ratio %.2f" % (lm / theirs))
+    t = run(a, "tiny8", 8, 1, "batch.global_batch_size=24", "run.train_iters=30", "log.log_interval=30", "stage.training_stage=3")
+    row("tiny, 8 ranks (4 + 4), global batch 24, micro-batch 1", per_second(t), "iterations/s")
+    row("  peak memory of the largest rank", float(t["ranks/peak_bytes"].max()) / 2**20, "MiB")
+    if not a.no_full_width:
+        threads = os.cpu_count()
+        env = dict(os.environ, OPENBLAS_NUM_THREADS=str(threads))
+        rate = float(subprocess.run([a.gemm, "3072"], env=env, capture_output=True, text=True, check=True).stdout)
+        row("sgemm, n = 3072, %d threads" % threads, rate / 1e9, "GFLOP/s")
+        t = run(a, "wide", 1, threads, "language.preset=nemotron_20l", "language.hybrid_layer_pattern=M*-", "language.seq_length=64",
+                "vision.preset=tiny", "data.image_seq_length=28", "data.num_image_tiles=2", "batch.global_batch_size=1",
+                "batch.micro_batch_size=1", "run.train_iters=2", "topology.layout=colocated")
+        spent = float(t["ranks/forward_seconds"][1, 0] + t["ranks/backward_seconds"][1, 0])
+        got = float(t["ranks/gemm_flops"][1, 0]) / spent
+        row("full width M*-, S 64: forward + backward of iteration 2", got / 1e9, "GFLOP/s", "%.0f %% of sgemm, loss %.4f" % (100 * got / rate, t["lm_loss"][0]))
+    if a.json:
+        with open(a.json, "w") as f:
+            json.dump(rows, f, indent=1)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
