@@ -1,6 +1,7 @@
-/* arena.c - see arena.h. Two passes over the same walk: the first only adds up and records (name, offset, bytes) of every
- * block, the second must ask for the same blocks and gets the addresses. A block's offset depends on the marks and rewinds
- * before it, so a walk that differs in them is caught as well.
+/* arena.c - see arena.h. Two passes over the same walk: the first only adds up and records (name,
+ * offset, bytes) of every block, the second must ask for the same blocks and gets the addresses. A
+ * block's offset depends on the marks and rewinds before it, so a walk that differs in them is
+ * caught as well.
  */
 #include "arena.h"
 #include <stdlib.h>
@@ -9,11 +10,14 @@
 #include "check.h"
 
 const char *const arena_names[ARENA_COUNT] = {
-    [ARENA_PARAMS] = "params", [ARENA_GRADS] = "grads", [ARENA_OPTIMIZER] = "optimizer", [ARENA_ACTIVATIONS] = "activations",
-    [ARENA_WORKSPACE] = "workspace", [ARENA_COMM] = "comm", [ARENA_DATA] = "data",
+    [ARENA_PARAMS] = "params",       [ARENA_GRADS] = "grads",
+    [ARENA_OPTIMIZER] = "optimizer", [ARENA_ACTIVATIONS] = "activations",
+    [ARENA_WORKSPACE] = "workspace", [ARENA_COMM] = "comm",
+    [ARENA_DATA] = "data",
 };
 
-static size_t block_bytes(const struct arena *a, const char *name, enum dtype dtype, int ndim, const int64_t *shape);
+static size_t block_bytes(const struct arena *a, const char *name, enum dtype dtype, int ndim,
+                          const int64_t *shape);
 static void record(struct arena *a, const char *name, size_t bytes);
 
 void arenas_init(struct arenas *as)
@@ -41,7 +45,8 @@ void arenas_commit(struct arenas *as, const struct backend_ops *be)
             continue;
         if (a->place == PLACE_DEVICE) {
             a->base = be->alloc(a->capacity);
-            const struct tensor all = tensor_1d(a->base, DTYPE_U8, PLACE_DEVICE, (int64_t)a->capacity);
+            const struct tensor all =
+                tensor_1d(a->base, DTYPE_U8, PLACE_DEVICE, (int64_t)a->capacity);
             be->fill(&s, &all, 0.0);
         } else {
             a->base = aligned_alloc(ARENA_ALIGN, a->capacity);
@@ -67,7 +72,8 @@ void arenas_free(struct arenas *as, const struct backend_ops *be)
     memset(as, 0, sizeof *as);
 }
 
-struct tensor arena_tensor(struct arena *a, const char *name, enum dtype dtype, int ndim, const int64_t *shape)
+struct tensor arena_tensor(struct arena *a, const char *name, enum dtype dtype, int ndim,
+                           const int64_t *shape)
 {
     const size_t bytes = block_bytes(a, name, dtype, ndim, shape);
     void *data = NULL;
@@ -75,11 +81,15 @@ struct tensor arena_tensor(struct arena *a, const char *name, enum dtype dtype, 
         record(a, name, bytes);
     } else {
         if (a->next_block >= a->n_blocks)
-            FATAL(EXIT_INTERNAL, "arena %s: block '%s' was not counted (%d blocks were)", a->name, name, a->n_blocks);
+            FATAL(EXIT_INTERNAL, "arena %s: block '%s' was not counted (%d blocks were)", a->name,
+                  name, a->n_blocks);
         const struct arena_block *b = &a->block[a->next_block++];
         if (strcmp(b->name, name) != 0 || b->bytes != bytes || b->offset != a->used)
-            FATAL(EXIT_INTERNAL, "arena %s, block %d: counted '%s' %zu bytes at %zu, now asked for '%s' %zu bytes at %zu",
-                  a->name, a->next_block - 1, b->name, b->bytes, b->offset, name, bytes, a->used);
+            FATAL(
+                EXIT_INTERNAL,
+                "arena %s, block %d: counted '%s' %zu bytes at %zu, "
+                  "now asked for '%s' %zu bytes at %zu",
+                a->name, a->next_block - 1, b->name, b->bytes, b->offset, name, bytes, a->used);
         data = a->base ? a->base + a->used : NULL;
     }
     a->used += (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
@@ -93,7 +103,8 @@ struct tensor arena_1d(struct arena *a, const char *name, enum dtype dtype, int6
     return arena_tensor(a, name, dtype, 1, &n);
 }
 
-struct tensor arena_2d(struct arena *a, const char *name, enum dtype dtype, int64_t rows, int64_t cols)
+struct tensor arena_2d(struct arena *a, const char *name, enum dtype dtype, int64_t rows,
+                       int64_t cols)
 {
     return arena_tensor(a, name, dtype, 2, (int64_t[]){ rows, cols });
 }
@@ -109,8 +120,10 @@ void arena_rewind(struct arena *a, size_t mark)
     a->used = mark;
 }
 
-/* Sizes come from the deck, so a product that does not fit is possible and is an error of the deck, not a wrap-around. */
-static size_t block_bytes(const struct arena *a, const char *name, enum dtype dtype, int ndim, const int64_t *shape)
+/* Sizes come from the deck, so a product that does not fit is possible and is an error of the deck,
+ * not a wrap-around. */
+static size_t block_bytes(const struct arena *a, const char *name, enum dtype dtype, int ndim,
+                          const int64_t *shape)
 {
     size_t bytes = dtype_bytes(dtype), end;
     for (int d = 0; d < ndim; d++) {
@@ -129,5 +142,6 @@ static void record(struct arena *a, const char *name, size_t bytes)
         a->block_capacity = a->block_capacity ? 2 * a->block_capacity : 64;
         a->block = xrealloc(a->block, (size_t)a->block_capacity, sizeof *a->block);
     }
-    a->block[a->n_blocks++] = (struct arena_block){ .name = name, .offset = a->used, .bytes = bytes };
+    a->block[a->n_blocks++] =
+        (struct arena_block){ .name = name, .offset = a->used, .bytes = bytes };
 }

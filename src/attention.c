@@ -3,6 +3,7 @@
  *   u = RMSNorm(x); qkv = u W_qkv^T; o = softmax(q k^T / sqrt(d), causal, inside a segment) v; y = x + o W_proj^T
  *
  * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary embedding, no bias.
+ * Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows, attention on all rows of its heads.
  * Kept for backward: the norm's statistics, qkv, o and the log-sum-exp; u is recomputed.
  */
 #include "attention.h"
@@ -18,11 +19,11 @@ struct attention {
     int n, g, d;                           /* query heads, KV groups, head width on this rank */
     double eps;
     int norm, qkv_weight, proj_weight;     /* parameter indices */
-    struct tensor rs;                      /* acc [T] */
+    struct tensor rs;                      /* acc [T/t] */
     struct tensor qkv;                     /* [T,(n+2g)d] */
     struct tensor o;                       /* [T,n*d] */
     struct tensor lse;                     /* acc [T,n] */
-    struct tensor u, du;                   /* [T,H] temporaries */
+    struct tensor u, du;                   /* [T/t,H] temporaries */
     struct tensor d_o, dqkv;               /* [T,n*d], [T,(n+2g)d] temporaries */
 };
 
@@ -52,13 +53,14 @@ void attention_plan(struct model *m, struct attention *l, struct arenas *as, int
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d, qkv = nd + 2 * (int64_t)l->g * l->d;
-    l->rs = arena_1d(acts, "attention.rs", m->acc, tokens);
+    const int64_t local = linear_local_rows(m, tokens);
+    l->rs = arena_1d(acts, "attention.rs", m->acc, local);
     l->qkv = arena_2d(acts, "attention.qkv", m->act, tokens, qkv);
     l->o = arena_2d(acts, "attention.o", m->act, tokens, nd);
     l->lse = arena_2d(acts, "attention.lse", m->acc, tokens, l->n);
     const size_t mark = arena_mark(work);
-    l->u = arena_2d(work, "attention.u", m->act, tokens, h);
-    l->du = arena_2d(work, "attention.du", m->act, tokens, h);
+    l->u = arena_2d(work, "attention.u", m->act, local, h);
+    l->du = arena_2d(work, "attention.du", m->act, local, h);
     l->d_o = arena_2d(work, "attention.do", m->act, tokens, nd);
     l->dqkv = arena_2d(work, "attention.dqkv", m->act, tokens, qkv);
     arena_rewind(work, mark);
@@ -69,9 +71,9 @@ void attention_forward(struct model *m, struct attention *l, const struct ragged
 {
     const struct backend_ops *be = m->be;
     be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
-    linear_forward(m, model_param(m, l->qkv_weight), &l->u, NULL, &l->qkv);
+    linear_forward(m, model_param(m, l->qkv_weight), linear_gather(m, &l->u, &m->gathered), NULL, &l->qkv);
     be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse);
-    linear_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
+    linear_row_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
 }
 
 void attention_backward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
@@ -79,11 +81,11 @@ void attention_backward(struct model *m, struct attention *l, const struct ragge
 {
     const struct backend_ops *be = m->be;
     const struct param *norm = model_param(m, l->norm);
-    linear_backward(m, model_param(m, l->proj_weight), &l->o, dx, 0.0, &l->d_o);
+    linear_row_backward(m, model_param(m, l->proj_weight), &l->o, dx, &l->d_o);
     be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse, &l->d_o,
                            &l->dqkv);
     be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
-    linear_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, 0.0, &l->du);
+    linear_column_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, &l->du);
     be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
 }
 

@@ -10,10 +10,10 @@ struct ragged;
 struct attention *attention_init(struct model *m, int i);
 /* Kept activations (one slot) and temporaries, T rows. Local. */
 void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens);
-/* y [T,H] = x + f(x). Local. */
+/* x, y [T/t,H]: y = x + f(x). Collective over language tp. */
 void attention_forward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
                        const struct tensor *y);
-/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+/* dx [T/t,H]: on entry dL/dy, on return dL/dx. Collective over language tp. */
 void attention_backward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
                         const struct tensor *dx);
 void attention_free(struct attention *l);

@@ -1,8 +1,10 @@
-/* backend.c - which table of operations a run uses, and how the BLAS below the reference table is set up.
+/* backend.c - which table of operations a run uses, and how the BLAS below the reference table is
+ * set up.
  *
- * OpenBLAS of a distribution may be older than the CPU: it then falls back to kernels of a much older one ("Prescott": no AVX
- * at all, five times slower). The kernels can be named in OPENBLAS_CORETYPE, but the library reads it when it is loaded, before
- * main; hence the one restart. Its functions are found through the dynamic linker: another BLAS links as well.
+ * OpenBLAS of a distribution may be older than the CPU: it then falls back to kernels of a much
+ * older one ("Prescott": no AVX at all, five times slower). The kernels can be named in
+ * OPENBLAS_CORETYPE, but the library reads it when it is loaded, before main; hence the one
+ * restart. Its functions are found through the dynamic linker: another BLAS links as well.
  */
 #include "backend.h"
 #include <dlfcn.h>
@@ -42,13 +44,14 @@ void backend_blas_start(char **argv)
 
 void backend_blas_threads(int n)
 {
-    static const char *const setter[] = { "openblas_set_num_threads", "bli_thread_set_num_threads", "MKL_Set_Num_Threads" };
+    static const char *const setter[] = { "openblas_set_num_threads", "bli_thread_set_num_threads",
+                                          "MKL_Set_Num_Threads" };
     for (size_t i = 0; i < sizeof setter / sizeof *setter; i++) {
         void *symbol = dlsym(RTLD_DEFAULT, setter[i]);
         if (!symbol)
             continue;
         if (strncmp(setter[i], "bli", 3) == 0) {
-            void (*set)(int64_t);   /* dim_t */
+            void (*set)(int64_t); /* dim_t */
             memcpy(&set, &symbol, sizeof set);
             set(n);
         } else {
@@ -67,8 +70,11 @@ const char *backend_blas_core(char *warning, size_t size)
         return "unknown";
     const enum width cpu = cpu_width(), used = core_width(core);
     if (used != WIDTH_UNKNOWN && cpu > used && cpu >= WIDTH_256)
-        snprintf(warning, size, "OpenBLAS uses its %s kernels although this CPU has %s: start with OPENBLAS_CORETYPE=%s", core,
-                 cpu == WIDTH_512 ? "AVX-512" : "AVX2", cpu == WIDTH_512 ? "SkylakeX" : "Haswell");
+        snprintf(
+            warning, size,
+            "OpenBLAS uses its %s kernels although this CPU has %s: "
+                 "start with OPENBLAS_CORETYPE=%s",
+            core, cpu == WIDTH_512 ? "AVX-512" : "AVX2", cpu == WIDTH_512 ? "SkylakeX" : "Haswell");
     return core;
 }
 
@@ -83,18 +89,42 @@ static const char *core_name(void)
     return get();
 }
 
-/* Vector width of OpenBLAS's x86-64 kernels by their names; names of other architectures are unknown and left alone. */
+/* Vector width of OpenBLAS's x86-64 kernels by their names; names of other architectures are
+ * unknown and left alone. */
 static enum width core_width(const char *core)
 {
-    static const struct { const char *name; enum width width; } known[] = {
-        { "SkylakeX", WIDTH_512 }, { "Cooperlake", WIDTH_512 }, { "SapphireRapids", WIDTH_512 },
-        { "Haswell", WIDTH_256 }, { "Zen", WIDTH_256 }, { "Excavator", WIDTH_256 },
-        /* AVX without AVX2 and FMA counts as the narrow class: it loses half of the throughput as well. */
-        { "Sandybridge", WIDTH_128 }, { "Bulldozer", WIDTH_128 }, { "Piledriver", WIDTH_128 }, { "Steamroller", WIDTH_128 },
-        { "Prescott", WIDTH_128 }, { "Core2", WIDTH_128 }, { "Penryn", WIDTH_128 }, { "Dunnington", WIDTH_128 },
-        { "Nehalem", WIDTH_128 }, { "Atom", WIDTH_128 }, { "Nano", WIDTH_128 }, { "Katmai", WIDTH_128 }, { "Coppermine", WIDTH_128 },
-        { "Northwood", WIDTH_128 }, { "Banias", WIDTH_128 }, { "Athlon", WIDTH_128 }, { "Opteron", WIDTH_128 },
-        { "Opteron_SSE3", WIDTH_128 }, { "Barcelona", WIDTH_128 }, { "Bobcat", WIDTH_128 },
+    static const struct {
+        const char *name;
+        enum width width;
+    } known[] = {
+        { "SkylakeX", WIDTH_512 },
+        { "Cooperlake", WIDTH_512 },
+        { "SapphireRapids", WIDTH_512 },
+        { "Haswell", WIDTH_256 },
+        { "Zen", WIDTH_256 },
+        { "Excavator", WIDTH_256 },
+        /* AVX without AVX2 and FMA counts as the narrow class: it loses half of the throughput as
+           well. */
+        { "Sandybridge", WIDTH_128 },
+        { "Bulldozer", WIDTH_128 },
+        { "Piledriver", WIDTH_128 },
+        { "Steamroller", WIDTH_128 },
+        { "Prescott", WIDTH_128 },
+        { "Core2", WIDTH_128 },
+        { "Penryn", WIDTH_128 },
+        { "Dunnington", WIDTH_128 },
+        { "Nehalem", WIDTH_128 },
+        { "Atom", WIDTH_128 },
+        { "Nano", WIDTH_128 },
+        { "Katmai", WIDTH_128 },
+        { "Coppermine", WIDTH_128 },
+        { "Northwood", WIDTH_128 },
+        { "Banias", WIDTH_128 },
+        { "Athlon", WIDTH_128 },
+        { "Opteron", WIDTH_128 },
+        { "Opteron_SSE3", WIDTH_128 },
+        { "Barcelona", WIDTH_128 },
+        { "Bobcat", WIDTH_128 },
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(core, known[i].name) == 0)
@@ -102,7 +132,8 @@ static enum width core_width(const char *core)
     return WIDTH_UNKNOWN;
 }
 
-/* From the flags of the first CPU; the AVX-512 subset is what the SkylakeX kernels are compiled for. */
+/* From the flags of the first CPU; the AVX-512 subset is what the SkylakeX kernels are compiled
+ * for. */
 static enum width cpu_width(void)
 {
     FILE *f = fopen("/proc/cpuinfo", "re");
@@ -117,8 +148,8 @@ static enum width cpu_width(void)
         width = WIDTH_128;
         if (has_flag(line, "avx2") && has_flag(line, "fma"))
             width = WIDTH_256;
-        if (width == WIDTH_256 && has_flag(line, "avx512f") && has_flag(line, "avx512dq") && has_flag(line, "avx512bw") &&
-            has_flag(line, "avx512vl") && has_flag(line, "avx512cd"))
+        if (width == WIDTH_256 && has_flag(line, "avx512f") && has_flag(line, "avx512dq") &&
+            has_flag(line, "avx512bw") && has_flag(line, "avx512vl") && has_flag(line, "avx512cd"))
             width = WIDTH_512;
     }
     free(line);

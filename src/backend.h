@@ -117,14 +117,16 @@ struct backend_ops {
     /* logits acc [T,E] -> scores acc [T,E] = sigmoid; expert I32 [T,K] ascending by expert index, the top-K of score+bias (ties: the lower index);
      * prob acc [T,K] = scaling * score / (sum + 1e-20). bias acc [E] or NULL. */
     void (*router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, out_t scores, out_t expert, out_t prob);
-    /* Sequence auxiliary loss: tokens of one sequence are seq_len consecutive rows. count I64 [B,E] = tokens of sequence b whose top-K of
-     * the normalised scores (no bias) contains e (+=0: overwritten); psum acc [B,E] = sum over tokens of score/(sum scores + 1e-20). */
-    void (*router_balance)(struct stream *s, in_t scores, int topk, int64_t seq_len, out_t count, out_t psum);
-    /* metric acc [1] += (1/B) sum_b E/(K*S^2) sum_e psum*count: the loss without its coefficient; S = full sequence length. */
-    void (*router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t full_seq_len, out_t metric);
-    /* dlogits acc [T,E] from dprob acc [T,K] and, when count is not NULL, the injected dL/da = coeff*E*count/(K*full_seq_len). */
+    /* Sequence auxiliary loss; row r is a token of sequence (first_row + r)/seq_len, so a rank may hold any run of rows of the B sequences.
+     * count I64 [B,E] = rows of sequence b here whose top-K of the normalised scores (no bias) contains e; psum acc [B,E] = sum over rows
+     * here of score/(sum scores + 1e-20). */
+    void (*router_balance)(struct stream *s, in_t scores, int topk, int64_t first_row, int64_t seq_len, out_t count, out_t psum);
+    /* metric acc [1] += (1/B) sum_b E/(K*S^2) sum_e psum*count: this rank's part of the loss without its coefficient; count is that of all
+     * ranks of the sequence, S = seq_len. */
+    void (*router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t seq_len, out_t metric);
+    /* dlogits acc [T,E] from dprob acc [T,K] and, when count is not NULL, the injected dL/da = coeff*E*count/(K*seq_len). */
     void (*router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob, in_t dprob, double scaling, in_t count,
-                            double coeff, int64_t seq_len, int64_t full_seq_len, out_t dlogits);
+                            double coeff, int64_t first_row, int64_t seq_len, out_t dlogits);
     /* Stable sort of the T*K copies by expert, then token. offsets I32 [E+1]; row_token I32 [T*K] token of each sorted row;
      * row_prob acc [T*K]; token_row I32 [T,K] sorted row of each copy; tokens_per_expert I64 [E] += (NULL: not counted). */
     void (*moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token, out_t row_prob, out_t token_row,

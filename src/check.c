@@ -1,8 +1,9 @@
 /* check.c - the last lines of a run that fails, and memory that cannot be NULL.
  *
- * Several ranks often fail of one cause. The first to create <output_dir>/EXIT (O_EXCL) speaks; one that finds the file
- * already made by another rank of this run ends the job without a word. An EXIT file of an earlier run, present when
- * check_identify was called, does not silence anybody. No memory is allocated on the way out, and no collective call made.
+ * Several ranks often fail of one cause. The first to create <output_dir>/EXIT (O_EXCL) speaks; one
+ * that finds the file already made by another rank of this run ends the job without a word. An EXIT
+ * file of an earlier run, present when check_identify was called, does not silence anybody. No
+ * memory is allocated on the way out, and no collective call made.
  */
 #include "check.h"
 #include <errno.h>
@@ -18,7 +19,8 @@
 
 enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20 };
 
-static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint, const char *text);
+static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
+                              const char *text);
 static bool claim_exit_file(enum exit_code code, const char *text);
 static void exit_mark(const struct log_process *p, long mark[4]);
 static size_t total_bytes(size_t count, size_t size);
@@ -172,11 +174,13 @@ const char *printable(char *out, size_t size, const char *text)
     return out;
 }
 
-static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint, const char *text)
+static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
+                              const char *text)
 {
     struct log_process *p = log_process();
     if (atomic_flag_test_and_set(&p->failing)) {
-        /* Another thread is on its way out, or this one failed while failing: give the former time, then end. */
+        /* Another thread is on its way out, or this one failed while failing: give the former time,
+         * then end. */
         nanosleep(&(struct timespec){ .tv_sec = 5 }, NULL);
         _exit(code);
     }
@@ -185,7 +189,9 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
     if (claim_exit_file(code, clean)) {
         const char *base = strrchr(file, '/');
         size_t n = 0;
-#define PUT(...) (n += (size_t)snprintf(out + n, sizeof out - n, __VA_ARGS__), n = n < sizeof out ? n : sizeof out - 1)
+#define PUT(...)                                                                                   \
+    (n += (size_t)snprintf(out + n, sizeof out - n, __VA_ARGS__),                                  \
+     n = n < sizeof out ? n : sizeof out - 1)
         PUT("mimo: error: ");
         if (p->size > 0)
             PUT("[rank %d%s%s %s] ", p->rank, *p->role ? " " : "", p->role, p->host);
@@ -206,7 +212,8 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
     _exit(code);
 }
 
-/* Write `code rank role iteration text` unless another rank of this run was first; true when this rank may speak. */
+/* Write `code rank role iteration text` unless another rank of this run was first; true when this
+ * rank may speak. */
 static bool claim_exit_file(enum exit_code code, const char *text)
 {
     struct log_process *p = log_process();
@@ -224,8 +231,10 @@ static bool claim_exit_file(enum exit_code code, const char *text)
     }
     if (fd < 0)
         return true;
-    snprintf(line, sizeof line, "%d %d %s %ld %s\n", (int)code, p->rank, *p->role ? p->role : "-", p->iteration, text);
-    const ssize_t ignored = write(fd, line, strlen(line));   /* a full disk must not hide the message on stderr */
+    snprintf(line, sizeof line, "%d %d %s %ld %s\n", (int)code, p->rank, *p->role ? p->role : "-",
+             p->iteration, text);
+    const ssize_t ignored =
+        write(fd, line, strlen(line)); /* a full disk must not hide the message on stderr */
     (void)ignored;
     close(fd);
     return true;

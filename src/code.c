@@ -1,5 +1,6 @@
-/* code.c - see code.h. Libraries are asked for their version at run time through the dynamic linker, so this file needs
- * none of their headers and a library that is not linked is simply absent ("no").
+/* code.c - see code.h. Libraries are asked for their version at run time through the dynamic
+ * linker, so this file needs none of their headers and a library that is not linked is simply
+ * absent ("no").
  */
 #include "code.h"
 #include <ctype.h>
@@ -27,7 +28,8 @@ void code_visit(void (*visit)(void *ctx, const char *key, const char *value), vo
     const char *missing = backend_cuda_missing();
     visit(ctx, "version", MIMO_VERSION);
     visit(ctx, "git", MIMO_GIT);
-    snprintf(text, sizeof text, "%s%s", isdigit((unsigned char)__VERSION__[0]) ? "gcc " : "", __VERSION__);
+    snprintf(text, sizeof text, "%s%s", isdigit((unsigned char)__VERSION__[0]) ? "gcc " : "",
+             __VERSION__);
     visit(ctx, "compiler", text);
     visit(ctx, "flags", MIMO_CFLAGS);
     visit(ctx, "mpi", comm_library());
@@ -74,7 +76,8 @@ const char *code_git(void)
     return MIMO_GIT;
 }
 
-/* Store the address of a function of any loaded library through `function`, a pointer to a function pointer. */
+/* Store the address of a function of any loaded library through `function`, a pointer to a function
+ * pointer. */
 static bool find(void *function, size_t size, const char *symbol)
 {
     void *address = dlsym(RTLD_DEFAULT, symbol);
@@ -94,7 +97,8 @@ static void version_of_string(char *text, const char *symbol)
 static void print_number(char *text, long n, int major_unit, int minor_unit)
 {
     if (minor_unit > 10)
-        snprintf(text, TEXT_MAX, "%ld.%ld.%ld", n / major_unit, n % major_unit / minor_unit, n % minor_unit);
+        snprintf(text, TEXT_MAX, "%ld.%ld.%ld", n / major_unit, n % major_unit / minor_unit,
+                 n % minor_unit);
     else
         snprintf(text, TEXT_MAX, "%ld.%ld", n / major_unit, n % major_unit / minor_unit);
 }
@@ -124,7 +128,8 @@ static void hdf5_version(char *text)
     unsigned v[3] = { 0 };
     snprintf(text, TEXT_MAX, "no");
     if (find(&get, sizeof get, "H5get_libversion") && get(&v[0], &v[1], &v[2]) >= 0)
-        snprintf(text, TEXT_MAX, "%u.%u.%u%s", v[0], v[1], v[2], dlsym(RTLD_DEFAULT, "H5Pset_fapl_mpio") ? " parallel" : "");
+        snprintf(text, TEXT_MAX, "%u.%u.%u%s", v[0], v[1], v[2],
+                 dlsym(RTLD_DEFAULT, "H5Pset_fapl_mpio") ? " parallel" : "");
 }
 
 static void cudnn_version(char *text)

@@ -4,8 +4,9 @@
 
 #include <stdio.h>
 
-/* Calls visit for every fact, in a fixed order: version, git, compiler, flags, mpi, hdf5, blas, ... (HDF5 group /code, run
- * header). "no" = not part of this program. The texts live during the call only. Works before MPI starts. Local. */
+/* Calls visit for every fact, in a fixed order: version, git, compiler, flags, mpi, hdf5, blas, ...
+ * (HDF5 group /code, run header). "no" = not part of this program. The texts live during the call
+ * only. Works before MPI starts. Local. */
 void code_visit(void (*visit)(void *ctx, const char *key, const char *value), void *ctx);
 /* One name=value per line (mimo --features). Local. */
 void code_print_features(FILE *out);

@@ -1,12 +1,15 @@
 /* comm_mpi.c - both planes of comm.h over MPI, host buffers.
  *
- * Reductions do not use MPI's: the parts of all ranks are exchanged and every element is added in order of rank by comm_sum.
- * So a sum does not depend on MPI's choice of algorithm, on the message's length or on timing; it is bitwise the same on all ranks
- * and in all runs, and all_reduce equals reduce_scatter followed by all_gather. The volume is that of MPI's own long-message
- * algorithm. Everything else moves bytes. The large-count calls of MPI 4 are used throughout.
+ * Reductions do not use MPI's: the parts of all ranks are exchanged and every element is added in
+ * order of rank by comm_sum. So a sum does not depend on MPI's choice of algorithm, on the
+ * message's length or on timing; it is bitwise the same on all ranks and in all runs, and
+ * all_reduce equals reduce_scatter followed by all_gather. The volume is that of MPI's own
+ * long-message algorithm. Everything else moves bytes. The large-count calls of MPI 4 are used
+ * throughout.
  *
- * Every call is complete when it returns, whatever the stream; the messages of a group bracket are all started before
- * the first is waited for, and waited for in group_end. So nothing is ever pending on a stream.
+ * Every call is complete when it returns, whatever the stream; the messages of a group bracket are
+ * all started before the first is waited for, and waited for in group_end. So nothing is ever
+ * pending on a stream.
  */
 #include <mpi.h>
 #include <stdio.h>
@@ -19,18 +22,23 @@
 
 enum { SMALL_BYTES = 32 << 10, PIECE_BYTES = 8 << 20, POINT_TAG = 1, ERRORS_TAG = 2 };
 
-/* Memory for the parts in flight, shared by all communicators of the process (calls do not overlap). */
-struct pool { void *data; size_t bytes; int users; };
+/* Memory for the parts in flight, shared by all communicators of the process (calls do not
+ * overlap). */
+struct pool {
+    void *data;
+    size_t bytes;
+    int users;
+};
 
 struct comm_native {
     MPI_Comm comm;
     struct pool *pool;
-    MPI_Count *send_count, *recv_count;    /* [size] bytes */
-    MPI_Aint *send_at, *recv_at;           /* [size] byte offsets */
-    bool open;                             /* between group_begin and group_end */
-    MPI_Request *request;                  /* [n_requests] of the open bracket */
+    MPI_Count *send_count, *recv_count; /* [size] bytes */
+    MPI_Aint *send_at, *recv_at;        /* [size] byte offsets */
+    bool open;                          /* between group_begin and group_end */
+    MPI_Request *request;               /* [n_requests] of the open bracket */
     MPI_Status *status;
-    int64_t *expected;                     /* bytes to receive, -1 = a send */
+    int64_t *expected; /* bytes to receive, -1 = a send */
     int n_requests, request_capacity;
 };
 
@@ -43,9 +51,10 @@ static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, 
 static void exchange(struct comm *c, const void *send, void *recv);
 static bool singleton_of_many(int size, char *why, size_t why_size);
 
-/* ---- device plane ---------------------------------------------------------------------------------------------- */
+/* ---- device plane ---- */
 
-static void mpi_all_reduce(struct comm *c, const struct tensor *buf, enum comm_op op, struct stream *s)
+static void mpi_all_reduce(struct comm *c, const struct tensor *buf, enum comm_op op,
+                           struct stream *s)
 {
     ASSERT(c);
     const int64_t bytes = (int64_t)bytes_of(buf);
@@ -53,7 +62,8 @@ static void mpi_all_reduce(struct comm *c, const struct tensor *buf, enum comm_o
     c->sent_bytes += 2 * bytes / c->size * (c->size - 1);
 }
 
-static void mpi_all_gather(struct comm *c, const struct tensor *send, const struct tensor *recv, struct stream *s)
+static void mpi_all_gather(struct comm *c, const struct tensor *send, const struct tensor *recv,
+                           struct stream *s)
 {
     ASSERT(c);
     const size_t bytes = bytes_of(send);
@@ -62,19 +72,22 @@ static void mpi_all_gather(struct comm *c, const struct tensor *send, const stru
         return;
     char *own = (char *)recv->data + (size_t)c->rank * bytes;
     const void *from = send->data == own ? MPI_IN_PLACE : send->data;
-    CHECK_MPI(MPI_Allgather_c(from, (MPI_Count)bytes, MPI_BYTE, recv->data, (MPI_Count)bytes, MPI_BYTE, c->native->comm), c);
+    CHECK_MPI(MPI_Allgather_c(from, (MPI_Count)bytes, MPI_BYTE, recv->data, (MPI_Count)bytes,
+                              MPI_BYTE, c->native->comm),
+              c);
     c->sent_bytes += (int64_t)bytes * (c->size - 1);
 }
 
-static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const struct tensor *recv, enum comm_op op,
-                               struct stream *s)
+static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const struct tensor *recv,
+                               enum comm_op op, struct stream *s)
 {
     ASSERT(c);
     struct comm_native *m = c->native;
     const int64_t n = tensor_numel(recv);
     const size_t width = dtype_bytes(send->dtype);
     ASSERT(send->dtype == recv->dtype && bytes_of(send) == bytes_of(recv) * (size_t)c->size);
-    const int64_t piece = PIECE_BYTES / ((int64_t)width * c->size) > 0 ? PIECE_BYTES / ((int64_t)width * c->size) : 1;
+    const int64_t piece =
+        PIECE_BYTES / ((int64_t)width * c->size) > 0 ? PIECE_BYTES / ((int64_t)width * c->size) : 1;
     for (int64_t first = 0; first < n; first += piece) {
         const int64_t count = n - first < piece ? n - first : piece;
         void *parts = scratch(c, (size_t)count * width * (size_t)c->size);
@@ -84,8 +97,10 @@ static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const 
             m->recv_at[r] = r * count * (int64_t)width;
         }
         exchange(c, send->data, parts);
-        /* Written over this rank's own part of `send` when they share memory: that part has been sent. */
-        comm_sum(send->dtype, op, parts, c->size, count, (char *)recv->data + (size_t)first * width);
+        /* Written over this rank's own part of `send` when they share memory: that part has been
+         * sent. */
+        comm_sum(send->dtype, op, parts, c->size, count,
+                 (char *)recv->data + (size_t)first * width);
     }
     c->sent_bytes += n * (int64_t)width * (c->size - 1);
 }
@@ -101,8 +116,8 @@ static void mpi_broadcast(struct comm *c, const struct tensor *buf, int root, st
         c->sent_bytes += (int64_t)bytes;
 }
 
-static void mpi_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows, const struct tensor *recv,
-                             const int64_t *recv_rows, struct stream *s)
+static void mpi_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows,
+                             const struct tensor *recv, const int64_t *recv_rows, struct stream *s)
 {
     ASSERT(c);
     struct comm_native *m = c->native;
@@ -130,8 +145,8 @@ static void check_received(const struct comm *c, const MPI_Status *status, int64
     MPI_Count got = 0;
     CHECK_MPI(MPI_Get_count_c(status, MPI_BYTE, &got), c);
     if (got != expected)
-        FATAL(EXIT_INTERNAL, "%s: rank %d of the group sent %lld bytes, %lld were expected", c->name, status->MPI_SOURCE,
-              (long long)got, (long long)expected);
+        FATAL(EXIT_INTERNAL, "%s: rank %d of the group sent %lld bytes, %lld were expected",
+              c->name, status->MPI_SOURCE, (long long)got, (long long)expected);
 }
 
 static void mpi_group_begin(struct comm *c)
@@ -145,8 +160,14 @@ static void mpi_group_end(struct comm *c, struct stream *s)
     struct comm_native *m = c->native;
     ASSERT(m->open);
     m->open = false;
-    if (m->n_requests > 0)
-        CHECK_MPI(MPI_Waitall(m->n_requests, m->request, m->status), c);
+    if (m->n_requests > 0) {
+        const int status = MPI_Waitall(m->n_requests, m->request, m->status);
+        /* Then every message has a status of its own; the first that went wrong is named. */
+        for (int i = 0; i < m->n_requests && status == MPI_ERR_IN_STATUS; i++)
+            if (m->status[i].MPI_ERROR != MPI_ERR_PENDING)
+                check_mpi(m->status[i].MPI_ERROR, "MPI_Waitall(", c, __LINE__);
+        check_mpi(status, "MPI_Waitall(", c, __LINE__);
+    }
     for (int i = 0; i < m->n_requests; i++)
         if (m->expected[i] >= 0)
             check_received(c, &m->status[i], m->expected[i]);
@@ -174,10 +195,12 @@ static void mpi_send(struct comm *c, const struct tensor *buf, int peer, struct 
         return;
     c->sent_bytes += (int64_t)bytes;
     if (c->native->open)
-        CHECK_MPI(MPI_Isend_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG, c->native->comm,
-                              next_request(c->native, -1)), c);
+        CHECK_MPI(MPI_Isend_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG,
+                              c->native->comm, next_request(c->native, -1)),
+                  c);
     else
-        CHECK_MPI(MPI_Send_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG, c->native->comm), c);
+        CHECK_MPI(
+            MPI_Send_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG, c->native->comm), c);
 }
 
 static void mpi_recv(struct comm *c, const struct tensor *buf, int peer, struct stream *s)
@@ -187,11 +210,14 @@ static void mpi_recv(struct comm *c, const struct tensor *buf, int peer, struct 
     if (bytes == 0)
         return;
     if (c->native->open) {
-        CHECK_MPI(MPI_Irecv_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG, c->native->comm,
-                              next_request(c->native, (int64_t)bytes)), c);
+        CHECK_MPI(MPI_Irecv_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG,
+                              c->native->comm, next_request(c->native, (int64_t)bytes)),
+                  c);
     } else {
         MPI_Status status;
-        CHECK_MPI(MPI_Recv_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG, c->native->comm, &status), c);
+        CHECK_MPI(MPI_Recv_c(buf->data, (MPI_Count)bytes, MPI_BYTE, peer, POINT_TAG,
+                             c->native->comm, &status),
+                  c);
         check_received(c, &status, (int64_t)bytes);
     }
 }
@@ -202,12 +228,20 @@ static void mpi_drain(struct stream *s)
 }
 
 const struct comm_ops comm_mpi = {
-    .name = "mpi", .all_reduce = mpi_all_reduce, .all_gather = mpi_all_gather, .reduce_scatter = mpi_reduce_scatter,
-    .broadcast = mpi_broadcast, .all_to_all_v = mpi_all_to_all_v, .group_begin = mpi_group_begin, .send = mpi_send,
-    .recv = mpi_recv, .group_end = mpi_group_end, .drain = mpi_drain,
+    .name = "mpi",
+    .all_reduce = mpi_all_reduce,
+    .all_gather = mpi_all_gather,
+    .reduce_scatter = mpi_reduce_scatter,
+    .broadcast = mpi_broadcast,
+    .all_to_all_v = mpi_all_to_all_v,
+    .group_begin = mpi_group_begin,
+    .send = mpi_send,
+    .recv = mpi_recv,
+    .group_end = mpi_group_end,
+    .drain = mpi_drain,
 };
 
-/* ---- MPI itself ------------------------------------------------------------------------------------------------ */
+/* ---- MPI itself ---- */
 
 bool comm_start(int *argc, char ***argv, struct comm **world, char *why, size_t why_size)
 {
@@ -225,7 +259,10 @@ bool comm_start(int *argc, char ***argv, struct comm **world, char *why, size_t 
         return false;
     }
     if (provided < MPI_THREAD_FUNNELED) {
-        snprintf(why, why_size, "this MPI library offers no thread level FUNNELED, which the data reader's threads need");
+        snprintf(
+            why, why_size,
+            "this MPI library offers no thread level FUNNELED, "
+                 "which the data reader's threads need");
         MPI_Finalize();
         return false;
     }
@@ -238,7 +275,7 @@ bool comm_start(int *argc, char ***argv, struct comm **world, char *why, size_t 
 void comm_finish(struct comm *world)
 {
     comm_free(world);
-    check_on_abort(NULL);   /* MPI cannot end the job any more */
+    check_on_abort(NULL); /* MPI cannot end the job any more */
     MPI_Finalize();
 }
 
@@ -252,7 +289,9 @@ _Noreturn void comm_abort(int code)
 struct comm *comm_split(struct comm *parent, int color, const char *name)
 {
     MPI_Comm handle;
-    CHECK_MPI(MPI_Comm_split(parent->native->comm, color < 0 ? MPI_UNDEFINED : color, parent->rank, &handle), parent);
+    CHECK_MPI(MPI_Comm_split(parent->native->comm, color < 0 ? MPI_UNDEFINED : color, parent->rank,
+                             &handle),
+              parent);
     return handle == MPI_COMM_NULL ? NULL : wrap(handle, name, parent->native->pool);
 }
 
@@ -282,7 +321,9 @@ void comm_node(struct comm *world, int *node_size, int *node_rank, int *n_nodes)
 {
     MPI_Comm node;
     int64_t first;
-    CHECK_MPI(MPI_Comm_split_type(world->native->comm, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL, &node), world);
+    CHECK_MPI(MPI_Comm_split_type(world->native->comm, MPI_COMM_TYPE_SHARED, world->rank,
+                                  MPI_INFO_NULL, &node),
+              world);
     CHECK_MPI(MPI_Comm_size(node, node_size), world);
     CHECK_MPI(MPI_Comm_rank(node, node_rank), world);
     CHECK_MPI(MPI_Comm_free(&node), world);
@@ -297,7 +338,8 @@ const char *comm_library(void)
     char text[MPI_MAX_LIBRARY_VERSION_STRING];
     int length = 0;
     if (!*p->library && MPI_Get_library_version(text, &length) == MPI_SUCCESS) {
-        /* "MPICH Version:\t4.0.2\n..." or "Open MPI v4.1.6, ...": the first line, blanks for tabs. */
+        /* "MPICH Version:\t4.0.2\n..." or "Open MPI v4.1.6, ...": the first line, blanks for tabs.
+         */
         text[strcspn(text, "\n")] = '\0';
         for (char *c = text; *c; c++)
             if (*c == '\t')
@@ -321,7 +363,7 @@ void *comm_mpi_handle(struct comm *c)
     return &c->native->comm;
 }
 
-/* ---- host plane ------------------------------------------------------------------------------------------------ */
+/* ---- host plane ---- */
 
 void comm_host_barrier(struct comm *c)
 {
@@ -347,7 +389,9 @@ void comm_host_reduce_f64(struct comm *c, double *v, int n, enum comm_op op)
 void comm_host_gather(struct comm *c, const void *send, size_t bytes, void *recv, int root)
 {
     if (bytes > 0)
-        CHECK_MPI(MPI_Gather_c(send, (MPI_Count)bytes, MPI_BYTE, recv, (MPI_Count)bytes, MPI_BYTE, root, c->native->comm), c);
+        CHECK_MPI(MPI_Gather_c(send, (MPI_Count)bytes, MPI_BYTE, recv, (MPI_Count)bytes, MPI_BYTE,
+                               root, c->native->comm),
+                  c);
 }
 
 static void merge_lines(struct errors *e, const char *text, int64_t length)
@@ -384,7 +428,9 @@ int comm_host_collect_errors(struct comm *c, struct errors *e)
         CHECK_MPI(MPI_Probe(r, ERRORS_TAG, c->native->comm, &status), c);
         CHECK_MPI(MPI_Get_count_c(&status, MPI_BYTE, &bytes), c);
         char *text = xmalloc((size_t)bytes, 1);
-        CHECK_MPI(MPI_Recv_c(text, bytes, MPI_BYTE, r, ERRORS_TAG, c->native->comm, MPI_STATUS_IGNORE), c);
+        CHECK_MPI(
+            MPI_Recv_c(text, bytes, MPI_BYTE, r, ERRORS_TAG, c->native->comm, MPI_STATUS_IGNORE),
+            c);
         merge_lines(e, text, bytes);
         free(text);
     }
@@ -394,7 +440,7 @@ int comm_host_collect_errors(struct comm *c, struct errors *e)
     return (int)count;
 }
 
-/* ---- helpers --------------------------------------------------------------------------------------------------- */
+/* ---- helpers ---- */
 
 static void check_mpi(int status, const char *call, const struct comm *c, int line)
 {
@@ -404,8 +450,8 @@ static void check_mpi(int status, const char *call, const struct comm *c, int li
     int length = 0;
     MPI_Error_string(status, text, &length);
     text[strcspn(text, "\n")] = '\0';
-    fatal(EXIT_INTERNAL, __FILE__, line, NULL, "%.*s on %s (%d ranks): %s", (int)strcspn(call, "("), call,
-          c ? c->name : "world", c ? c->size : 0, text);
+    fatal(EXIT_INTERNAL, __FILE__, line, NULL, "%.*s on %s (%d ranks): %s", (int)strcspn(call, "("),
+          call, c ? c->name : "world", c ? c->size : 0, text);
 }
 
 static struct comm *wrap(MPI_Comm handle, const char *name, struct pool *pool)
@@ -449,10 +495,13 @@ static void *scratch(struct comm *c, size_t bytes)
 static void exchange(struct comm *c, const void *send, void *recv)
 {
     const struct comm_native *m = c->native;
-    CHECK_MPI(MPI_Alltoallv_c(send, m->send_count, m->send_at, MPI_BYTE, recv, m->recv_count, m->recv_at, MPI_BYTE, m->comm), c);
+    CHECK_MPI(MPI_Alltoallv_c(send, m->send_count, m->send_at, MPI_BYTE, recv, m->recv_count,
+                              m->recv_at, MPI_BYTE, m->comm),
+              c);
 }
 
-/* Short: every rank gets all parts and adds them. Long: rank r gets and adds the r-th slice of each piece, then all get all slices. */
+/* Short: every rank gets all parts and adds them. Long: rank r gets and adds the r-th slice of each
+ * piece, then all get all slices. */
 static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, enum comm_op op)
 {
     struct comm_native *m = c->native;
@@ -461,13 +510,15 @@ static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, 
         return;
     if (n < size || n * width <= SMALL_BYTES / size) {
         void *parts = scratch(c, (size_t)(n * width * size));
-        CHECK_MPI(MPI_Allgather_c(data, n * width, MPI_BYTE, parts, n * width, MPI_BYTE, m->comm), c);
+        CHECK_MPI(MPI_Allgather_c(data, n * width, MPI_BYTE, parts, n * width, MPI_BYTE, m->comm),
+                  c);
         comm_sum(dtype, op, parts, c->size, n, data);
         return;
     }
     const int64_t piece = PIECE_BYTES / width;
     for (int64_t first = 0; first < n; first += piece) {
-        const int64_t count = n - first < piece ? n - first : piece, slice = (count + size - 1) / size;
+        const int64_t count = n - first < piece ? n - first : piece,
+                      slice = (count + size - 1) / size;
         const int64_t own_first = c->rank * slice < count ? c->rank * slice : count;
         const int64_t own = count - own_first < slice ? count - own_first : slice;
         char *base = data + first * width, *parts = scratch(c, (size_t)(slice * size * width));
@@ -480,34 +531,44 @@ static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, 
         }
         exchange(c, base, parts);
         comm_sum(dtype, op, parts, c->size, own, base + own_first * width);
-        CHECK_MPI(MPI_Allgatherv_c(MPI_IN_PLACE, 0, MPI_BYTE, base, m->send_count, m->send_at, MPI_BYTE, m->comm), c);
+        CHECK_MPI(MPI_Allgatherv_c(MPI_IN_PLACE, 0, MPI_BYTE, base, m->send_count, m->send_at,
+                                   MPI_BYTE, m->comm),
+                  c);
     }
 }
 
-/* A launcher that does not speak this library's start-up protocol starts N programs that each believe to be alone. */
+/* A launcher that does not speak this library's start-up protocol starts N programs that each
+ * believe to be alone. */
 static bool singleton_of_many(int size, char *why, size_t why_size)
 {
     static const char *const pmi[] = { "PMI_RANK", "PMI_FD", "PMI_PORT", "PMIX_RANK" };
-    const char *tasks = getenv("SLURM_NTASKS"), *step = getenv("SLURM_STEP_NUM_TASKS"), *pmi_size = getenv("PMI_SIZE"),
-               *other = getenv("OMPI_COMM_WORLD_SIZE");
+    const char *tasks = getenv("SLURM_NTASKS"), *step = getenv("SLURM_STEP_NUM_TASKS"),
+               *pmi_size = getenv("PMI_SIZE"), *other = getenv("OMPI_COMM_WORLD_SIZE");
     bool spoken = false;
     if (size > 1)
         return false;
     if (pmi_size && atol(pmi_size) > 1) {
-        snprintf(why, why_size, "the launcher started %s ranks but this MPI library (%s) sees only one", pmi_size,
+        snprintf(why, why_size,
+                 "the launcher started %s ranks but this MPI library (%s) sees only one", pmi_size,
                  comm_library());
         return true;
     }
     if (other && atol(other) > 1) {
-        snprintf(why, why_size, "Open MPI's launcher started %s ranks, but this program uses %s: use that library's mpiexec",
-                 other, comm_library());
+        snprintf(
+            why, why_size,
+            "Open MPI's launcher started %s ranks, but this program uses %s: "
+                 "use that library's mpiexec",
+            other, comm_library());
         return true;
     }
     for (size_t i = 0; i < sizeof pmi / sizeof *pmi; i++)
         spoken = spoken || getenv(pmi[i]);
     if (spoken || !tasks || atol(tasks) <= 1 || (step && atol(step) == 1))
         return false;
-    snprintf(why, why_size, "Slurm says %s tasks but this program is alone: start it with 'srun --mpi=pmi2' or mpiexec "
-             "(one rank on purpose: unset SLURM_NTASKS)", tasks);
+    snprintf(
+        why, why_size,
+        "Slurm says %s tasks but this program is alone: start it with 'srun --mpi=pmi2' or mpiexec "
+        "(one rank on purpose: unset SLURM_NTASKS)",
+        tasks);
     return true;
 }

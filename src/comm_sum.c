@@ -1,4 +1,5 @@
-/* comm_sum.c - see comm_sum.h. Blocks of BLOCK elements so that the accumulators stay in the first cache. */
+/* comm_sum.c - see comm_sum.h. Blocks of BLOCK elements so that the accumulators stay in the first
+ * cache. */
 #include "comm_sum.h"
 #include <math.h>
 #include <string.h>
@@ -21,7 +22,8 @@ static int64_t combine_integer(enum comm_op op, int64_t a, int64_t b)
     return op == COMM_MAX ? (a > b ? a : b) : (a < b ? a : b);
 }
 
-static void widen(enum dtype dtype, const void *part, int64_t first, int count, double *real, int64_t *integer)
+static void widen(enum dtype dtype, const void *part, int64_t first, int count, double *real,
+                  int64_t *integer)
 {
     for (int i = 0; i < count; i++)
         switch (dtype) {
@@ -40,8 +42,8 @@ static void widen(enum dtype dtype, const void *part, int64_t first, int count, 
         }
 }
 
-/* The sum lies within a factor of the number of ranks of its parts, so double to float to bf16 is as good as the
- * parts deserve; ties to even. */
+/* The sum lies within a factor of the number of ranks of its parts, so double to float to bf16 is
+ * as good as the parts deserve; ties to even. */
 static uint16_t narrow_bf16(double x)
 {
     const float f = (float)x;
@@ -52,20 +54,24 @@ static uint16_t narrow_bf16(double x)
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-static void narrow(enum dtype dtype, void *out, int64_t first, int count, const double *real, const int64_t *integer)
+static void narrow(enum dtype dtype, void *out, int64_t first, int count, const double *real,
+                   const int64_t *integer)
 {
     for (int i = 0; i < count; i++)
         switch (dtype) {
         case DTYPE_F32: ((float *)out)[first + i] = (float)real[i]; break;
         case DTYPE_F64: ((double *)out)[first + i] = real[i]; break;
         case DTYPE_BF16: ((uint16_t *)out)[first + i] = narrow_bf16(real[i]); break;
-        case DTYPE_I32: ((int32_t *)out)[first + i] = (int32_t)(uint32_t)(uint64_t)integer[i]; break;
+        case DTYPE_I32:
+            ((int32_t *)out)[first + i] = (int32_t)(uint32_t)(uint64_t)integer[i];
+            break;
         case DTYPE_I64: ((int64_t *)out)[first + i] = integer[i]; break;
         case DTYPE_U8: ((uint8_t *)out)[first + i] = (uint8_t)(uint64_t)integer[i]; break;
         }
 }
 
-void comm_sum(enum dtype dtype, enum comm_op op, const void *parts, int n_parts, int64_t n, void *out)
+void comm_sum(enum dtype dtype, enum comm_op op, const void *parts, int n_parts, int64_t n,
+              void *out)
 {
     const bool is_real = dtype == DTYPE_F32 || dtype == DTYPE_F64 || dtype == DTYPE_BF16;
     const size_t width = dtype_bytes(dtype);
@@ -75,7 +81,8 @@ void comm_sum(enum dtype dtype, enum comm_op op, const void *parts, int n_parts,
         int64_t integer[BLOCK], integer_next[BLOCK];
         widen(dtype, parts, first, count, real, integer);
         for (int p = 1; p < n_parts; p++) {
-            widen(dtype, (const char *)parts + (size_t)p * (size_t)n * width, first, count, real_next, integer_next);
+            widen(dtype, (const char *)parts + (size_t)p * (size_t)n * width, first, count,
+                  real_next, integer_next);
             if (is_real && op == COMM_SUM)
                 for (int i = 0; i < count; i++)
                     real[i] += real_next[i];

@@ -1,14 +1,16 @@
 /* data.c - which samples a micro-batch holds, and the batches made of them.
  *
- * An iteration has gbs/mbs slots, slot = m*D + d for micro-batch m of language lane d. Slot `slot` of iteration i reads its mbs
- * samples from stream (i*gbs/mbs + slot) mod data_streams, and the number of its sample b is i*gbs + slot*mbs + b, the key of
- * every random draw. Nothing here knows a rank: a language rank asks for its lane, an encoder rank for a range of samples of the
- * micro-batch, and both walk the same streams. Since data_streams is a multiple of D, a lane always reads the same streams.
+ * An iteration has gbs/mbs slots, slot = m*D + d for micro-batch m of language lane d. Slot `slot`
+ * of iteration i reads its mbs samples from stream (i*gbs/mbs + slot) mod data_streams, and the
+ * number of its sample b is i*gbs + slot*mbs + b, the key of every random draw. Nothing here knows
+ * a rank: a language rank asks for its lane, an encoder rank for a range of samples of the
+ * micro-batch, and both walk the same streams. Since data_streams is a multiple of D, a lane always
+ * reads the same streams.
  *
- * A broken sample moves its stream on by one, so every reader of a stream must find the same samples broken: each of them
- * decodes every picture, also those it does not deliver (encoder ranks that share a lane, language ranks).
- * A colocated rank asks twice for the same slot, once for the text and once for the pictures; the second call replays what the
- * first one drew.
+ * A broken sample moves its stream on by one, so every reader of a stream must find the same
+ * samples broken: each of them decodes every picture, also those it does not deliver (encoder ranks
+ * that share a lane, language ranks). A colocated rank asks twice for the same slot, once for the
+ * text and once for the pictures; the second call replays what the first one drew.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -21,27 +23,27 @@
 enum { SIDE_TEXT = 1, SIDE_PICTURES = 2 };
 enum { BAD_IN_A_ROW = 100 };
 
-struct draw {                         /* what a stream delivered last */
-    int64_t iteration, end;           /* end = position afterwards */
-    unsigned served;                  /* sides that have it */
+struct draw {               /* what a stream delivered last */
+    int64_t iteration, end; /* end = position afterwards */
+    unsigned served;        /* sides that have it */
 };
 
 struct data_source {
-    struct data_mock *mock;           /* one of the two */
+    struct data_mock *mock; /* one of the two */
     struct data_webdataset *shards;
     struct data_sample sample;
     int64_t samples_per_slot, slots, lanes;
-    struct draw *draw;                /* [n_streams] */
-    int64_t *taken;                   /* [n_streams, samples_per_slot] sample numbers of the draw */
-    bool *lane_read;                  /* [lanes] by this rank */
+    struct draw *draw; /* [n_streams] */
+    int64_t *taken;    /* [n_streams, samples_per_slot] sample numbers of the draw */
+    bool *lane_read;   /* [lanes] by this rank */
     bool any_lane_read;
     struct rng_key cpe;
     int64_t bad_in_a_row;
 };
 
 static int64_t merge_factor(const struct deck *deck);
-static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first, int64_t last, unsigned side,
-                 struct text_batch *text, struct picture_batch *pictures);
+static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first, int64_t last,
+                 unsigned side, struct text_batch *text, struct picture_batch *pictures);
 static int64_t next_sample(struct data *d, int64_t stream, int64_t number, void *pixels);
 static bool load(struct data *d, int64_t index, void *pixels, char why[DATA_WHY]);
 static void add_text(const struct data *d, int64_t number, struct text_batch *out);
@@ -72,7 +74,8 @@ struct data_limits data_limits(const struct deck *deck)
     return l;
 }
 
-void data_init(struct data *d, const struct deck *deck, enum data_split split, struct errors *errors)
+void data_init(struct data *d, const struct deck *deck, enum data_split split,
+               struct errors *errors)
 {
     memset(d, 0, sizeof *d);
     d->deck = deck;
@@ -120,7 +123,8 @@ void data_init(struct data *d, const struct deck *deck, enum data_split split, s
     d->position = xcalloc((size_t)d->n_streams, sizeof *d->position);
 }
 
-void data_text(struct data *d, int64_t iteration, int64_t m, int lane, int lanes, struct text_batch *out)
+void data_text(struct data *d, int64_t iteration, int64_t m, int lane, int lanes,
+               struct text_batch *out)
 {
     struct data_source *src = d->source;
     ASSERT(lanes == src->lanes && lane >= 0 && lane < lanes);
@@ -131,7 +135,8 @@ void data_text(struct data *d, int64_t iteration, int64_t m, int lane, int lanes
     take(d, iteration, m * lanes + lane, 0, src->samples_per_slot, SIDE_TEXT, out, NULL);
 }
 
-void data_pictures(struct data *d, int64_t iteration, int64_t m, int rank, int ranks, struct picture_batch *out)
+void data_pictures(struct data *d, int64_t iteration, int64_t m, int rank, int ranks,
+                   struct picture_batch *out)
 {
     struct data_source *src = d->source;
     const int64_t mbs = src->samples_per_slot, all = mbs * src->lanes, mine = all / ranks;
@@ -147,8 +152,9 @@ void data_pictures(struct data *d, int64_t iteration, int64_t m, int rank, int r
     }
 }
 
-/* Before its first batch a rank does not know its lanes and passes over all of them. That moves streams it does not read, but
- * never past where their readers are, and data_gather_positions takes the largest. */
+/* Before its first batch a rank does not know its lanes and passes over all of them. That moves
+ * streams it does not read, but never past where their readers are, and data_gather_positions takes
+ * the largest. */
 void data_skip(struct data *d, int64_t iteration)
 {
     struct data_source *src = d->source;
@@ -205,7 +211,8 @@ void text_batch_free(struct text_batch *b)
     memset(b, 0, sizeof *b);
 }
 
-void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples, int64_t patch_width, bool fp64)
+void picture_batch_init(struct picture_batch *b, const struct data_limits *l, int64_t samples,
+                        int64_t patch_width, bool fp64)
 {
     const size_t n = (size_t)samples, tiles = n * (size_t)l->max_tiles_per_sample;
     memset(b, 0, sizeof *b);
@@ -214,7 +221,8 @@ void picture_batch_init(struct picture_batch *b, const struct data_limits *l, in
     b->tiles_per_sample = xcalloc(n, sizeof *b->tiles_per_sample);
     b->rows_per_sample = xcalloc(n, sizeof *b->rows_per_sample);
     b->cpe = xcalloc(tiles, sizeof *b->cpe);
-    b->pixels = xcalloc(n * (size_t)l->max_patches_per_sample * (size_t)patch_width, fp64 ? sizeof(double) : sizeof(float));
+    b->pixels = xcalloc(n * (size_t)l->max_patches_per_sample * (size_t)patch_width,
+                        fp64 ? sizeof(double) : sizeof(float));
     b->sample_index = xcalloc(n, sizeof *b->sample_index);
     b->key = xcalloc(n, sizeof *b->key);
 }
@@ -249,7 +257,8 @@ void data_sample_free(struct data_sample *s)
     memset(s, 0, sizeof *s);
 }
 
-int64_t data_labels(const struct data_sample *s, bool mask_inputs, int64_t seq_length, int64_t *labels, float *loss_mask)
+int64_t data_labels(const struct data_sample *s, bool mask_inputs, int64_t seq_length,
+                    int64_t *labels, float *loss_mask)
 {
     int64_t trainable = 0;
     for (int64_t j = 0; j < seq_length; j++) {
@@ -269,22 +278,25 @@ static int64_t merge_factor(const struct deck *deck)
 }
 
 /* Draw the samples of a slot and deliver those with first <= b < last. */
-static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first, int64_t last, unsigned side,
-                 struct text_batch *text, struct picture_batch *pictures)
+static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first, int64_t last,
+                 unsigned side, struct text_batch *text, struct picture_batch *pictures)
 {
     struct data_source *src = d->source;
-    const int64_t mbs = src->samples_per_slot, dim = 3 * d->deck->vision.patch_dim * d->deck->vision.patch_dim;
+    const int64_t mbs = src->samples_per_slot,
+                  dim = 3 * d->deck->vision.patch_dim * d->deck->vision.patch_dim;
     const int64_t stream = (iteration % d->n_streams * src->slots + slot) % d->n_streams;
     struct draw *draw = &src->draw[stream];
     int64_t *taken = src->taken + stream * mbs;
-    const bool replay = draw->iteration == iteration && draw->end == d->position[stream] && !(draw->served & side);
+    const bool replay =
+        draw->iteration == iteration && draw->end == d->position[stream] && !(draw->served & side);
     for (int64_t b = 0; b < mbs; b++) {
         const bool served = b >= first && b < last;
         const int64_t number = (iteration * src->slots + slot) * mbs + b;
         void *pixels = NULL;
         if (served && pictures)
-            pixels = d->deck->derived.fp64 ? (void *)((double *)pictures->pixels + pictures->patches * dim)
-                                           : (void *)((float *)pictures->pixels + pictures->patches * dim);
+            pixels = d->deck->derived.fp64
+                         ? (void *)((double *)pictures->pixels + pictures->patches * dim)
+                         : (void *)((float *)pictures->pixels + pictures->patches * dim);
         if (!replay) {
             taken[b] = next_sample(d, stream, number, pixels);
         } else if (served) {
@@ -321,8 +333,10 @@ static int64_t next_sample(struct data *d, int64_t stream, int64_t number, void 
         log_warn("sample %s skipped: %s", src->sample.key, why);
         d->bad_samples++;
         if (++src->bad_in_a_row >= BAD_IN_A_ROW)
-            fatal(EXIT_DATA, __FILE__, __LINE__, "mimo --check-data lists what is wrong with each sample",
-                  "%d broken samples in a row, the last one %s: %s", BAD_IN_A_ROW, src->sample.key, why);
+            fatal(EXIT_DATA, __FILE__, __LINE__,
+                  "mimo --check-data lists what is wrong with each sample",
+                  "%d broken samples in a row, the last one %s: %s", BAD_IN_A_ROW, src->sample.key,
+                  why);
     }
 }
 
@@ -350,8 +364,11 @@ static void add_text(const struct data *d, int64_t number, struct text_batch *ou
     for (int64_t t = 0; t < s->n_pictures; t++)
         expected += s->picture[t].rows;
     if (rows != expected)
-        FATAL(EXIT_INTERNAL, "sample %s has %" PRId64 " image tokens for %" PRId64 " picture embeddings", s->key, rows, expected);
-    out->loss_tokens += data_labels(s, d->source->shards != NULL, length, out->labels + b * length, out->loss_mask + b * length);
+        FATAL(EXIT_INTERNAL,
+              "sample %s has %" PRId64 " image tokens for %" PRId64 " picture embeddings", s->key,
+              rows, expected);
+    out->loss_tokens += data_labels(s, d->source->shards != NULL, length, out->labels + b * length,
+                                    out->loss_mask + b * length);
     out->image_rows_per_sample[b] = rows;
     out->image_rows += rows;
     out->sample_index[b] = number;
@@ -370,8 +387,9 @@ static void add_pictures(const struct data *d, int64_t number, struct picture_ba
         const struct rng_key cpe = d->source->cpe;
         out->tile_size[tile][0] = s->picture[t].height;
         out->tile_size[tile][1] = s->picture[t].width;
-        vit_map_cpe(rng_uniform(cpe, key, block, 0), rng_uniform(cpe, key, block, 1), rng_uniform(cpe, key, block + 1, 0),
-                    rng_uniform(cpe, key, block + 1, 1), out->cpe[tile]);
+        vit_map_cpe(rng_uniform(cpe, key, block, 0), rng_uniform(cpe, key, block, 1),
+                    rng_uniform(cpe, key, block + 1, 0), rng_uniform(cpe, key, block + 1, 1),
+                    out->cpe[tile]);
         out->patches += s->picture[t].patches;
         out->rows_per_sample[b] += s->picture[t].rows;
     }

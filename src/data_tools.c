@@ -1,7 +1,7 @@
 /* data_tools.c - looking at data without training: mimo --check-data and mimo --show-sample.
  *
- * Both go through the same loader as a run, so what they show is what the model gets. Pictures are shown from the normalised
- * patches: put back into rows of pixels, de-normalised and rounded.
+ * Both go through the same loader as a run, so what they show is what the model gets. Pictures are
+ * shown from the normalised patches: put back into rows of pixels, de-normalised and rounded.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -15,26 +15,33 @@
 enum { BROKEN_SHOWN = 50 };
 
 /* A growing list of numbers, for medians. */
-struct numbers { int64_t *v, n, capacity; };
+struct numbers {
+    int64_t *v, n, capacity;
+};
 
 struct census {
     int64_t good, broken, shrunk, truncated, ids, loss_tokens, image_tokens, text_only;
-    struct { const char *name; int64_t n; } kind[8];
+    struct {
+        const char *name;
+        int64_t n;
+    } kind[8];
     int n_kinds;
-    struct numbers tokens, area;      /* per sample; per picture: area << 20 | width of the original */
-    struct numbers patches;           /* per picture */
+    struct numbers tokens, area; /* per sample; per picture: area << 20 | width of the original */
+    struct numbers patches;      /* per picture */
 };
 
 static int check_split(const struct deck *deck, enum data_split split, FILE *out);
-static void count_sample(struct census *c, const struct data_webdataset *w, const struct data_sample *s, int64_t *labels,
-                         float *mask);
+static void count_sample(struct census *c, const struct data_webdataset *w,
+                         const struct data_sample *s, int64_t *labels, float *mask);
 static void print_census(struct census *c, int64_t broken_shown, FILE *out);
 static void numbers_add(struct numbers *list, int64_t v);
 static void numbers_sort(struct numbers *list);
 static int compare_numbers(const void *a, const void *b);
 static int refuse(struct errors *errors);
-static void print_tokens(const struct deck *deck, const struct data_webdataset *w, const struct data_sample *s, FILE *out);
-static bool write_picture(const struct deck *deck, const struct data_picture *p, const void *pixels, const char *path);
+static void print_tokens(const struct deck *deck, const struct data_webdataset *w,
+                         const struct data_sample *s, FILE *out);
+static bool write_picture(const struct deck *deck, const struct data_picture *p, const void *pixels,
+                          const char *path);
 
 int data_check(const struct deck *deck, FILE *out)
 {
@@ -44,16 +51,23 @@ int data_check(const struct deck *deck, FILE *out)
         if (!data_mock_shape(deck, &shape, &errors))
             return refuse(&errors);
         errors_free(&errors);
-        fprintf(out, "mock data: %" PRId64 " samples of %" PRId64 " tokens, %" PRId64 " of them image tokens\n",
+        fprintf(out,
+                "mock data: %" PRId64 " samples of %" PRId64 " tokens, %" PRId64
+                " of them image tokens\n",
                 deck->data.mock_dataset_size, deck->language.seq_length, shape.image_seq_length);
         if (shape.tiles > 0)
-            fprintf(out, "pictures of a sample: %" PRId64 " of %d x %d pixels (width x height), %" PRId64 " patches each\n",
+            fprintf(out,
+                    "pictures of a sample: %" PRId64 " of %d x %d pixels (width x height), %" PRId64
+                    " patches each\n",
                     shape.tiles, shape.width, shape.height, shape.patches);
         if (deck->data.mock_text_only_every > 0)
-            fprintf(out, "without pictures: every %" PRId64 ". sample\n", deck->data.mock_text_only_every);
+            fprintf(out, "without pictures: every %" PRId64 ". sample\n",
+                    deck->data.mock_text_only_every);
         return EXIT_OK;
     }
-    const int train = *deck->data.train_data_path || !*deck->data.valid_data_path ? check_split(deck, DATA_TRAIN, out) : EXIT_OK;
+    const int train = *deck->data.train_data_path || !*deck->data.valid_data_path
+                          ? check_split(deck, DATA_TRAIN, out)
+                          : EXIT_OK;
     const int valid = *deck->data.valid_data_path ? check_split(deck, DATA_VALID, out) : EXIT_OK;
     return train ? train : valid;
 }
@@ -74,8 +88,10 @@ int data_show_sample(const struct deck *deck, int64_t n, const char *directory, 
         mock = data_mock_new(deck, DATA_TRAIN);
     const int64_t size = w ? data_webdataset_size(w) : deck->data.mock_dataset_size;
     if (errors.count == 0 && (n < 0 || n >= size))
-        errors_add(&errors, EXIT_DATA, "command line: error: --show-sample %" PRId64 ": the data set has samples 0..%" PRId64, n,
-                   size - 1);
+        errors_add(&errors, EXIT_DATA,
+                   "command line: error: --show-sample %" PRId64
+                   ": the data set has samples 0..%" PRId64,
+                   n, size - 1);
     if (errors.count == 0 && mkdir(directory, 0777) != 0 && errno != EEXIST)
         errors_add(&errors, EXIT_WRITE, "%s: error: %s", directory, strerror(errno));
     if (errors.count > 0) {
@@ -94,19 +110,23 @@ int data_show_sample(const struct deck *deck, int64_t n, const char *directory, 
         status = refuse(&errors);
     }
     if (status == EXIT_OK) {
-        fprintf(out, "sample %" PRId64 ": %s%s%s\n", n, s.key, w ? ", " : "", w ? data_webdataset_kind(w) : "");
+        fprintf(out, "sample %" PRId64 ": %s%s%s\n", n, s.key, w ? ", " : "",
+                w ? data_webdataset_kind(w) : "");
         if (s.shrunk || s.truncated)
-            fprintf(out, "to fit into %" PRId64 " tokens:%s%s\n", limits.seq_length, s.shrunk ? " pictures made smaller" : "",
-                    s.truncated ? " end cut off" : "");
+            fprintf(out, "to fit into %" PRId64 " tokens:%s%s\n", limits.seq_length,
+                    s.shrunk ? " pictures made smaller" : "", s.truncated ? " end cut off" : "");
         int64_t patches = 0;
         for (int64_t t = 0; t < s.n_pictures && status == EXIT_OK; t++) {
             char *path = xasprintf("%s/sample_%06" PRId64 "_%" PRId64 ".png", directory, n, t);
             const struct data_picture *p = &s.picture[t];
             fprintf(out, "picture %" PRId64 ": ", t);
             if (w)
-                fprintf(out, "%d x %d as stored, ", data_webdataset_original(w)[t][0], data_webdataset_original(w)[t][1]);
-            fprintf(out, "%d x %d for the model (width x height), %" PRId64 " patches, %" PRId64 " tokens: %s\n", p->width, p->height,
-                    p->patches, p->rows, path);
+                fprintf(out, "%d x %d as stored, ", data_webdataset_original(w)[t][0],
+                        data_webdataset_original(w)[t][1]);
+            fprintf(out,
+                    "%d x %d for the model (width x height), %" PRId64 " patches, %" PRId64
+                    " tokens: %s\n",
+                    p->width, p->height, p->patches, p->rows, path);
             if (!write_picture(deck, p, pixels + (size_t)(patches * dim) * real, path))
                 status = EXIT_WRITE;
             patches += p->patches;
@@ -143,9 +163,11 @@ static int check_split(const struct deck *deck, enum data_split split, FILE *out
             fprintf(out, "  broken: %s: %s\n", s.key, why);
         }
     }
-    fprintf(out, "  samples found          %" PRId64 " in %" PRId64 " shards\n", data_webdataset_size(w), data_webdataset_shards(w));
+    fprintf(out, "  samples found          %" PRId64 " in %" PRId64 " shards\n",
+            data_webdataset_size(w), data_webdataset_shards(w));
     if (data_webdataset_ignored(w) > 0)
-        fprintf(out, "  members ignored        %" PRId64 " (no part of a sample)\n", data_webdataset_ignored(w));
+        fprintf(out, "  members ignored        %" PRId64 " (no part of a sample)\n",
+                data_webdataset_ignored(w));
     print_census(&c, BROKEN_SHOWN, out);
     errors_free(&errors);
     free(labels);
@@ -158,8 +180,8 @@ static int check_split(const struct deck *deck, enum data_split split, FILE *out
     return c.good > 0 ? EXIT_OK : EXIT_DATA;
 }
 
-static void count_sample(struct census *c, const struct data_webdataset *w, const struct data_sample *s, int64_t *labels,
-                         float *mask)
+static void count_sample(struct census *c, const struct data_webdataset *w,
+                         const struct data_sample *s, int64_t *labels, float *mask)
 {
     const char *kind = data_webdataset_kind(w);
     int k = 0;
@@ -176,7 +198,8 @@ static void count_sample(struct census *c, const struct data_webdataset *w, cons
     c->loss_tokens += data_labels(s, true, s->max_ids, labels, mask);
     numbers_add(&c->tokens, s->n_ids);
     for (int64_t t = 0; t < s->n_pictures; t++) {
-        const int64_t width = data_webdataset_original(w)[t][0], height = data_webdataset_original(w)[t][1];
+        const int64_t width = data_webdataset_original(w)[t][0],
+                      height = data_webdataset_original(w)[t][1];
         c->image_tokens += s->picture[t].rows;
         numbers_add(&c->area, width * height << 20 | width);
         numbers_add(&c->patches, s->picture[t].patches);
@@ -185,8 +208,8 @@ static void count_sample(struct census *c, const struct data_webdataset *w, cons
 
 static void print_census(struct census *c, int64_t broken_shown, FILE *out)
 {
-    fprintf(out, "  good                   %" PRId64 "\n  broken                 %" PRId64 "%s\n", c->good, c->broken,
-            c->broken > broken_shown ? " (the first are listed above)" : "");
+    fprintf(out, "  good                   %" PRId64 "\n  broken                 %" PRId64 "%s\n",
+            c->good, c->broken, c->broken > broken_shown ? " (the first are listed above)" : "");
     for (int k = 0; k < c->n_kinds; k++)
         fprintf(out, "  %-22s %" PRId64 "\n", c->kind[k].name, c->kind[k].n);
     fprintf(out, "  without picture        %" PRId64 "\n", c->text_only);
@@ -199,19 +222,28 @@ static void print_census(struct census *c, int64_t broken_shown, FILE *out)
         fprintf(out, "  picture width x height");
         for (int i = 0; i < 3; i++) {
             const int64_t width = c->area.v[at[i]] & 0xfffff, area = c->area.v[at[i]] >> 20;
-            fprintf(out, " %s %" PRId64 " x %" PRId64 "%s", i == 0 ? "smallest" : i == 1 ? "median" : "largest", width, area / width,
-                    i < 2 ? "," : "\n");
+            fprintf(out, " %s %" PRId64 " x %" PRId64 "%s",
+                    i == 0   ? "smallest"
+                    : i == 1 ? "median"
+                             : "largest",
+                    width, area / width, i < 2 ? "," : "\n");
         }
-        fprintf(out, "  patches of a picture   min %" PRId64 ", median %" PRId64 ", max %" PRId64 "\n", c->patches.v[0],
-                c->patches.v[c->patches.n / 2], c->patches.v[c->patches.n - 1]);
+        fprintf(out,
+                "  patches of a picture   min %" PRId64 ", median %" PRId64 ", max %" PRId64 "\n",
+                c->patches.v[0], c->patches.v[c->patches.n / 2], c->patches.v[c->patches.n - 1]);
     }
     if (c->tokens.n > 0)
-        fprintf(out, "  tokens of a sample     min %" PRId64 ", median %" PRId64 ", max %" PRId64 "\n", c->tokens.v[0],
-                c->tokens.v[c->tokens.n / 2], c->tokens.v[c->tokens.n - 1]);
-    fprintf(out, "  tokens in all          %" PRId64 ", image tokens %" PRId64 ", with a label %" PRId64 "\n", c->ids, c->image_tokens,
-            c->loss_tokens);
-    fprintf(out, "  pictures made smaller  in %" PRId64 " samples\n  end cut off            in %" PRId64 " samples\n", c->shrunk,
-            c->truncated);
+        fprintf(out,
+                "  tokens of a sample     min %" PRId64 ", median %" PRId64 ", max %" PRId64 "\n",
+                c->tokens.v[0], c->tokens.v[c->tokens.n / 2], c->tokens.v[c->tokens.n - 1]);
+    fprintf(out,
+            "  tokens in all          %" PRId64 ", image tokens %" PRId64 ", with a label %" PRId64
+            "\n",
+            c->ids, c->image_tokens, c->loss_tokens);
+    fprintf(out,
+            "  pictures made smaller  in %" PRId64 " samples\n  end cut off            in %" PRId64
+            " samples\n",
+            c->shrunk, c->truncated);
 }
 
 static void numbers_add(struct numbers *list, int64_t v)
@@ -243,20 +275,23 @@ static int refuse(struct errors *errors)
     return status;
 }
 
-/* One line a token; the run of a picture is one line, because its positions are alike (the last one is not for mock data). */
-static void print_tokens(const struct deck *deck, const struct data_webdataset *w, const struct data_sample *s, FILE *out)
+/* One line a token; the run of a picture is one line, because its positions are alike (the last one
+ * is not for mock data). */
+static void print_tokens(const struct deck *deck, const struct data_webdataset *w,
+                         const struct data_sample *s, FILE *out)
 {
     const int64_t length = deck->language.seq_length;
     int64_t *labels = xcalloc((size_t)length, sizeof *labels);
     float *mask = xcalloc((size_t)length, sizeof *mask);
     const int64_t trainable = data_labels(s, w != NULL, length, labels, mask);
-    fprintf(out, "%" PRId64 " tokens, %" PRId64 " with a label, %" PRId64 " of padding\n", s->n_ids, trainable, length - s->n_ids);
+    fprintf(out, "%" PRId64 " tokens, %" PRId64 " with a label, %" PRId64 " of padding\n", s->n_ids,
+            trainable, length - s->n_ids);
     fprintf(out, "%15s %8s %8s %4s  text\n", "position", "id", "label", "mask");
     for (int64_t j = 0; j < s->n_ids; j++) {
         char text[512] = "";
         int64_t last = j;
-        while (s->picture_of[j] >= 0 && last + 1 < s->n_ids && s->picture_of[last + 1] == s->picture_of[j]
-               && labels[last + 1] == labels[j])
+        while (s->picture_of[j] >= 0 && last + 1 < s->n_ids
+               && s->picture_of[last + 1] == s->picture_of[j] && labels[last + 1] == labels[j])
             last++;
         if (w)
             data_webdataset_token(w, s->ids[j], text, sizeof text);
@@ -268,7 +303,8 @@ static void print_tokens(const struct deck *deck, const struct data_webdataset *
             fprintf(out, "%15" PRId64, j);
         fprintf(out, " %8" PRId64 " %8" PRId64 " %4.0f  ", s->ids[j], labels[j], (double)mask[j]);
         if (s->picture_of[j] >= 0)
-            fprintf(out, "%s (picture %d, %" PRId64 " tokens)\n", text, s->picture_of[j], last - j + 1);
+            fprintf(out, "%s (picture %d, %" PRId64 " tokens)\n", text, s->picture_of[j],
+                    last - j + 1);
         else
             fprintf(out, "'%s'\n", text);
         j = last;
@@ -277,9 +313,11 @@ static void print_tokens(const struct deck *deck, const struct data_webdataset *
     free(mask);
 }
 
-static bool write_picture(const struct deck *deck, const struct data_picture *p, const void *pixels, const char *path)
+static bool write_picture(const struct deck *deck, const struct data_picture *p, const void *pixels,
+                          const char *path)
 {
-    static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 }, std[3] = { 0.26862954, 0.26130258, 0.27577711 };
+    static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 },
+                        std[3] = { 0.26862954, 0.26130258, 0.27577711 };
     const int64_t edge = deck->vision.patch_dim, columns = p->width / edge;
     unsigned char *rgb = xmalloc((size_t)p->width * (size_t)p->height, 3);
     for (int64_t y = 0; y < p->height; y++)
@@ -287,11 +325,16 @@ static bool write_picture(const struct deck *deck, const struct data_picture *p,
             for (int64_t c = 0; c < 3; c++) {
                 const int64_t patch = y / edge * columns + x / edge;
                 const int64_t at = (patch * 3 + c) * edge * edge + y % edge * edge + x % edge;
-                const double v = deck->derived.fp64 ? ((const double *)pixels)[at] : (double)((const float *)pixels)[at];
+                const double v = deck->derived.fp64 ? ((const double *)pixels)[at]
+                                                    : (double)((const float *)pixels)[at];
                 const double u = 255.0 * (v * std[c] + mean[c]);
-                rgb[(y * p->width + x) * 3 + c] = (unsigned char)lround(u < 0.0 ? 0.0 : u > 255.0 ? 255.0 : u);
+                rgb[(y * p->width + x) * 3 + c] = (unsigned char)lround(u < 0.0     ? 0.0
+                                                                        : u > 255.0 ? 255.0
+                                                                                    : u);
             }
-    png_image image = { .version = PNG_IMAGE_VERSION, .width = (png_uint_32)p->width, .height = (png_uint_32)p->height,
+    png_image image = { .version = PNG_IMAGE_VERSION,
+                        .width = (png_uint_32)p->width,
+                        .height = (png_uint_32)p->height,
                         .format = PNG_FORMAT_RGB };
     const bool ok = png_image_write_to_file(&image, path, 0, rgb, 0, NULL) != 0;
     if (!ok)

@@ -1,11 +1,13 @@
-/* data_webdataset.c - samples from shards: order, token ids, picture sizes, pixels (training.md 6.7, 6.8; interface.md 5).
+/* data_webdataset.c - samples from shards: order, token ids, picture sizes, pixels
+ * (training.md 6.7, 6.8; interface.md 5).
  *
- * Order: position q of an endless sequence is sample permute_e(q mod N) of epoch e = q / N; the permutation is a function of
- * (seed, epoch) and is not stored. Validation data, and shuffle_buffer_size = 0, keep the stored order.
- * Length: text tokens, one id per embedding of each picture, end of document. What is longer than S first has its pictures
- * made smaller (one budget for all pictures of the sample), then loses its end: the row stops before the first token or whole
- * picture that does not fit, and only pictures that stay are shown to the encoder.
- * Both sides call the same function, so they agree on sizes and on which samples are broken.
+ * Order: position q of an endless sequence is sample permute_e(q mod N) of epoch e = q / N; the
+ * permutation is a function of (seed, epoch) and is not stored. Validation data, and
+ * shuffle_buffer_size = 0, keep the stored order. Length: text tokens, one id per embedding of each
+ * picture, end of document. What is longer than S first has its pictures made smaller (one budget
+ * for all pictures of the sample), then loses its end: the row stops before the first token or
+ * whole picture that does not fit, and only pictures that stay are shown to the encoder. Both sides
+ * call the same function, so they agree on sizes and on which samples are broken.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -24,20 +26,21 @@ struct data_webdataset {
     struct data_limits limits;
     bool shuffle;
     uint64_t seed;
-    int64_t patch, merge;             /* patch edge in pixels; patches per embedding: 4 with the pixel shuffle, else 1 */
+    int64_t patch,
+        merge; /* patch edge in pixels; patches per embedding: 4 with the pixel shuffle, else 1 */
     int64_t min_patches, max_patches; /* of a picture */
     struct shard_set set;
     struct tokenizer *tokenizer;
     int64_t image_id, end_id;
-    bool *whole;                      /* [samples] decoded without error before */
+    bool *whole; /* [samples] decoded without error before */
     /* Work space of a load, reused. */
     struct sample sample;
-    int64_t *ids, ids_capacity;       /* token ids of all stretches and the end of document */
-    int64_t *piece, piece_capacity;   /* of one stretch */
-    int64_t *from;                    /* [max_tiles + 2] where stretches begin in ids, and the end */
-    int64_t *cap;                     /* [max_tiles] patches */
-    int32_t (*original)[2];           /* [max_tiles] width, height as stored */
-    unsigned char *raw;               /* bytes of picture part raw_part of sample raw_sample */
+    int64_t *ids, ids_capacity;     /* token ids of all stretches and the end of document */
+    int64_t *piece, piece_capacity; /* of one stretch */
+    int64_t *from;                  /* [max_tiles + 2] where stretches begin in ids, and the end */
+    int64_t *cap;                   /* [max_tiles] patches */
+    int32_t (*original)[2];         /* [max_tiles] width, height as stored */
+    unsigned char *raw;             /* bytes of picture part raw_part of sample raw_sample */
     int64_t raw_capacity, raw_sample;
     int32_t raw_part;
     struct image picture, resized;
@@ -47,21 +50,28 @@ static void check_sizes(const struct deck *deck, struct errors *errors);
 static void open_tokenizer(struct data_webdataset *w, struct errors *errors);
 static void find_image_id(struct data_webdataset *w, struct errors *errors);
 static void find_end_id(struct data_webdataset *w, struct errors *errors);
-static void refuse_pictures(const struct data_webdataset *w, const char *where, const char *path, struct errors *errors);
+static void refuse_pictures(const struct data_webdataset *w, const char *where, const char *path,
+                            struct errors *errors);
 static bool encode(struct data_webdataset *w, int64_t pictures, char *why);
-static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures, struct data_sample *out, char *why);
-static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t text, struct data_sample *out);
-static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures, struct data_sample *out);
+static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures,
+                    struct data_sample *out, char *why);
+static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t text,
+                         struct data_sample *out);
+static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures,
+                             struct data_sample *out);
 static bool lay_out(struct data_webdataset *w, int64_t pictures, struct data_sample *out);
-static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out, void *pixels, char *why);
-static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size, char *why);
+static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out,
+                   void *pixels, char *why);
+static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size,
+                         char *why);
 static int64_t *grow(int64_t *v, int64_t *capacity, int64_t n);
 
-struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_split split, const struct data_limits *limits,
-                                            struct errors *errors)
+struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_split split,
+                                            const struct data_limits *limits, struct errors *errors)
 {
     const char *key = split == DATA_TRAIN ? "train_data_path" : "valid_data_path";
-    const char *path = split == DATA_TRAIN ? deck->data.train_data_path : deck->data.valid_data_path;
+    const char *path =
+        split == DATA_TRAIN ? deck->data.train_data_path : deck->data.valid_data_path;
     const int before = errors->count;
     char where[512];
     snprintf(where, sizeof where, "%.400s: error: data.%s", deck_where(deck, "data", key), key);
@@ -78,7 +88,10 @@ struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_s
         w->max_patches = w->merge * limits->seq_length;
     check_sizes(deck, errors);
     if (!*path)
-        errors_add(errors, EXIT_DATA, "%s = '': dataset_provider = 'webdataset' needs a tar file, a directory or a pattern", where);
+        errors_add(
+            errors, EXIT_DATA,
+            "%s = '': dataset_provider = 'webdataset' needs a tar file, a directory or a pattern",
+            where);
     else
         shard_init(&w->set, path, where, errors);
     if (deck->topology.layout == DECK_LAYOUT_LANGUAGE_ONLY)
@@ -107,9 +120,12 @@ int64_t data_webdataset_at(const struct data_webdataset *w, int64_t q)
     return (int64_t)(w->shuffle ? data_permute(w->seed, (uint64_t)q / n, n, position) : position);
 }
 
-bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_sample *out, void *pixels, char why[DATA_WHY])
+bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_sample *out,
+                          void *pixels, char why[DATA_WHY])
 {
-    static const char *const tag[][2] = { { "", "" }, { "<img>", "</img>" }, { "<Image>", "</Image>" } };
+    static const char *const tag[][2] = { { "", "" },
+                                          { "<img>", "</img>" },
+                                          { "<Image>", "</Image>" } };
     const char *const *tags = tag[w->deck->data.image_tag_type];
     ASSERT(index >= 0 && index < w->set.n_samples);
     shard_key(&w->set, index, out->key, sizeof out->key);
@@ -126,8 +142,9 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
     if (!encode(w, pictures, why) || !measure(w, index, pictures, out, why))
         return false;
     if (!lay_out(w, pictures, out)) {
-        snprintf(why, DATA_WHY, "it has no token to learn from (%" PRId64 " positions, %" PRId64 " pictures)", out->n_ids,
-                 out->n_pictures);
+        snprintf(why, DATA_WHY,
+                 "it has no token to learn from (%" PRId64 " positions, %" PRId64 " pictures)",
+                 out->n_ids, out->n_pictures);
         return false;
     }
     if (pixels || !w->whole[index]) {
@@ -163,11 +180,13 @@ const int32_t (*data_webdataset_original(const struct data_webdataset *w))[2]
     return (const int32_t(*)[2])w->original;
 }
 
-const char *data_webdataset_token(const struct data_webdataset *w, int64_t id, char *out, size_t size)
+const char *data_webdataset_token(const struct data_webdataset *w, int64_t id, char *out,
+                                  size_t size)
 {
     char text[256];
     tokenizer_decode(w->tokenizer, &id, 1, text, sizeof text);
-    return id == w->image_id ? printable(out, size, w->deck->data.image_token) : printable(out, size, text);
+    return id == w->image_id ? printable(out, size, w->deck->data.image_token)
+                             : printable(out, size, text);
 }
 
 void data_webdataset_free(struct data_webdataset *w)
@@ -198,7 +217,7 @@ uint64_t data_permute(uint64_t seed, uint64_t epoch, uint64_t n, uint64_t positi
     ASSERT(position < n && n <= (uint64_t)1 << (2 * half));
     const uint64_t mask = ((uint64_t)1 << half) - 1;
     uint64_t x = position;
-    do {                              /* the network permutes [0, 4^half); outside [0, n) walk on along its cycle */
+    do { /* the network permutes [0, 4^half); outside [0, n) walk on along its cycle */
         uint64_t left = x >> half, right = x & mask;
         for (uint64_t round = 0; round < 4; round++) {
             uint32_t word[4];
@@ -215,7 +234,8 @@ uint64_t data_permute(uint64_t seed, uint64_t epoch, uint64_t n, uint64_t positi
 static void check_sizes(const struct deck *deck, struct errors *errors)
 {
     const int64_t p = deck->vision.patch_dim, side = deck->vision.pixel_shuffle ? 2 * p : p;
-    const int64_t h = deck->vision.img_h, width = deck->vision.img_w, min = deck->vision.dynamic_resolution_min_patches;
+    const int64_t h = deck->vision.img_h, width = deck->vision.img_w,
+                  min = deck->vision.dynamic_resolution_min_patches;
     const int64_t max = deck->vision.dynamic_resolution_max_patches;
     if (deck->topology.layout == DECK_LAYOUT_LANGUAGE_ONLY)
         return;
@@ -225,15 +245,20 @@ static void check_sizes(const struct deck *deck, struct errors *errors)
                    ": below dynamic_resolution_min_patches (%" PRId64 ")",
                    deck_where(deck, "vision", "dynamic_resolution_max_patches"), max, min);
     if (!deck->vision.dynamic_resolution && (h < side || h % side != 0))
-        errors_add(errors, EXIT_DECK, "%s: error: vision.img_h = %" PRId64 ": must be a multiple of %" PRId64 " pixels",
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: vision.img_h = %" PRId64 ": must be a multiple of %" PRId64
+                   " pixels",
                    deck_where(deck, "vision", "img_h"), h, side);
     if (!deck->vision.dynamic_resolution && (width < side || width % side != 0))
-        errors_add(errors, EXIT_DECK, "%s: error: vision.img_w = %" PRId64 ": must be a multiple of %" PRId64 " pixels",
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: vision.img_w = %" PRId64 ": must be a multiple of %" PRId64
+                   " pixels",
                    deck_where(deck, "vision", "img_w"), width, side);
 }
 
 /* Without an encoder nobody could look at them. */
-static void refuse_pictures(const struct data_webdataset *w, const char *where, const char *path, struct errors *errors)
+static void refuse_pictures(const struct data_webdataset *w, const char *where, const char *path,
+                            struct errors *errors)
 {
     int64_t n = 0, first = -1;
     for (int64_t i = 0; i < w->set.n_samples; i++) {
@@ -246,9 +271,11 @@ static void refuse_pictures(const struct data_webdataset *w, const char *where, 
     }
     char key[256];
     if (n > 0)
-        errors_add(errors, EXIT_DATA,
-                   "%s = '%s': %" PRId64 " samples have pictures, but layout = 'language_only' has no encoder; the first is %s",
-                   where, path, n, shard_key(&w->set, first, key, sizeof key));
+        errors_add(
+            errors, EXIT_DATA,
+            "%s = '%s': %" PRId64
+            " samples have pictures, but layout = 'language_only' has no encoder; the first is %s",
+            where, path, n, shard_key(&w->set, first, key, sizeof key));
 }
 
 static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
@@ -257,7 +284,10 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
     const char *where = deck_where(deck, "data", "tokenizer"), *path = deck->data.tokenizer;
     char why[512];
     if (!*path) {
-        errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '': dataset_provider = 'webdataset' needs a tokenizer", where);
+        errors_add(
+            errors, EXIT_DATA,
+            "%s: error: data.tokenizer = '': dataset_provider = 'webdataset' needs a tokenizer",
+            where);
         return;
     }
     w->tokenizer = tokenizer_open(path, why, sizeof why);
@@ -273,14 +303,19 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
     if (w->image_id == size - 1)
         size--;
     if (size > deck->language.vocab_size)
-        errors_add(errors, EXIT_DECK, "%s: error: language.vocab_size = %" PRId64 ": tokenizer '%s' has ids up to %" PRId64,
-                   deck_where(deck, "language", "vocab_size"), deck->language.vocab_size, path, size - 1);
+        errors_add(
+            errors, EXIT_DECK,
+            "%s: error: language.vocab_size = %" PRId64 ": tokenizer '%s' has ids up to %" PRId64,
+            deck_where(deck, "language", "vocab_size"), deck->language.vocab_size, path, size - 1);
     if (deck->data.pad_token_id < 0 || deck->data.pad_token_id >= deck->derived.padded_vocab)
-        errors_add(errors, EXIT_DECK, "%s: error: data.pad_token_id = %" PRId64 ": must be in 0..%" PRId64,
-                   deck_where(deck, "data", "pad_token_id"), deck->data.pad_token_id, deck->derived.padded_vocab - 1);
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: data.pad_token_id = %" PRId64 ": must be in 0..%" PRId64,
+                   deck_where(deck, "data", "pad_token_id"), deck->data.pad_token_id,
+                   deck->derived.padded_vocab - 1);
 }
 
-/* By string; else the id that is named, if it is not a word; else the first id behind the vocabulary. */
+/* By string; else the id that is named, if it is not a word; else the first id behind the
+ * vocabulary. */
 static void find_image_id(struct data_webdataset *w, struct errors *errors)
 {
     const struct deck *deck = w->deck;
@@ -291,22 +326,27 @@ static void find_image_id(struct data_webdataset *w, struct errors *errors)
     const bool reserved = named >= 0 && (named >= size || tokenizer_is_added(w->tokenizer, named));
     w->image_id = -1;
     if (found >= 0 && given && named != found)
-        errors_add(errors, EXIT_DECK, "%s: error: data.image_token_id = %" PRId64 ": in tokenizer '%s' '%s' is %" PRId64, where,
-                   named, deck->data.tokenizer, token, found);
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: data.image_token_id = %" PRId64
+                   ": in tokenizer '%s' '%s' is %" PRId64,
+                   where, named, deck->data.tokenizer, token, found);
     else if (found >= 0)
         w->image_id = found;
     else if (given && !reserved)
-        errors_add(errors, EXIT_DECK, "%s: error: data.image_token_id = %" PRId64 ": is a word of tokenizer '%s'", where, named,
-                   deck->data.tokenizer);
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: data.image_token_id = %" PRId64 ": is a word of tokenizer '%s'",
+                   where, named, deck->data.tokenizer);
     else
         w->image_id = reserved && (given || named < padded) ? named : size;
     if (w->image_id >= padded)
         errors_add(errors, EXIT_DECK,
-                   "%s: error: data.image_token_id = %" PRId64 ": tokenizer '%s' has no '%s', and id %" PRId64
+                   "%s: error: data.image_token_id = %" PRId64
+                   ": tokenizer '%s' has no '%s', and id %" PRId64
                    " is not below the padded vocabulary (%" PRId64 "); name a reserved id",
                    where, named, deck->data.tokenizer, token, w->image_id, padded);
     else if (w->image_id >= 0 && w->image_id == deck->data.pad_token_id)
-        errors_add(errors, EXIT_DECK, "%s: error: data.pad_token_id = %" PRId64 ": is the id of '%s' as well",
+        errors_add(errors, EXIT_DECK,
+                   "%s: error: data.pad_token_id = %" PRId64 ": is the id of '%s' as well",
                    deck_where(deck, "data", "pad_token_id"), w->image_id, token);
 }
 
@@ -319,20 +359,23 @@ static void find_end_id(struct data_webdataset *w, struct errors *errors)
         w->end_id = tokenizer_id(w->tokenizer, "<|endoftext|>");
     char text[256];
     if (w->end_id < 0)
-        errors_add(errors, EXIT_DECK, "%s: error: data.end_of_document = '%s': tokenizer '%s' has no %s",
-                   deck_where(w->deck, "data", "end_of_document"), printable(text, sizeof text, name), w->deck->data.tokenizer,
-                   automatic ? "'</s>' and no '<|endoftext|>'" : "such token");
+        errors_add(
+            errors, EXIT_DECK, "%s: error: data.end_of_document = '%s': tokenizer '%s' has no %s",
+            deck_where(w->deck, "data", "end_of_document"), printable(text, sizeof text, name),
+            w->deck->data.tokenizer, automatic ? "'</s>' and no '<|endoftext|>'" : "such token");
 }
 
-/* Token ids of the stretches around the first `pictures` pictures; the end of document only behind the last of all. */
+/* Token ids of the stretches around the first `pictures` pictures; the end of document only behind
+ * the last of all. */
 static bool encode(struct data_webdataset *w, int64_t pictures, char *why)
 {
     int64_t n = 0;
     for (int64_t k = 0; k <= pictures; k++) {
         const struct sample_item *item = &w->sample.item[k];
         w->from[k] = n;
-        const int64_t got = tokenizer_encode(w->tokenizer, w->sample.text + item->text, item->length, &w->piece,
-                                             &w->piece_capacity, why, DATA_WHY);
+        const int64_t got =
+            tokenizer_encode(w->tokenizer, w->sample.text + item->text, item->length, &w->piece,
+                             &w->piece_capacity, why, DATA_WHY);
         if (got < 0)
             return false;
         w->ids = grow(w->ids, &w->ids_capacity, n + got + 1);
@@ -343,7 +386,8 @@ static bool encode(struct data_webdataset *w, int64_t pictures, char *why)
                 return false;
             }
             if (id < 0 || id >= w->deck->language.vocab_size) {
-                snprintf(why, DATA_WHY, "token id %" PRId64 " is not below vocab_size (%" PRId64 ")", id,
+                snprintf(why, DATA_WHY,
+                         "token id %" PRId64 " is not below vocab_size (%" PRId64 ")", id,
                          w->deck->language.vocab_size);
                 return false;
             }
@@ -357,12 +401,14 @@ static bool encode(struct data_webdataset *w, int64_t pictures, char *why)
 }
 
 /* Original sizes from the headers, then sizes for the encoder. */
-static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures, struct data_sample *out, char *why)
+static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures,
+                    struct data_sample *out, char *why)
 {
     for (int64_t i = 0; i < pictures; i++) {
         size_t size;
         int width, height;
-        if (!read_picture(w, index, i, &size, why) || !image_probe(w->raw, size, &width, &height, why, DATA_WHY))
+        if (!read_picture(w, index, i, &size, why)
+            || !image_probe(w->raw, size, &width, &height, why, DATA_WHY))
             return false;
         w->original[i][0] = width;
         w->original[i][1] = height;
@@ -370,15 +416,17 @@ static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures, 
     fit_pictures(w, pictures, w->from[pictures + 1], out);
     for (int64_t i = 0; i < pictures; i++)
         if (out->picture[i].height > IMAGE_MAX_SIDE || out->picture[i].width > IMAGE_MAX_SIDE) {
-            snprintf(why, DATA_WHY, "picture %" PRId64 " would be resized to %d x %d pixels", i, out->picture[i].width,
-                     out->picture[i].height);
+            snprintf(why, DATA_WHY, "picture %" PRId64 " would be resized to %d x %d pixels", i,
+                     out->picture[i].width, out->picture[i].height);
             return false;
         }
     return true;
 }
 
-/* All pictures within one budget when the sample is longer than S ("shared token budget" of training.md 6.8). */
-static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t text, struct data_sample *out)
+/* All pictures within one budget when the sample is longer than S ("shared token budget" of
+ * training.md 6.8). */
+static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t text,
+                         struct data_sample *out)
 {
     for (int64_t i = 0; i < pictures; i++)
         w->cap[i] = w->max_patches;
@@ -388,7 +436,8 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
     if (!w->deck->vision.dynamic_resolution)
         return;
     out->shrunk = true;
-    const int64_t tokens = w->limits.seq_length - text - pictures - BUDGET_RESERVE, least = w->min_patches * pictures;
+    const int64_t tokens = w->limits.seq_length - text - pictures - BUDGET_RESERVE,
+                  least = w->min_patches * pictures;
     const int64_t budget = tokens * w->merge > least ? tokens * w->merge : least;
     int64_t start = budget > w->min_patches ? budget : w->min_patches;
     if (start > w->max_patches)
@@ -401,7 +450,8 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
             return;
         bool decreased = false;
         for (int64_t i = 0; i < pictures; i++) {
-            int64_t cap = (int64_t)((__extension__ (unsigned __int128)out->picture[i].patches) * (uint64_t)budget / (uint64_t)total);
+            int64_t cap = (int64_t)((__extension__(unsigned __int128) out->picture[i].patches)
+                                    * (uint64_t)budget / (uint64_t)total);
             if (cap < w->min_patches)
                 cap = w->min_patches;
             if (cap < w->cap[i]) {
@@ -416,18 +466,23 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
 }
 
 /* Sizes of all pictures under their caps; returns the sum of their patches. */
-static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures, struct data_sample *out)
+static int64_t size_pictures(const struct data_webdataset *w, int64_t pictures,
+                             struct data_sample *out)
 {
     const int side = w->merge == 4 ? 2 : 1, patch = (int)w->patch;
     int64_t total = 0;
     for (int64_t i = 0; i < pictures; i++) {
-        int tw = (int)(w->deck->vision.img_w / w->patch), th = (int)(w->deck->vision.img_h / w->patch);
+        int tw = (int)(w->deck->vision.img_w / w->patch),
+            th = (int)(w->deck->vision.img_h / w->patch);
         if (w->deck->vision.dynamic_resolution)
-            image_grid(w->original[i][0], w->original[i][1], patch, w->min_patches, w->cap[i], side, &tw, &th);
+            image_grid(w->original[i][0], w->original[i][1], patch, w->min_patches, w->cap[i], side,
+                       &tw, &th);
         const int64_t patches = (int64_t)tw * th, height = th * w->patch, width = tw * w->patch;
-        out->picture[i] = (struct data_picture){ .height = height < INT32_MAX ? (int32_t)height : INT32_MAX,
-                                                 .width = width < INT32_MAX ? (int32_t)width : INT32_MAX,
-                                                 .patches = patches, .rows = patches / w->merge };
+        out->picture[i] =
+            (struct data_picture){ .height = height < INT32_MAX ? (int32_t)height : INT32_MAX,
+                                   .width = width < INT32_MAX ? (int32_t)width : INT32_MAX,
+                                   .patches = patches,
+                                   .rows = patches / w->merge };
         total += patches;
     }
     return total;
@@ -471,12 +526,14 @@ static bool lay_out(struct data_webdataset *w, int64_t pictures, struct data_sam
 }
 
 /* Every picture that stays, also when nobody wants its pixels: what is broken is broken for all. */
-static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out, void *pixels, char *why)
+static bool decode(struct data_webdataset *w, int64_t index, const struct data_sample *out,
+                   void *pixels, char *why)
 {
     int64_t done = 0;
     for (int64_t i = 0; i < out->n_pictures; i++) {
         size_t size;
-        if (!read_picture(w, index, i, &size, why) || !image_decode(w->raw, size, NULL, &w->picture, why, DATA_WHY))
+        if (!read_picture(w, index, i, &size, why)
+            || !image_decode(w->raw, size, NULL, &w->picture, why, DATA_WHY))
             return false;
         if (w->picture.width != w->original[i][0] || w->picture.height != w->original[i][1]) {
             snprintf(why, DATA_WHY, "picture %" PRId64 " has another size than its header says", i);
@@ -486,14 +543,16 @@ static bool decode(struct data_webdataset *w, int64_t index, const struct data_s
             continue;
         image_resize(&w->picture, out->picture[i].width, out->picture[i].height, &w->resized);
         const int64_t at = done * 3 * w->patch * w->patch;
-        done += w->deck->derived.fp64 ? image_patchify_f64(&w->resized, (int)w->patch, (double *)pixels + at)
-                                      : image_patchify_f32(&w->resized, (int)w->patch, (float *)pixels + at);
+        done += w->deck->derived.fp64
+                    ? image_patchify_f64(&w->resized, (int)w->patch, (double *)pixels + at)
+                    : image_patchify_f32(&w->resized, (int)w->patch, (float *)pixels + at);
     }
     return true;
 }
 
 /* Bytes of a picture into w->raw. */
-static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size, char *why)
+static bool read_picture(struct data_webdataset *w, int64_t index, int64_t picture, size_t *size,
+                         char *why)
 {
     const int32_t k = w->sample.item[picture].part;
     const struct shard_part *part = shard_parts(&w->set, index) + k;
@@ -501,7 +560,8 @@ static bool read_picture(struct data_webdataset *w, int64_t index, int64_t pictu
     if (w->raw_sample == index && w->raw_part == k)
         return true;
     w->raw_sample = -1;
-    if (!shard_read(&w->set, index, part, SAMPLE_PICTURE_MAX, &w->raw, &w->raw_capacity, why, DATA_WHY))
+    if (!shard_read(&w->set, index, part, SAMPLE_PICTURE_MAX, &w->raw, &w->raw_capacity, why,
+                    DATA_WHY))
         return false;
     w->raw_sample = index;
     w->raw_part = k;

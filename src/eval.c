@@ -44,11 +44,13 @@ bool eval_due(const struct eval *e, int64_t iteration)
     return e->active && interval > 0 && iteration % interval == 0;
 }
 
-int64_t eval_most(const struct eval *e, int64_t iterations)
+int64_t eval_most(const struct eval *e, int64_t iterations, int64_t starts)
 {
-    int64_t interval = e->deck->eval.eval_interval;
+    int64_t interval = e->deck->eval.eval_interval, room = 8;
 
-    return e->active ? 2 + (interval > 0 ? iterations / interval : 0) : 0;
+    /* Each start can add a first and a last one off the interval. */
+    while (room < starts) room *= 2;
+    return e->active ? 2 * room + (interval > 0 ? iterations / interval : 0) : 0;
 }
 
 void eval_free(struct eval *e)
@@ -186,7 +188,7 @@ static double pass(struct eval *e, struct step *step, int kind)
         step_forward(step, &e->data, i, kind == DECK_ABLATION_NONE ? NULL : &change, &sum[0], &sum[1]);
         if (rotate) close_album(&a);
     }
-    if (rotate && a.without_partner > 0)
+    if (rotate && a.without_partner > 0 && e->consumed == 0)
         log_line("validation: %lld of %lld samples with pictures keep their own, no other of their batch has equal picture sizes",
                  (long long)a.without_partner, (long long)a.with_pictures);
     comm_host_reduce_f64(e->topo->world, sum, 2, COMM_SUM);

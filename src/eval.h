@@ -26,8 +26,8 @@ struct eval_result { double lm_loss, lm_loss_ablated; };   /* NaN: not asked, or
 void eval_init(struct eval *e, const struct deck *deck, const struct topology *topo, struct errors *errors);
 /* Whether a validation is due after `iteration` completed iterations. Local. */
 bool eval_due(const struct eval *e, int64_t iteration);
-/* Most validations that a run over these iterations can make. Local. */
-int64_t eval_most(const struct eval *e, int64_t iterations);
+/* Most validations that `starts` starts over these iterations can make together; the same for a few more starts. Local. */
+int64_t eval_most(const struct eval *e, int64_t iterations, int64_t starts);
 /* One validation; logs it under `prefix`. Collective over the world. */
 struct eval_result eval_run(struct eval *e, struct step *step, const char *prefix);
 void eval_free(struct eval *e);

@@ -101,7 +101,7 @@ static void compress_hosts(char (*host)[HOST_BYTES], int n, char *out, size_t si
         for (int j = i + 1; j < n; j++) {
             if (strcmp(host[j], host[last]) == 0) continue;
             if (strlen(host[j]) != length || stem == length || strncmp(host[j], host[i], stem) != 0 ||
-                stem_length(host[j]) != stem || atol(host[j] + stem) != atol(host[last] + stem) + 1)
+                stem_length(host[j]) != stem || strtol(host[j] + stem, NULL, 10) != strtol(host[last] + stem, NULL, 10) + 1)
                 break;
             last = j;
         }

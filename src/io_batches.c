@@ -1,9 +1,11 @@
-/* io_batches.c - batches.h5: the first iterations' global batches as the model saw them, for tests and for eyes.
+/* io_batches.c - batches.h5: the first iterations' global batches as the model saw them, for tests
+ * and for eyes.
  *
- * Rows are in the order of the global batch, (m*D + d)*mbs + b, whatever ranks served them. During an iteration each writing rank (tp = cp = pp =
- * 0 of its lane) keeps copies of its micro-batches; at the end the per-sample numbers of tiles and patches are summed over ranks, so that
- * everybody knows where its rows lie, world rank 0 lays out one group, and all write through MPI-IO, independently.
- * A resumed run adds its iterations to the file it finds.
+ * Rows are in the order of the global batch, (m*D + d)*mbs + b, whatever ranks served them. During
+ * an iteration each writing rank (tp = cp = pp = 0 of its lane) keeps copies of its micro-batches;
+ * at the end the per-sample numbers of tiles and patches are summed over ranks, so that everybody
+ * knows where its rows lie, world rank 0 lays out one group, and all write through MPI-IO,
+ * independently. A resumed run adds its iterations to the file it finds.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -13,13 +15,17 @@
 
 enum { KEY_BYTES = 256 };
 
-struct held_text { int64_t m, *input_ids, *labels; float *mask; char *key; };
+struct held_text {
+    int64_t m, *input_ids, *labels;
+    float *mask;
+    char *key;
+};
 struct held_pictures {
     int64_t m, samples, tiles, patches;
-    int64_t *tiles_per_sample;            /* [samples] */
-    int32_t *size;                        /* [tiles, 2] */
-    double *cpe;                          /* [tiles, 4] */
-    char *pixels;                         /* [patches, 3*p*p] */
+    int64_t *tiles_per_sample; /* [samples] */
+    int32_t *size;             /* [tiles, 2] */
+    double *cpe;               /* [tiles, 4] */
+    char *pixels;              /* [patches, 3*p*p] */
 };
 
 struct batch_dump {
@@ -27,10 +33,10 @@ struct batch_dump {
     const struct deck *deck;
     const struct topology *topo;
     bool writes_text, writes_pictures, cpe;
-    int64_t samples, seq_length, patch_dim;       /* of the global batch; S; p */
+    int64_t samples, seq_length, patch_dim; /* of the global batch; S; p */
     int64_t language_lane, language_lanes, encoder_rank, encoder_ranks;
-    struct held_text *text;               /* [n_text] */
-    struct held_pictures *pictures;       /* [n_pictures] */
+    struct held_text *text;         /* [n_text] */
+    struct held_pictures *pictures; /* [n_pictures] */
     int n_text, n_pictures;
 };
 
@@ -46,26 +52,31 @@ static bool continues(const char *path)
     int64_t version = 0;
     if (access(path, F_OK) != 0) return false;
     hid_t file = io_why_not_regular(path)[0] ? -1 : io_open(path, false);
-    bool ours = file >= 0 && io_get_attr_string(file, "format", format, sizeof format) && strcmp(format, "mimo-batches") == 0
-                && io_get_attr_i64(file, "format_version", &version) && version == IO_BATCHES_VERSION;
+    bool ours = file >= 0 && io_get_attr_string(file, "format", format, sizeof format)
+                && strcmp(format, "mimo-batches") == 0
+                && io_get_attr_i64(file, "format_version", &version)
+                && version == IO_BATCHES_VERSION;
     if (file >= 0) H5Fclose(file);
     if (!ours)
-        fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away", "%s: is in the way: no batch file of format version %d", path,
-              IO_BATCHES_VERSION);
+        fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away",
+              "%s: is in the way: no batch file of format version %d", path, IO_BATCHES_VERSION);
     return true;
 }
 
-struct batch_dump *batch_dump_open(const char *path, const struct deck *deck, const struct topology *topo)
+struct batch_dump *batch_dump_open(const char *path, const struct deck *deck,
+                                   const struct topology *topo)
 {
     io_start();
     struct batch_dump *d = xcalloc(1, sizeof *d);
     int n = snprintf(d->path, sizeof d->path, "%s", path);
-    if (n < 0 || n >= (int)sizeof d->path) FATAL(EXIT_WRITE, "name of the batch file is too long (%d bytes)", n);
+    if (n < 0 || n >= (int)sizeof d->path)
+        FATAL(EXIT_WRITE, "name of the batch file is too long (%d bytes)", n);
     d->deck = deck;
     d->topo = topo;
     d->writes_text = first_of_lane(&topo->language);
     d->writes_pictures = first_of_lane(&topo->encoder);
-    d->cpe = !deck->vision.force_cpe_eval_mode && !deck->derived.freeze_encoder && deck->run.mode != DECK_MODE_EVAL;
+    d->cpe = !deck->vision.force_cpe_eval_mode && !deck->derived.freeze_encoder
+             && deck->run.mode != DECK_MODE_EVAL;
     d->samples = deck->batch.global_batch_size;
     d->seq_length = deck->language.seq_length;
     d->patch_dim = deck->vision.patch_dim;
@@ -92,29 +103,40 @@ static void *copy_of(const void *from, size_t count, size_t size)
 
 static size_t pixel_bytes(const struct batch_dump *d)
 {
-    return (size_t)(3 * d->patch_dim * d->patch_dim) * (d->deck->derived.fp64 ? sizeof(double) : sizeof(float));
+    return (size_t)(3 * d->patch_dim * d->patch_dim)
+           * (d->deck->derived.fp64 ? sizeof(double) : sizeof(float));
 }
 
-void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *text, const struct picture_batch *pictures)
+void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *text,
+                    const struct picture_batch *pictures)
 {
     ASSERT(m >= 0 && m < d->deck->derived.num_microbatches);
     if (text && d->writes_text) {
         size_t n = (size_t)(text->samples * text->seq_length);
-        ASSERT(text->samples == d->deck->batch.micro_batch_size && text->seq_length == d->seq_length);
+        ASSERT(text->samples == d->deck->batch.micro_batch_size
+               && text->seq_length == d->seq_length);
         d->text = xrealloc(d->text, (size_t)d->n_text + 1, sizeof *d->text);
-        d->text[d->n_text++] = (struct held_text){
-            .m = m, .input_ids = copy_of(text->input_ids, n, sizeof(int64_t)), .labels = copy_of(text->labels, n, sizeof(int64_t)),
-            .mask = copy_of(text->loss_mask, n, sizeof(float)), .key = copy_of(text->key, (size_t)text->samples, KEY_BYTES) };
+        d->text[d->n_text++] =
+            (struct held_text){ .m = m,
+                                .input_ids = copy_of(text->input_ids, n, sizeof(int64_t)),
+                                .labels = copy_of(text->labels, n, sizeof(int64_t)),
+                                .mask = copy_of(text->loss_mask, n, sizeof(float)),
+                                .key = copy_of(text->key, (size_t)text->samples, KEY_BYTES) };
     }
     if (pictures && d->writes_pictures) {
         size_t tiles = (size_t)pictures->tiles;
         d->pictures = xrealloc(d->pictures, (size_t)d->n_pictures + 1, sizeof *d->pictures);
         d->pictures[d->n_pictures++] = (struct held_pictures){
-            .m = m, .samples = pictures->samples, .tiles = pictures->tiles, .patches = pictures->patches,
-            .tiles_per_sample = copy_of(pictures->tiles_per_sample, (size_t)pictures->samples, sizeof(int64_t)),
+            .m = m,
+            .samples = pictures->samples,
+            .tiles = pictures->tiles,
+            .patches = pictures->patches,
+            .tiles_per_sample =
+                copy_of(pictures->tiles_per_sample, (size_t)pictures->samples, sizeof(int64_t)),
             .size = copy_of(pictures->tile_size, tiles, 2 * sizeof(int32_t)),
             .cpe = d->cpe ? copy_of(pictures->cpe, tiles, 4 * sizeof(double)) : NULL,
-            .pixels = copy_of(pictures->pixels, (size_t)pictures->patches, pixel_bytes(d)) };
+            .pixels = copy_of(pictures->pixels, (size_t)pictures->patches, pixel_bytes(d))
+        };
     }
 }
 
@@ -153,7 +175,8 @@ static int64_t *count_pictures(const struct batch_dump *d)
         for (int64_t s = 0; s < h->samples; s++) {
             count[row + s] = h->tiles_per_sample[s];
             for (int64_t t = 0; t < h->tiles_per_sample[s]; t++, tile++)
-                count[d->samples + row + s] += (h->size[2 * tile] / p) * (h->size[2 * tile + 1] / p);
+                count[d->samples + row + s] +=
+                    (h->size[2 * tile] / p) * (h->size[2 * tile + 1] / p);
             patches += count[d->samples + row + s];
         }
         ASSERT(tile == h->tiles && patches == h->patches);
@@ -172,26 +195,35 @@ static hid_t key_type(void)
     return t;
 }
 
-static void lay_out(const struct batch_dump *d, const char *name, int64_t iteration, int64_t tiles, int64_t patches,
-                    const int64_t *tiles_per_sample)
+static void lay_out(const struct batch_dump *d, const char *name, int64_t iteration, int64_t tiles,
+                    int64_t patches, const int64_t *tiles_per_sample)
 {
     const char *path = d->path;
     hid_t file = IO_WRITE(path, name, io_open(path, true));
-    if (H5Lexists(file, name, H5P_DEFAULT) > 0) IO_WRITE(path, name, H5Ldelete(file, name, H5P_DEFAULT));   /* done again after a resume */
+    if (H5Lexists(file, name, H5P_DEFAULT) > 0)
+        IO_WRITE(path, name, H5Ldelete(file, name, H5P_DEFAULT)); /* done again after a resume */
     hid_t group = io_group(path, file, name), key = key_type();
-    int64_t rows[2] = { d->samples, d->seq_length }, n[1] = { d->samples }, size[2] = { tiles, 2 }, cpe[2] = { tiles, 4 };
+    int64_t rows[2] = { d->samples, d->seq_length }, n[1] = { d->samples }, size[2] = { tiles, 2 },
+            cpe[2] = { tiles, 4 };
     int64_t pixels[2] = { patches, 3 * d->patch_dim * d->patch_dim };
     io_attr_i64(path, group, "iteration", iteration);
-    io_put(path, group, "input_ids", H5T_STD_I64LE, 2, rows, NULL, "token id", "tokens, padded on the right");
-    io_put(path, group, "labels", H5T_STD_I64LE, 2, rows, NULL, "token id", "token to predict at each position");
-    io_put(path, group, "loss_mask", H5T_IEEE_F32LE, 2, rows, NULL, "1", "weight of each position in the loss");
-    io_put(path, group, "sample_key", key, 1, n, NULL, NULL, "shard:member or mock:index of each sample");
-    io_put(path, group, "tiles_per_sample", H5T_STD_I64LE, 1, n, tiles_per_sample, "tiles", "pictures of each sample");
-    io_put(path, group, "imgs_sizes", H5T_STD_I32LE, 2, size, NULL, "pixels", "height and width of each tile, in sample order");
-    io_put(path, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, 2, pixels, NULL, "1",
-           "normalised pixels of each patch, channel by channel, row by row");
+    io_put(path, group, "input_ids", H5T_STD_I64LE, 2, rows, NULL, "token id",
+           "tokens, padded on the right");
+    io_put(path, group, "labels", H5T_STD_I64LE, 2, rows, NULL, "token id",
+           "token to predict at each position");
+    io_put(path, group, "loss_mask", H5T_IEEE_F32LE, 2, rows, NULL, "1",
+           "weight of each position in the loss");
+    io_put(path, group, "sample_key", key, 1, n, NULL, NULL,
+           "shard:member or mock:index of each sample");
+    io_put(path, group, "tiles_per_sample", H5T_STD_I64LE, 1, n, tiles_per_sample, "tiles",
+           "pictures of each sample");
+    io_put(path, group, "imgs_sizes", H5T_STD_I32LE, 2, size, NULL, "pixels",
+           "height and width of each tile, in sample order");
+    io_put(path, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, 2,
+           pixels, NULL, "1", "normalised pixels of each patch, channel by channel, row by row");
     if (d->cpe)
-        io_put(path, group, "cpe", H5T_IEEE_F64LE, 2, cpe, NULL, "1", "crop of the position grid: scale_x, scale_y, off_x, off_y");
+        io_put(path, group, "cpe", H5T_IEEE_F64LE, 2, cpe, NULL, "1",
+               "crop of the position grid: scale_x, scale_y, off_x, off_y");
     H5Tclose(key);
     H5Gclose(group);
     IO_WRITE(path, "metadata", H5Fclose(file));
@@ -203,12 +235,13 @@ static hid_t open_in(const struct batch_dump *d, hid_t group, const char *name)
 }
 
 /* `rows` rows of `cols` columns from row `first` on (cols = 0: a dataset of one dimension). */
-static void put_rows(const struct batch_dump *d, hid_t group, const char *name, hid_t type, int64_t first, int64_t rows, int64_t cols,
-                     const void *data)
+static void put_rows(const struct batch_dump *d, hid_t group, const char *name, hid_t type,
+                     int64_t first, int64_t rows, int64_t cols, const void *data)
 {
     if (rows == 0) return;
     hid_t set = open_in(d, group, name);
-    io_write_box(d->path, name, set, type, cols ? 2 : 1, (int64_t[2]){ first, 0 }, (int64_t[2]){ rows, cols }, data);
+    io_write_box(d->path, name, set, type, cols ? 2 : 1, (int64_t[2]){ first, 0 },
+                 (int64_t[2]){ rows, cols }, data);
     H5Dclose(set);
 }
 
@@ -217,7 +250,8 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
     char name[64];
     snprintf(name, sizeof name, "iteration_%06" PRId64, iteration);
     int64_t *count = count_pictures(d), tiles = 0, patches = 0;
-    int64_t *tile_at = xcalloc((size_t)d->samples + 1, sizeof *tile_at), *patch_at = xcalloc((size_t)d->samples + 1, sizeof *patch_at);
+    int64_t *tile_at = xcalloc((size_t)d->samples + 1, sizeof *tile_at),
+            *patch_at = xcalloc((size_t)d->samples + 1, sizeof *patch_at);
     for (int64_t s = 0; s < d->samples; s++) {
         tile_at[s] = tiles;
         patch_at[s] = patches;
@@ -244,8 +278,8 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         int64_t row = first_row(d, h->m, false, h->samples);
         put_rows(d, group, "imgs_sizes", H5T_STD_I32LE, tile_at[row], h->tiles, 2, h->size);
         if (d->cpe) put_rows(d, group, "cpe", H5T_IEEE_F64LE, tile_at[row], h->tiles, 4, h->cpe);
-        put_rows(d, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, patch_at[row], h->patches,
-                 3 * d->patch_dim * d->patch_dim, h->pixels);
+        put_rows(d, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE,
+                 patch_at[row], h->patches, 3 * d->patch_dim * d->patch_dim, h->pixels);
     }
     H5Tclose(key);
     H5Gclose(group);

@@ -1,7 +1,9 @@
-/* io_hdf5.c - HDF5 calls that write or end the job, and calls that read or say no; see io_internal.h.
+/* io_hdf5.c - HDF5 calls that write or end the job, and calls that read or say no; see
+ * io_internal.h.
  *
- * A write that fails is one line with HDF5's innermost reason and EXIT_WRITE, on the rank that saw it. A read returns false and the caller
- * collects a sentence. Files to be read are not trusted: no plugins, no filters, no links out of the file, sizes checked.
+ * A write that fails is one line with HDF5's innermost reason and EXIT_WRITE, on the rank that saw
+ * it. A read returns false and the caller collects a sentence. Files to be read are not trusted: no
+ * plugins, no filters, no links out of the file, sizes checked.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -40,7 +42,8 @@ const char *io_reason(char *out, size_t size)
         char *end = strchr(text, '\'');
         if (end) *end = 0;
     }
-    for (char *c = text; *c; c++) if (*c == '\n') *c = ' ';
+    for (char *c = text; *c; c++)
+        if (*c == '\n') *c = ' ';
     return printable(out, size, text);
 }
 
@@ -48,11 +51,13 @@ int64_t io_written(int64_t status, const char *file, int line, const char *path,
 {
     if (status >= 0) return status;
     char why[1200];
-    fatal(EXIT_WRITE, file, line, "look at free space, quota and permissions there; complete checkpoints and valid trace rows are intact",
+    fatal(EXIT_WRITE, file, line,
+          "look at free space, quota and permissions there; complete checkpoints and valid trace "
+          "rows are intact",
           "%s: cannot write %s: %s", path, what, io_reason(why, sizeof why));
 }
 
-/* ---- files ------------------------------------------------------------------------------------------------------- */
+/* ---- files --------------------------------------------------------------------------------- */
 
 static hid_t access_list(bool checksummed)
 {
@@ -76,7 +81,7 @@ hid_t io_open(const char *path, bool write)
     hid_t fapl = access_list(false);
     if (!write) H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG);
     hid_t file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
-    hid_t reason = H5Eget_current_stack();       /* every further call would forget why */
+    hid_t reason = H5Eget_current_stack(); /* every further call would forget why */
     H5Pclose(fapl);
     H5Eset_current_stack(reason);
     return file;
@@ -104,12 +109,14 @@ void io_make_directories(const char *path)
 {
     char part[IO_PATH];
     int n = snprintf(part, sizeof part, "%s", path);
-    if (n < 0 || n >= (int)sizeof part) FATAL(EXIT_WRITE, "directory name of %d bytes is too long", n);
-    for (char *c = part + 1; ; c++) {
+    if (n < 0 || n >= (int)sizeof part)
+        FATAL(EXIT_WRITE, "directory name of %d bytes is too long", n);
+    for (char *c = part + 1;; c++) {
         if (*c && *c != '/') continue;
         char keep = *c;
         *c = 0;
-        CHECK_SYS(mkdir(part, 0777) == 0 || errno == EEXIST, EXIT_WRITE, "%s: cannot make the directory", part);
+        CHECK_SYS(mkdir(part, 0777) == 0 || errno == EEXIST, EXIT_WRITE,
+                  "%s: cannot make the directory", part);
         if (!keep) break;
         *c = keep;
     }
@@ -137,7 +144,7 @@ const char *io_nonce(char *out, size_t size)
     return out;
 }
 
-/* ---- types ------------------------------------------------------------------------------------------------------- */
+/* ---- types --------------------------------------------------------------------------------- */
 
 hid_t io_type(enum dtype dtype)
 {
@@ -148,7 +155,8 @@ hid_t io_type(enum dtype dtype)
     case DTYPE_I64: return H5Tcopy(H5T_STD_I64LE);
     case DTYPE_U8: return H5Tcopy(H5T_STD_U8LE);
     case DTYPE_BF16: {
-        /* sign at 15, exponent of 8 bits from 7, mantissa of 7 bits from 0, bias 127; fields first, they need the room of 32 bits */
+        /* sign at 15, exponent of 8 bits from 7, mantissa of 7 bits from 0, bias 127; fields first,
+         * they need the room of 32 bits */
         hid_t t = H5Tcopy(H5T_IEEE_F32LE);
         H5Tset_fields(t, 15, 7, 8, 0, 7);
         H5Tset_size(t, 2);
@@ -161,8 +169,10 @@ hid_t io_type(enum dtype dtype)
 
 const char *io_type_name(enum dtype dtype)
 {
-    static const char *const name[] = { [DTYPE_F32] = "float32", [DTYPE_F64] = "float64", [DTYPE_BF16] = "bfloat16",
-                                        [DTYPE_I32] = "int32", [DTYPE_I64] = "int64", [DTYPE_U8] = "uint8" };
+    static const char *const name[] = {
+        [DTYPE_F32] = "float32", [DTYPE_F64] = "float64", [DTYPE_BF16] = "bfloat16",
+        [DTYPE_I32] = "int32",   [DTYPE_I64] = "int64",   [DTYPE_U8] = "uint8"
+    };
     ASSERT(dtype >= 0 && (size_t)dtype < sizeof name / sizeof name[0]);
     return name[dtype];
 }
@@ -174,7 +184,7 @@ int64_t io_volume(int ndim, const int64_t *count)
     return n;
 }
 
-/* ---- writing ------------------------------------------------------------------------------------------------------- */
+/* ---- writing ------------------------------------------------------------------------------- */
 
 hid_t io_group(const char *path, hid_t at, const char *name)
 {
@@ -193,10 +203,11 @@ static hid_t space_of(int ndim, const int64_t *shape)
     return ndim ? H5Screate_simple(ndim, dims, NULL) : H5Screate(H5S_SCALAR);
 }
 
-void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim, const int64_t *shape, const void *data,
-            const char *units, const char *description)
+void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim,
+            const int64_t *shape, const void *data, const char *units, const char *description)
 {
-    hid_t space = IO_WRITE(path, name, space_of(ndim, shape)), dcpl = H5Pcreate(H5P_DATASET_CREATE), lcpl = H5Pcreate(H5P_LINK_CREATE);
+    hid_t space = IO_WRITE(path, name, space_of(ndim, shape)), dcpl = H5Pcreate(H5P_DATASET_CREATE),
+          lcpl = H5Pcreate(H5P_LINK_CREATE);
     H5Pset_layout(dcpl, H5D_CONTIGUOUS);
     H5Pset_alloc_time(dcpl, H5D_ALLOC_TIME_EARLY);
     H5Pset_fill_time(dcpl, H5D_FILL_TIME_NEVER);
@@ -205,7 +216,8 @@ void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim, 
     hid_t set = IO_WRITE(path, name, H5Dcreate2(at, name, type, space, lcpl, dcpl, H5P_DEFAULT));
     if (units) io_attr_string(path, set, "units", units);
     if (description) io_attr_string(path, set, "description", description);
-    if (data && io_volume(ndim, shape) > 0) IO_WRITE(path, name, H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data));
+    if (data && io_volume(ndim, shape) > 0)
+        IO_WRITE(path, name, H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data));
     IO_WRITE(path, name, H5Dclose(set));
     H5Pclose(lcpl);
     H5Pclose(dcpl);
@@ -221,7 +233,8 @@ void io_put_string(const char *path, hid_t at, const char *name, const char *val
     H5Tclose(type);
 }
 
-static void put_attr(const char *path, hid_t at, const char *name, hid_t type, int ndim, const int64_t *shape, const void *data)
+static void put_attr(const char *path, hid_t at, const char *name, hid_t type, int ndim,
+                     const int64_t *shape, const void *data)
 {
     hid_t space = space_of(ndim, shape);
     hid_t attr = IO_WRITE(path, name, H5Acreate2(at, name, type, space, H5P_DEFAULT, H5P_DEFAULT));
@@ -232,7 +245,7 @@ static void put_attr(const char *path, hid_t at, const char *name, hid_t type, i
 
 void io_attr_strings(const char *path, hid_t at, const char *name, int n, const char *const *value)
 {
-    hid_t type = H5Tcopy(H5T_C_S1);        /* variable length: h5py hands them out as str */
+    hid_t type = H5Tcopy(H5T_C_S1); /* variable length: h5py hands them out as str */
     H5Tset_size(type, H5T_VARIABLE);
     H5Tset_cset(type, H5T_CSET_UTF8);
     int64_t shape[1] = { n };
@@ -255,7 +268,10 @@ void io_attr_u64(const char *path, hid_t at, const char *name, uint64_t value)
     put_attr(path, at, name, H5T_STD_U64LE, 0, NULL, &value);
 }
 
-struct header_ctx { const char *path; hid_t group; };
+struct header_ctx {
+    const char *path;
+    hid_t group;
+};
 
 static void put_code(void *ctx, const char *key, const char *value)
 {
@@ -263,7 +279,8 @@ static void put_code(void *ctx, const char *key, const char *value)
     io_attr_string(c->path, c->group, key, value);
 }
 
-static void put_deck(void *ctx, const char *group, const char *key, const char *value, enum deck_origin origin)
+static void put_deck(void *ctx, const char *group, const char *key, const char *value,
+                     enum deck_origin origin)
 {
     struct header_ctx *c = ctx;
     char name[256];
@@ -282,7 +299,8 @@ char *io_deck_text(const struct deck *deck)
     return text;
 }
 
-void io_put_header(const char *path, hid_t file, const char *format, int64_t version, const struct deck *deck)
+void io_put_header(const char *path, hid_t file, const char *format, int64_t version,
+                   const struct deck *deck)
 {
     io_attr_string(path, file, "format", format);
     io_attr_i64(path, file, "format_version", version);
@@ -298,7 +316,8 @@ void io_put_header(const char *path, hid_t file, const char *format, int64_t ver
 }
 
 /* Select a box of a dataset's space; the pair of spaces must be closed. */
-static bool select_box(hid_t set, int ndim, const int64_t *start, const int64_t *count, hid_t *memory, hid_t *space)
+static bool select_box(hid_t set, int ndim, const int64_t *start, const int64_t *count,
+                       hid_t *memory, hid_t *space)
 {
     hsize_t s[TENSOR_MAX_DIMS], c[TENSOR_MAX_DIMS];
     for (int i = 0; i < ndim; i++) {
@@ -317,8 +336,8 @@ static void close_box(hid_t memory, hid_t space)
     if (space >= 0) H5Sclose(space);
 }
 
-void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int ndim, const int64_t *start, const int64_t *count,
-                  const void *data)
+void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int ndim,
+                  const int64_t *start, const int64_t *count, const void *data)
 {
     hid_t memory, space;
     bool ok = select_box(set, ndim, start, count, &memory, &space);
@@ -327,20 +346,25 @@ void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int
     close_box(memory, space);
 }
 
-/* ---- reading ------------------------------------------------------------------------------------------------------- */
+/* ---- reading ------------------------------------------------------------------------------- */
 
-/* Text of a string attribute (dataset = false) or scalar string dataset, of fixed or variable length. */
+/* Text of a string attribute (dataset = false) or scalar string dataset, of fixed or variable
+ * length. */
 static bool get_string(hid_t object, bool dataset, char *out, size_t size)
 {
     hid_t type = dataset ? H5Dget_type(object) : H5Aget_type(object);
     hid_t space = dataset ? H5Dget_space(object) : H5Aget_space(object);
-    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_STRING && H5Sget_simple_extent_npoints(space) == 1;
+    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_STRING
+              && H5Sget_simple_extent_npoints(space) == 1;
     if (ok && H5Tis_variable_str(type) > 0) {
         char *text = NULL;
         hid_t memory = H5Tcopy(H5T_C_S1);
         H5Tset_size(memory, H5T_VARIABLE);
         H5Tset_cset(memory, H5Tget_cset(type));
-        ok = (dataset ? H5Dread(object, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, &text) : H5Aread(object, memory, &text)) >= 0 && text;
+        ok = (dataset ? H5Dread(object, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, &text)
+                      : H5Aread(object, memory, &text))
+                 >= 0
+             && text;
         if (ok) snprintf(out, size, "%s", text);
         if (text) H5free_memory(text);
         H5Tclose(memory);
@@ -348,7 +372,10 @@ static bool get_string(hid_t object, bool dataset, char *out, size_t size)
         size_t bytes = H5Tget_size(type);
         ok = bytes > 0 && bytes < ((size_t)1 << 24);
         char *text = ok ? xcalloc(bytes + 1, 1) : NULL;
-        ok = ok && (dataset ? H5Dread(object, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text) : H5Aread(object, type, text)) >= 0;
+        ok = ok
+             && (dataset ? H5Dread(object, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text)
+                         : H5Aread(object, type, text))
+                    >= 0;
         if (ok) snprintf(out, size, "%s", text);
         free(text);
     }
@@ -371,8 +398,8 @@ static bool get_attr_integer(hid_t at, const char *name, hid_t memory, void *out
     hid_t attr = H5Aexists(at, name) > 0 ? H5Aopen(at, name, H5P_DEFAULT) : -1;
     if (attr < 0) return false;
     hid_t type = H5Aget_type(attr), space = H5Aget_space(attr);
-    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_INTEGER && H5Sget_simple_extent_npoints(space) == 1
-              && H5Aread(attr, memory, out) >= 0;
+    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_INTEGER
+              && H5Sget_simple_extent_npoints(space) == 1 && H5Aread(attr, memory, out) >= 0;
     if (type >= 0) H5Tclose(type);
     if (space >= 0) H5Sclose(space);
     H5Aclose(attr);
@@ -394,12 +421,13 @@ static hid_t open_set(hid_t at, const char *name)
 {
     char part[IO_PATH];
     snprintf(part, sizeof part, "%s", name);
-    for (char *c = part + 1; ; c++) {
+    for (char *c = part + 1;; c++) {
         if (*c && *c != '/') continue;
         char keep = *c;
         *c = 0;
         H5L_info_t info;
-        if (H5Lexists(at, part, H5P_DEFAULT) <= 0 || H5Lget_info(at, part, &info, H5P_DEFAULT) < 0 || info.type != H5L_TYPE_HARD)
+        if (H5Lexists(at, part, H5P_DEFAULT) <= 0 || H5Lget_info(at, part, &info, H5P_DEFAULT) < 0
+            || info.type != H5L_TYPE_HARD)
             return -1;
         if (!keep) break;
         *c = keep;
@@ -443,10 +471,12 @@ bool io_get(hid_t at, const char *name, hid_t type, int64_t elements, void *out)
     return ok;
 }
 
-bool io_get_box(hid_t set, hid_t type, int ndim, const int64_t *start, const int64_t *count, void *out)
+bool io_get_box(hid_t set, hid_t type, int ndim, const int64_t *start, const int64_t *count,
+                void *out)
 {
     hid_t memory, space;
-    bool ok = select_box(set, ndim, start, count, &memory, &space) && H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
+    bool ok = select_box(set, ndim, start, count, &memory, &space)
+              && H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
     hid_t reason = H5Eget_current_stack();
     close_box(memory, space);
     H5Eset_current_stack(reason);

@@ -1,33 +1,40 @@
-/* io_inspect.c - mimo --inspect FILE: what a checkpoint, trace or batch file holds, for a person; the whole of a checkpoint is verified.
+/* io_inspect.c - mimo --inspect FILE: what a checkpoint, trace or batch file holds, for a person;
+ * the whole of a checkpoint is verified.
  *
- * Serial, without MPI, read-only. The file is not trusted; texts from it are made printable. Anything that is not a complete file of ours is
- * one error line and EXIT_CHECKPOINT.
+ * Serial, without MPI, read-only. The file is not trusted; texts from it are made printable.
+ * Anything that is not a complete file of ours is one error line and EXIT_CHECKPOINT.
  */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 #include "io_internal.h"
 
-struct view { const char *path; hid_t file; FILE *out; struct errors errors; };
+struct view {
+    const char *path;
+    hid_t file;
+    FILE *out;
+    struct errors errors;
+};
 
-/* ---- groups that every file has ---------------------------------------------------------------------------------------- */
+/* ---- groups that every file has ------------------------------------------------------------ */
 
 static herr_t print_attribute(hid_t group, const char *name, const H5A_info_t *info, void *ctx)
 {
     struct view *v = ctx;
     char value[1024], key[256], shown[1200];
     if (!io_get_attr_string(group, name, value, sizeof value)) return 0;
-    fprintf(v->out, "  %-24s %s\n", printable(key, sizeof key, name), printable(shown, sizeof shown, value));
+    fprintf(v->out, "  %-24s %s\n", printable(key, sizeof key, name),
+            printable(shown, sizeof shown, value));
     return 0;
 }
 
 static void print_code(struct view *v)
 {
     hid_t group = H5Gopen2(v->file, "/code", H5P_DEFAULT);
-    if (group < 0) return;
     fprintf(v->out, "\nwritten by\n");
-    H5Aiterate2(group, H5_INDEX_NAME, H5_ITER_INC, NULL, print_attribute, v);
-    H5Gclose(group);
+    if (group < 0 || H5Aiterate2(group, H5_INDEX_NAME, H5_ITER_INC, NULL, print_attribute, v) < 0)
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: /code is missing or damaged", v->path);
+    if (group >= 0) H5Gclose(group);
 }
 
 /* Keys of the deck that are no defaults, as overrides that can be pasted behind a command. */
@@ -37,14 +44,18 @@ static void print_deck(struct view *v)
     char *text = xcalloc(size, 1), shown[2048], group[64] = "";
     if (io_get_string(v->file, "/deck/text", text, size)) {
         fprintf(v->out, "\ndeck, without defaults (dataset /deck/text has all of it)\n");
-        for (char *next = NULL, *line = strtok_r(text, "\n", &next); line; line = strtok_r(NULL, "\n", &next)) {
+        for (char *next = NULL, *line = strtok_r(text, "\n", &next); line;
+             line = strtok_r(NULL, "\n", &next)) {
             const char *origin = strrchr(line, '!');
             while (*line == ' ') line++;
-            if (*line == '&') snprintf(group, sizeof group, "%.*s", (int)strcspn(line + 1, " "), line + 1);
-            if (*line == '!' || !strchr(line, '=') || (origin && strstr(origin, "default"))) continue;
+            if (*line == '&')
+                snprintf(group, sizeof group, "%.*s", (int)strcspn(line + 1, " "), line + 1);
+            if (*line == '!' || !strchr(line, '=') || (origin && strstr(origin, "default")))
+                continue;
             fprintf(v->out, "  %s.%s\n", group, printable(shown, sizeof shown, line));
         }
-    }
+    } else
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: /deck is missing or damaged", v->path);
     free(text);
 }
 
@@ -56,7 +67,7 @@ static void human(char *out, size_t size, double n)
     snprintf(out, size, u ? "%.1f%s" : "%.0f%s", n, unit[u]);
 }
 
-/* ---- checkpoint -------------------------------------------------------------------------------------------------------- */
+/* ---- checkpoint ---------------------------------------------------------------------------- */
 
 static bool dtype_of(hid_t set, enum dtype *dtype)
 {
@@ -75,7 +86,8 @@ static bool dtype_of(hid_t set, enum dtype *dtype)
 }
 
 /* One tensor: its line in the table, and its blocks [first, last) of the manifest verified. */
-static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t index, int64_t first, int64_t last, double *total)
+static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t index,
+                           int64_t first, int64_t last, double *total)
 {
     const char *name = m->path[index];
     char shape_text[128] = "", shown[IO_TENSOR_PATH];
@@ -84,16 +96,21 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
     int ndim = io_get_shape(v->file, name, shape), n = 0;
     hid_t set = ndim > 0 ? H5Dopen2(v->file, name, H5P_DEFAULT) : -1;
     if (set < 0 || !dtype_of(set, &dtype)) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: missing, or of a type that is not ours", v->path,
+        errors_add(&v->errors, EXIT_CHECKPOINT,
+                   "%s: error: %s: missing, or of a type that is not ours", v->path,
                    printable(shown, sizeof shown, name));
         if (set >= 0) H5Dclose(set);
         return;
     }
-    for (int i = 0; i < ndim; i++) n += snprintf(shape_text + n, sizeof shape_text - (size_t)n, "%s%" PRId64, i ? " x " : "", shape[i]);
+    for (int i = 0; i < ndim; i++)
+        n += snprintf(shape_text + n, sizeof shape_text - (size_t)n, "%s%" PRId64, i ? " x " : "",
+                      shape[i]);
     *total += (double)io_volume(ndim, shape);
     if (strncmp(name, "/model/", 7) == 0) {
-        fprintf(v->out, "  %-64s %-9s %s", printable(shown, sizeof shown, name + 7), io_type_name(dtype), shape_text);
-        if (io_get_attr_i64(set, "vocab_size", &vocab)) fprintf(v->out, "  (vocabulary %" PRId64 ")", vocab);
+        fprintf(v->out, "  %-64s %-9s %s", printable(shown, sizeof shown, name + 7),
+                io_type_name(dtype), shape_text);
+        if (io_get_attr_i64(set, "vocab_size", &vocab))
+            fprintf(v->out, "  (vocabulary %" PRId64 ")", vocab);
         fputc('\n', v->out);
     }
     for (int64_t k = first; k < last; k++) {
@@ -101,11 +118,13 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
         double bytes = (double)dtype_bytes(dtype);
         bool inside = true;
         for (int i = 0; i < ndim; i++) {
-            inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= shape[i] && b->start[i] <= shape[i] - b->count[i];
+            inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= shape[i]
+                     && b->start[i] <= shape[i] - b->count[i];
             bytes *= (double)b->count[i];
         }
         if (!inside || bytes > (double)((int64_t)1 << 31)) {
-            errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest names a block outside the tensor", v->path, name);
+            errors_add(&v->errors, EXIT_CHECKPOINT,
+                       "%s: error: %s: /manifest names a block outside the tensor", v->path, name);
             break;
         }
         void *buf = xmalloc((size_t)bytes, 1);
@@ -114,52 +133,70 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
         volume += io_volume(ndim, b->count);
     }
     if (volume != io_volume(ndim, shape) && v->errors.count == 0)
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: /manifest does not vouch for all of it", v->path, name);
+        errors_add(&v->errors, EXIT_CHECKPOINT,
+                   "%s: error: %s: /manifest does not vouch for all of it", v->path, name);
     H5Dclose(set);
+}
+
+static herr_t visit_object(hid_t file, const char *name, const H5O_info_t *info, void *ctx)
+{
+    return 0;
 }
 
 static void inspect_checkpoint(struct view *v)
 {
     struct io_manifest m;
-    int64_t complete = 0, optimizer = 0, value;
-    double real, elements = 0, model = 0;
+    int64_t complete = 0, optimizer = 0;
+    double elements = 0, model = 0;
     char text[512], shown[600];
     if (!io_get_attr_i64(v->file, "complete", &complete) || complete != 1) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is incomplete: its writer was killed before it was done", v->path);
+        errors_add(&v->errors, EXIT_CHECKPOINT,
+                   "%s: error: is incomplete: its writer was killed before it was done", v->path);
         return;
     }
     if (!io_manifest_get(v->path, v->file, &m, &v->errors)) return;
+    if (H5Ovisit2(v->file, H5_INDEX_NAME, H5_ITER_INC, visit_object, NULL, H5O_INFO_ALL) < 0)
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is damaged: %s", v->path,
+                   io_reason(shown, sizeof shown));
     io_get_attr_i64(v->file, "optimizer", &optimizer);
     fprintf(v->out, "\nstate\n");
-    for (int i = 0; i < io_n_state_fields; i++) {
-        const struct io_state_field *f = &io_state_fields[i];
-        char name[128];
-        snprintf(name, sizeof name, "/state/%s", f->name);
-        if (f->kind == IO_STATE_F64 && io_get(v->file, name, H5T_NATIVE_DOUBLE, 1, &real))
-            fprintf(v->out, "  %-24s %-14.9g %s\n", f->name, real, f->description);
-        else if (f->kind != IO_STATE_F64 && io_get(v->file, name, H5T_NATIVE_INT64, 1, &value))
-            fprintf(v->out, "  %-24s %-14" PRId64 " %s\n", f->name, value, f->description);
-        else errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: %s: missing", v->path, name);
-    }
-    if (io_get_string(v->file, "/state/layout", text, sizeof text))
+    struct train_state state;
+    if (!io_state_get(v->file, &state, text, sizeof text))
+        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: /state is missing or damaged", v->path);
+    else {
+        for (int k = 0; k < io_n_state_fields; k++) {
+            const struct io_state_field *f = &io_state_fields[k];
+            const char *at = (const char *)&state + f->offset;
+            fprintf(v->out, "  %-24s ", f->name);
+            if (f->kind == IO_STATE_F64) fprintf(v->out, "%-14.9g", *(const double *)at);
+            else
+                fprintf(v->out, "%-14" PRId64,
+                        f->kind == IO_STATE_INT ? *(const int *)at : *(const int64_t *)at);
+            fprintf(v->out, " %s\n", f->description);
+        }
         fprintf(v->out, "  %-24s %s\n", "layout", printable(shown, sizeof shown, text));
+    }
+    free(state.train_position);
+    free(state.valid_position);
     fprintf(v->out, "  %-24s %s\n", "optimizer", optimizer ? "yes" : "no");
     fprintf(v->out, "\nmodel\n");
     for (int64_t i = 0, first = 0, last; i < m.n_paths; i++, first = last) {
         while (first < m.n_blocks && m.block[first].tensor < i) first++;
-        for (last = first; last < m.n_blocks && m.block[last].tensor == i; ) last++;
-        inspect_tensor(v, &m, i, first, last, strncmp(m.path[i], "/model/", 7) == 0 ? &model : &elements);
+        for (last = first; last < m.n_blocks && m.block[last].tensor == i;) last++;
+        inspect_tensor(v, &m, i, first, last,
+                       strncmp(m.path[i], "/model/", 7) == 0 ? &model : &elements);
     }
     human(text, sizeof text, model);
     human(shown, sizeof shown, elements);
     fprintf(v->out, "  %s numbers in the model, %s in the optimizer\n", text, shown);
     print_code(v);
     print_deck(v);
-    if (v->errors.count == 0) fprintf(v->out, "\ncomplete; %" PRId64 " blocks agree with their checksums\n", m.n_blocks);
+    if (v->errors.count == 0)
+        fprintf(v->out, "\ncomplete; %" PRId64 " blocks agree with their checksums\n", m.n_blocks);
     io_manifest_free(&m);
 }
 
-/* ---- trace, batches ---------------------------------------------------------------------------------------------------- */
+/* ---- trace, batches ------------------------------------------------------------------------ */
 
 static bool last_value(struct view *v, const char *name, int64_t row, double *out)
 {
@@ -173,33 +210,49 @@ static bool last_value(struct view *v, const char *name, int64_t row, double *ou
 
 static void inspect_trace(struct view *v)
 {
-    static const char *const shown[] = { "/iteration", "/consumed_samples", "/lm_loss", "/grad_norm", "/learning_rate",
-                                         "/iteration_seconds", "/tokens_per_second" };
-    static const char *const eval[] = { "/eval/iteration", "/eval/lm_loss", "/eval/lm_loss_ablated" };
-    int64_t rows = -1, eval_rows = -1, shape[TENSOR_MAX_DIMS] = { 0 }, experts[TENSOR_MAX_DIMS] = { 0 }, ranks = 0, encoder = 0, language = 0;
+    static const char *const shown[] = { "/iteration",        "/consumed_samples",
+                                         "/lm_loss",          "/grad_norm",
+                                         "/learning_rate",    "/iteration_seconds",
+                                         "/tokens_per_second" };
+    static const char *const eval[] = { "/eval/iteration", "/eval/lm_loss",
+                                        "/eval/lm_loss_ablated" };
+    int64_t rows = -1, eval_rows = -1, shape[TENSOR_MAX_DIMS] = { 0 },
+            experts[TENSOR_MAX_DIMS] = { 0 }, ranks = 0, encoder = 0, language = 0;
     double x;
-    bool ok = io_get(v->file, "/rows", H5T_NATIVE_INT64, 1, &rows) && io_get_shape(v->file, "/iteration", shape) == 1
-              && rows >= 0 && rows <= shape[0] && io_get(v->file, "/eval/rows", H5T_NATIVE_INT64, 1, &eval_rows);
+    bool ok = io_get(v->file, "/rows", H5T_NATIVE_INT64, 1, &rows)
+              && io_get_shape(v->file, "/iteration", shape) == 1 && rows >= 0 && rows <= shape[0]
+              && io_get(v->file, "/eval/rows", H5T_NATIVE_INT64, 1, &eval_rows);
     if (!ok) {
-        errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is no complete trace: /rows or /iteration is missing or out of range", v->path);
+        errors_add(
+            &v->errors, EXIT_CHECKPOINT,
+            "%s: error: is no complete trace: /rows or /iteration is missing or out of range",
+            v->path);
         return;
     }
-    fprintf(v->out, "\n  %" PRId64 " of %" PRId64 " rows, %" PRId64 " validations\n", rows, shape[0], eval_rows);
+    fprintf(v->out, "\n  %" PRId64 " of %" PRId64 " rows, %" PRId64 " validations\n", rows,
+            shape[0], eval_rows);
     hid_t group = H5Gopen2(v->file, "/ranks", H5P_DEFAULT);
-    if (group >= 0 && io_get_attr_i64(group, "ranks", &ranks) && io_get_attr_i64(group, "encoder_size", &encoder)
+    if (group >= 0 && io_get_attr_i64(group, "ranks", &ranks)
+        && io_get_attr_i64(group, "encoder_size", &encoder)
         && io_get_attr_i64(group, "language_size", &language))
-        fprintf(v->out, "  %" PRId64 " ranks: %" PRId64 " in the encoder grid, %" PRId64 " in the language grid\n", ranks, encoder, language);
+        fprintf(v->out,
+                "  %" PRId64 " ranks: %" PRId64 " in the encoder grid, %" PRId64
+                " in the language grid\n",
+                ranks, encoder, language);
     if (group >= 0) H5Gclose(group);
     if (io_get_shape(v->file, "/moe/tokens_per_expert", experts) == 3)
-        fprintf(v->out, "  %" PRId64 " MoE layers of %" PRId64 " experts\n", experts[1], experts[2]);
+        fprintf(v->out, "  %" PRId64 " MoE layers of %" PRId64 " experts\n", experts[1],
+                experts[2]);
     for (int k = 0; k < 2 && rows > 0; k++) {
         fprintf(v->out, "\n%s row\n", k ? "last" : "first");
         for (size_t i = 0; i < sizeof shown / sizeof shown[0]; i++)
-            if (last_value(v, shown[i], k ? rows - 1 : 0, &x)) fprintf(v->out, "  %-24s %.9g\n", shown[i] + 1, x);
+            if (last_value(v, shown[i], k ? rows - 1 : 0, &x))
+                fprintf(v->out, "  %-24s %.9g\n", shown[i] + 1, x);
     }
     if (eval_rows > 0) fprintf(v->out, "\nlast validation\n");
     for (size_t i = 0; i < 3 && eval_rows > 0; i++)
-        if (last_value(v, eval[i], eval_rows - 1, &x)) fprintf(v->out, "  %-24s %.9g\n", eval[i] + 6, x);
+        if (last_value(v, eval[i], eval_rows - 1, &x))
+            fprintf(v->out, "  %-24s %.9g\n", eval[i] + 6, x);
     print_code(v);
     print_deck(v);
 }
@@ -213,8 +266,8 @@ static herr_t print_batch(hid_t file, const char *name, const H5L_info_t *info, 
     snprintf(ids, sizeof ids, "/%.250s/input_ids", name);
     snprintf(sizes, sizeof sizes, "/%.250s/imgs_sizes", name);
     if (io_get_shape(v->file, ids, rows) != 2 || io_get_shape(v->file, sizes, tiles) != 2) return 0;
-    fprintf(v->out, "  %s: %" PRId64 " samples of %" PRId64 " tokens, %" PRId64 " tiles\n", printable(shown, sizeof shown, name), rows[0],
-            rows[1], tiles[0]);
+    fprintf(v->out, "  %s: %" PRId64 " samples of %" PRId64 " tokens, %" PRId64 " tiles\n",
+            printable(shown, sizeof shown, name), rows[0], rows[1], tiles[0]);
     return 0;
 }
 
@@ -227,19 +280,27 @@ int io_inspect(const char *path, FILE *out)
     const char *not_regular = io_why_not_regular(path);
     if (not_regular[0]) errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
     else if ((v.file = io_open(path, false)) < 0)
-        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: cannot open as HDF5: %s", path, io_reason(why, sizeof why));
-    else if (!io_get_attr_string(v.file, "format", format, sizeof format) || strncmp(format, "mimo-", 5))
-        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: is an HDF5 file, but none of mimo's", path);
+        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: cannot open as HDF5: %s", path,
+                   io_reason(why, sizeof why));
+    else if (!io_get_attr_string(v.file, "format", format, sizeof format)
+             || strncmp(format, "mimo-", 5))
+        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: is an HDF5 file, but none of mimo's",
+                   path);
     else {
         io_get_attr_i64(v.file, "format_version", &version);
-        fprintf(out, "%s: %s, format version %" PRId64 "\n", path, printable(shown, sizeof shown, format), version);
-        if (strcmp(format, "mimo-checkpoint") == 0 && version == IO_CHECKPOINT_VERSION) inspect_checkpoint(&v);
-        else if (strcmp(format, "mimo-trace") == 0 && version == IO_TRACE_VERSION) inspect_trace(&v);
+        fprintf(out, "%s: %s, format version %" PRId64 "\n", path,
+                printable(shown, sizeof shown, format), version);
+        if (strcmp(format, "mimo-checkpoint") == 0 && version == IO_CHECKPOINT_VERSION)
+            inspect_checkpoint(&v);
+        else if (strcmp(format, "mimo-trace") == 0 && version == IO_TRACE_VERSION)
+            inspect_trace(&v);
         else if (strcmp(format, "mimo-batches") == 0 && version == IO_BATCHES_VERSION) {
             H5Literate(v.file, H5_INDEX_NAME, H5_ITER_INC, NULL, print_batch, &v);
             print_code(&v);
-        } else errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: this program does not read %s of format version %" PRId64, path,
-                          printable(shown, sizeof shown, format), version);
+        } else
+            errors_add(&v.errors, EXIT_CHECKPOINT,
+                       "%s: error: this program does not read %s of format version %" PRId64, path,
+                       printable(shown, sizeof shown, format), version);
     }
     if (v.file >= 0) H5Fclose(v.file);
     fflush(out);

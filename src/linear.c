@@ -31,3 +31,57 @@ void linear_backward(struct model *m, const struct param *w, const struct tensor
         count_flops(m, w, tensor_rows(dy));
     }
 }
+
+/* ---- sequence-parallel regions ------------------------------------------------------------------------------------- */
+
+static bool alone(const struct model *m)
+{
+    return m->topo->language.tp_size == 1;
+}
+
+int64_t linear_local_rows(const struct model *m, int64_t tokens)
+{
+    return tokens / m->topo->language.tp_size;
+}
+
+const struct tensor *linear_gather(struct model *m, const struct tensor *local, const struct tensor *full)
+{
+    if (alone(m))
+        return local;
+    m->comm->all_gather(m->topo->language.tp.comm, local, full, m->compute);
+    return full;
+}
+
+void linear_reduce(struct model *m, const struct tensor *full, const struct tensor *local)
+{
+    if (alone(m))
+        ASSERT(full->data == local->data);
+    else
+        m->comm->reduce_scatter(m->topo->language.tp.comm, full, local, COMM_SUM, m->compute);
+}
+
+void linear_row_forward(struct model *m, const struct param *w, const struct tensor *a, const struct tensor *residual,
+                        const struct tensor *y)
+{
+    if (alone(m)) {
+        linear_forward(m, w, a, residual, y);
+        return;
+    }
+    linear_forward(m, w, a, NULL, &m->partial);
+    linear_reduce(m, &m->partial, y);
+    m->be->add(m->compute, residual, y);
+}
+
+void linear_row_backward(struct model *m, const struct param *w, const struct tensor *a, const struct tensor *dy,
+                         const struct tensor *da)
+{
+    linear_backward(m, w, a, linear_gather(m, dy, &m->gathered), 0.0, da);
+}
+
+void linear_column_backward(struct model *m, const struct param *w, const struct tensor *u, const struct tensor *dz,
+                            const struct tensor *du)
+{
+    const struct tensor *du_full = alone(m) ? du : &m->partial;
+    linear_backward(m, w, linear_gather(m, u, &m->gathered), dz, 0.0, du_full);
+    linear_reduce(m, du_full, du);
+}

@@ -1,8 +1,8 @@
 /* log.c - the lines of a run and what they say about the process that writes them.
  *
- * One of the two files with state (timer.c is the other): the open run.log, the warnings already given, and struct
- * log_process, which check.c prints in front of a failure. A line is one write(2) on stderr, so lines of several ranks
- * do not mix.
+ * One of the two files with state (timer.c is the other): the open run.log, the warnings already
+ * given, and struct log_process, which check.c prints in front of a failure. A line is one write(2)
+ * on stderr, so lines of several ranks do not mix.
  */
 #include "log.h"
 #include <errno.h>
@@ -18,7 +18,7 @@ enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192 };
 static struct {
     FILE *file;
     bool writer;
-    uint64_t warned[WARNINGS_MAX];   /* hashes of the texts already given */
+    uint64_t warned[WARNINGS_MAX]; /* hashes of the texts already given */
     int n_warned;
     long suppressed;
 } state;
@@ -45,7 +45,8 @@ void log_close(void)
 {
     if (state.suppressed > 0) {
         char text[160];
-        snprintf(text, sizeof text, "warning: %ld more warnings were not shown (%d are, per rank)\n", state.suppressed,
+        snprintf(text, sizeof text,
+                 "warning: %ld more warnings were not shown (%d are, per rank)\n", state.suppressed,
                  WARNINGS_MAX);
         const ssize_t ignored = write(STDERR_FILENO, text, strlen(text));
         (void)ignored;
@@ -87,10 +88,12 @@ void log_warn(const char *fmt, ...)
         return;
     printable(text, sizeof text, raw);
     if (process.size > 1)
-        snprintf(line, sizeof line, "warning: [rank %d %s %s] %s\n", process.rank, process.role, process.host, text);
+        snprintf(line, sizeof line, "warning: [rank %d %s %s] %s\n", process.rank, process.role,
+                 process.host, text);
     else
         snprintf(line, sizeof line, "warning: %s\n", text);
-    const ssize_t ignored = write(STDERR_FILENO, line, strlen(line));   /* nowhere to tell that stderr is gone */
+    const ssize_t ignored =
+        write(STDERR_FILENO, line, strlen(line)); /* nowhere to tell that stderr is gone */
     (void)ignored;
     if (state.file) {
         fputs(line, state.file);

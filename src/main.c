@@ -32,9 +32,10 @@ static int set_blas_threads(struct comm *world)
 {
     int node_size, node_rank, n_nodes, threads;
     const char *given = getenv("OPENBLAS_NUM_THREADS");
+    long asked = given ? strtol(given, NULL, 10) : 0;
 
     comm_node(world, &node_size, &node_rank, &n_nodes);
-    threads = given && atoi(given) > 0 ? atoi(given) : header_cores() / node_size;
+    threads = asked > 0 && asked < 1024 ? (int)asked : header_cores() / node_size;
     if (threads < 1) threads = 1;
     backend_blas_threads(threads);
     return threads;
@@ -75,12 +76,11 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
         check_identify(world->rank, world->size, topology_role(topo), deck->run.output_dir);
         /* 6. groups, start, header */
         topology_connect(topo, world);
-        train_find_start(&start, deck, topo, &errors);
+        train_find_start(&start, &run, deck, topo, &errors);
         status = agree(world, &errors);
     }
     if (status == EXIT_OK) {
-        run_begin(&run, start.load && !deck->checkpoint.finetune ? start.iteration : 0,
-                  start.own && deck->run.mode == DECK_MODE_TRAIN);
+        run_begin(&run, start.iteration, start.own && deck->run.mode == DECK_MODE_TRAIN);
         header_print(deck, topo, text, length, set_blas_threads(world), start.text);
         /* 7. data, model, memory, checkpoint */
         train_init(&train, deck, topo, &run, &errors);

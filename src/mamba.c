@@ -21,11 +21,11 @@ struct mamba {
     int64_t inner, channels;                             /* Di = mh*P, Di + 2GN */
     double eps;
     int norm, in_proj, conv_weight, conv_bias, dt_bias, a_log, d_skip, gate_norm, out_proj;   /* parameter indices */
-    struct tensor rs;                      /* acc [T] */
+    struct tensor rs;                      /* acc [T/t] */
     struct tensor zxbcdt;                  /* [T,2Di+2GN+mh] */
     struct tensor y;                       /* [T,Di] scan output before the gate */
     struct tensor gate_rs;                 /* acc [T,G] */
-    struct tensor u, du;                   /* [T,H] temporaries */
+    struct tensor u, du;                   /* [T/t,H] temporaries */
     struct tensor xbc, dxbc;               /* [T,Di+2GN] temporaries */
     struct tensor o, d_o, dy;              /* [T,Di] temporaries */
     struct tensor dzxbcdt;                 /* as zxbcdt, temporary */
@@ -108,13 +108,14 @@ void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tok
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, wide = l->inner + l->channels + l->heads;
-    l->rs = arena_1d(acts, "mamba.rs", m->acc, tokens);
+    const int64_t local = linear_local_rows(m, tokens);
+    l->rs = arena_1d(acts, "mamba.rs", m->acc, local);
     l->zxbcdt = arena_2d(acts, "mamba.zxbcdt", m->act, tokens, wide);
     l->y = arena_2d(acts, "mamba.y", m->act, tokens, l->inner);
     l->gate_rs = arena_2d(acts, "mamba.gate_rs", m->acc, tokens, l->groups);
     const size_t mark = arena_mark(work);
-    l->u = arena_2d(work, "mamba.u", m->act, tokens, h);
-    l->du = arena_2d(work, "mamba.du", m->act, tokens, h);
+    l->u = arena_2d(work, "mamba.u", m->act, local, h);
+    l->du = arena_2d(work, "mamba.du", m->act, local, h);
     l->xbc = arena_2d(work, "mamba.xbc", m->act, tokens, l->channels);
     l->dxbc = arena_2d(work, "mamba.dxbc", m->act, tokens, l->channels);
     l->o = arena_2d(work, "mamba.o", m->act, tokens, l->inner);
@@ -131,7 +132,7 @@ void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, con
     const struct backend_ops *be = m->be;
     const struct tensor z = z_of(l, &l->zxbcdt), xbc = xbc_of(l, &l->zxbcdt), dt = dt_of(l, &l->zxbcdt);
     be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
-    linear_forward(m, model_param(m, l->in_proj), &l->u, NULL, &l->zxbcdt);
+    linear_forward(m, model_param(m, l->in_proj), linear_gather(m, &l->u, &m->gathered), NULL, &l->zxbcdt);
     be->conv_forward(m->compute, &xbc, &model_param(m, l->conv_weight)->value, &model_param(m, l->conv_bias)->value, &b->cu,
                      b->max_len, &l->xbc);
     be->ssd_forward(m->compute, &l->xbc, &dt, &model_param(m, l->dt_bias)->value, &model_param(m, l->a_log)->value,
@@ -139,7 +140,7 @@ void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, con
                     l->chunk, &l->scratch, &l->y);
     be->gated_norm_forward(m->compute, &l->y, &z, &model_param(m, l->gate_norm)->value, l->groups, l->eps, &l->o,
                            &l->gate_rs);
-    linear_forward(m, model_param(m, l->out_proj), &l->o, x, y);
+    linear_row_forward(m, model_param(m, l->out_proj), &l->o, x, y);
 }
 
 void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
@@ -153,7 +154,7 @@ void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b, co
     const struct param *dtb = model_param(m, l->dt_bias), *al = model_param(m, l->a_log), *ds = model_param(m, l->d_skip);
 
     be->gated_norm_forward(s, &l->y, &z, &gate->value, l->groups, l->eps, &l->o, &l->gate_rs);
-    linear_backward(m, model_param(m, l->out_proj), &l->o, dx, 0.0, &l->d_o);
+    linear_row_backward(m, model_param(m, l->out_proj), &l->o, dx, &l->d_o);
     be->gated_norm_backward(s, &l->y, &z, &gate->value, l->groups, &l->gate_rs, &l->d_o, &l->dy, &dz, param_grad(gate));
     be->conv_forward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->xbc);
     be->ssd_backward(s, &l->xbc, &dt, &dtb->value, &al->value, &ds->value, &b->cu, b->max_len, l->heads, l->head_dim,
@@ -161,7 +162,7 @@ void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b, co
                      param_grad(ds));
     be->conv_backward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->dxbc, &dxbc, param_grad(cw), param_grad(cb));
     be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->u, &l->rs);
-    linear_backward(m, model_param(m, l->in_proj), &l->u, &l->dzxbcdt, 0.0, &l->du);
+    linear_column_backward(m, model_param(m, l->in_proj), &l->u, &l->dzxbcdt, &l->du);
     be->rmsnorm_backward(s, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
 }
 

@@ -11,9 +11,9 @@
 struct mlp {
     double eps;
     int norm, fc1, fc2;                    /* parameter indices */
-    struct tensor rs;                      /* acc [T] */
+    struct tensor rs;                      /* acc [T/t] */
     struct tensor h;                       /* [T,ffn] */
-    struct tensor u, du;                   /* [T,H] temporaries */
+    struct tensor u, du;                   /* [T/t,H] temporaries */
     struct tensor a, da;                   /* [T,ffn] temporaries */
 };
 
@@ -37,13 +37,13 @@ struct mlp *mlp_init(struct model *m, int i)
 void mlp_plan(struct model *m, struct mlp *l, struct arenas *as, int64_t tokens)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
-    const int64_t h = m->deck->language.hidden_size;
+    const int64_t h = m->deck->language.hidden_size, local = linear_local_rows(m, tokens);
     const int64_t ffn = m->deck->language.ffn_hidden_size / m->topo->language.tp_size;
-    l->rs = arena_1d(acts, "mlp.rs", m->acc, tokens);
+    l->rs = arena_1d(acts, "mlp.rs", m->acc, local);
     l->h = arena_2d(acts, "mlp.h", m->act, tokens, ffn);
     const size_t mark = arena_mark(work);
-    l->u = arena_2d(work, "mlp.u", m->act, tokens, h);
-    l->du = arena_2d(work, "mlp.du", m->act, tokens, h);
+    l->u = arena_2d(work, "mlp.u", m->act, local, h);
+    l->du = arena_2d(work, "mlp.du", m->act, local, h);
     l->a = arena_2d(work, "mlp.a", m->act, tokens, ffn);
     l->da = arena_2d(work, "mlp.da", m->act, tokens, ffn);
     arena_rewind(work, mark);
@@ -52,9 +52,9 @@ void mlp_plan(struct model *m, struct mlp *l, struct arenas *as, int64_t tokens)
 void mlp_forward(struct model *m, struct mlp *l, const struct tensor *x, const struct tensor *y)
 {
     m->be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
-    linear_forward(m, model_param(m, l->fc1), &l->u, NULL, &l->h);
+    linear_forward(m, model_param(m, l->fc1), linear_gather(m, &l->u, &m->gathered), NULL, &l->h);
     m->be->activation_forward(m->compute, BACKEND_RELU2, &l->h, &l->a);
-    linear_forward(m, model_param(m, l->fc2), &l->a, x, y);
+    linear_row_forward(m, model_param(m, l->fc2), &l->a, x, y);
 }
 
 void mlp_backward(struct model *m, struct mlp *l, const struct tensor *x, const struct tensor *dx)
@@ -62,10 +62,10 @@ void mlp_backward(struct model *m, struct mlp *l, const struct tensor *x, const 
     const struct backend_ops *be = m->be;
     const struct param *norm = model_param(m, l->norm);
     be->activation_forward(m->compute, BACKEND_RELU2, &l->h, &l->a);
-    linear_backward(m, model_param(m, l->fc2), &l->a, dx, 0.0, &l->da);
+    linear_row_backward(m, model_param(m, l->fc2), &l->a, dx, &l->da);
     be->activation_backward(m->compute, BACKEND_RELU2, &l->h, &l->da, &l->da);
     be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
-    linear_backward(m, model_param(m, l->fc1), &l->u, &l->da, 0.0, &l->du);
+    linear_column_backward(m, model_param(m, l->fc1), &l->u, &l->da, &l->du);
     be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
 }
 

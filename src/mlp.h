@@ -8,9 +8,9 @@
 struct mlp *mlp_init(struct model *m, int i);
 /* Kept activations (one slot) and temporaries, T rows. Local. */
 void mlp_plan(struct model *m, struct mlp *l, struct arenas *as, int64_t tokens);
-/* y [T,H] = x + f(x). Local. */
+/* x, y [T/t,H]: y = x + f(x). Collective over language tp. */
 void mlp_forward(struct model *m, struct mlp *l, const struct tensor *x, const struct tensor *y);
-/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+/* dx [T/t,H]: on entry dL/dy, on return dL/dx. Collective over language tp. */
 void mlp_backward(struct model *m, struct mlp *l, const struct tensor *x, const struct tensor *dx);
 void mlp_free(struct mlp *l);
 

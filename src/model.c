@@ -47,6 +47,7 @@ int model_add_param(struct model *m, const struct param *p)
         q->block_rows[0] = q->shape[0];
     }
     q->trainable = !q->buffer && !module_frozen(m->deck, q->module);
+    q->sum_tp = q->module == MODEL_LANGUAGE && q->shard == PARAM_REPLICATED && !q->expert && !q->buffer;
     return m->n_params++;
 }
 
@@ -101,7 +102,7 @@ static void declare(struct model *m)
 void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
                 struct stream *compute)
 {
-    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .compute = compute };
+    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .comm = &comm_mpi, .compute = compute };
     m->act = deck->derived.fp64 ? DTYPE_F64 : deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
     m->acc = deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
     m->has_encoder = topo->encoder.member;

@@ -43,6 +43,7 @@ struct param {
     bool decay;                  /* weight decay: ndim > 1 and no bias */
     bool trainable;              /* and has gradient, master and moments on this rank */
     bool buffer;                 /* no gradient ever, kept in acc (expert_bias) */
+    bool sum_tp;                 /* replicated but fed with sequence-parallel rows: gradients are summed over language tp */
     enum param_init init;
     double init_scale;           /* standard deviation or half-width */
     struct tensor value;         /* act (buffer: acc), this rank's shard */
@@ -66,7 +67,9 @@ struct model {
     const struct topology *topo;
     const struct backend_ops *be;
     struct stream *compute;
+    const struct comm_ops *comm;
     enum dtype act, acc;         /* of parameters and activations; of statistics, gradients and masters */
+    struct tensor gathered, partial;   /* [T,H] workspace of the sequence-parallel regions (linear.h); language tp > 1 only */
     bool has_encoder, has_language;
     struct param *param;         /* [n_params] of this rank, in registration order */
     int n_params, param_capacity;

@@ -6,7 +6,8 @@
  * The K*T copies are sorted by (expert, token), so each expert works on consecutive rows; how many is known to the device only.
  * The sequence auxiliary loss enters as a gradient on the normalised scores (step 5). The expert bias and the counts of
  * dispatched tokens are state of the layer; the optimizer updates the bias once per step. A frozen language module keeps its bias and
- * has no auxiliary loss. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared experts.
+ * has no auxiliary loss. Router and routed experts work on this rank's own rows of the residual stream; with expert parallelism the sorted
+ * copies travel to the owners of their experts (dispatch.h) and back, R rows in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared experts.
  */
 #include "moe.h"
 
@@ -14,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "dispatch.h"
 #include "language.h"
 #include "linear.h"
 
@@ -24,23 +26,27 @@ struct moe {
     bool balance;                          /* auxiliary loss in training */
     bool count;                            /* tokens per expert in training */
     int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2;   /* parameter indices, -1 = absent */
-    struct tensor rs;                      /* acc [T] */
-    struct tensor scores;                  /* acc [T,E] */
-    struct tensor expert, prob;            /* I32, acc [T,K] */
+    struct dispatch *dispatch;             /* NULL with one expert-parallel rank */
+    /* t = T/tp rows of this rank, C = t*K copies, R rows of its experts (= C without dispatch) */
+    struct tensor rs;                      /* acc [t] */
+    struct tensor scores;                  /* acc [t,E] */
+    struct tensor expert, prob;            /* I32, acc [t,K] */
     struct tensor offsets;                 /* I32 [E+1] */
-    struct tensor row_token, row_prob;     /* I32, acc [T*K] */
-    struct tensor token_row;               /* I32 [T,K] */
-    struct tensor h;                       /* [T*K,F] */
+    struct tensor row_token, row_prob;     /* I32, acc [C] */
+    struct tensor token_row;               /* I32 [t,K] */
+    struct tensor received, received_prob; /* [R,H], acc [R] of the owned experts; dispatch only */
+    struct tensor h;                       /* [R,F] */
     struct tensor shared_h;                /* [T,Fs] */
     struct tensor balance_count, balance_sum;   /* I64, acc [B,E] */
     struct tensor tokens_per_expert;       /* I64 [E], over micro-batches */
-    struct tensor hn, dhn;                 /* [T,H] temporaries */
-    struct tensor logits;                  /* acc [T,E] logits, then their gradient; temporary */
-    struct tensor dprob, drow;             /* acc [T,K], [T*K] temporaries */
-    struct tensor xp, yp;                  /* [T*K,H] temporaries: copies in, expert outputs; or their gradients */
-    struct tensor a, da;                   /* [T*K,F] temporaries */
+    struct tensor hn, dhn, dshared;        /* [t,H] temporaries */
+    struct tensor logits;                  /* acc [t,E] logits, then their gradient; temporary */
+    struct tensor dprob, drow;             /* acc [t,K], [C] temporaries */
+    struct tensor copies;                  /* [C,H] temporary: sorted copies on their way out or back */
+    struct tensor yp, dreceived_prob;      /* [R,H], acc [R] temporaries: expert outputs or gradients; dispatch only for the second */
+    struct tensor a, da;                   /* [R,F] temporaries */
     struct tensor shared_a, shared_da;     /* [T,Fs] temporaries */
-    struct tensor hn_acc, router_acc;      /* acc [T,H], [E,H]: fp32 copies where act is narrower */
+    struct tensor hn_acc, router_acc;      /* acc [t,H], [E,H]: fp32 copies where act is narrower */
 };
 
 static void declare(struct model *m, struct moe *l, int i)
@@ -92,22 +98,32 @@ struct moe *moe_init(struct model *m, int i)
     l->coeff = deck->moe.moe_aux_loss_coeff;
     l->count = !deck->derived.freeze_language;
     l->balance = l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
+    if (m->topo->language.ep_size > 1)
+        l->dispatch = dispatch_init(m, l->experts);
     declare(m, l, i);
     return l;
 }
 
-static void plan_kept(struct model *m, struct moe *l, struct arena *acts, int64_t tokens, int64_t sequences)
+static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
 {
-    const int64_t e = l->experts, k = l->topk, copies = tokens * k;
-    l->rs = arena_1d(acts, "moe.rs", m->acc, tokens);
-    l->scores = arena_2d(acts, "moe.scores", m->acc, tokens, e);
-    l->expert = arena_2d(acts, "moe.expert", DTYPE_I32, tokens, k);
-    l->prob = arena_2d(acts, "moe.prob", m->acc, tokens, k);
+    struct arena *acts = &as->a[ARENA_ACTIVATIONS];
+    const int64_t e = l->experts, k = l->topk, local = linear_local_rows(m, tokens), copies = local * k;
+    int64_t rows = copies;
+    l->rs = arena_1d(acts, "moe.rs", m->acc, local);
+    l->scores = arena_2d(acts, "moe.scores", m->acc, local, e);
+    l->expert = arena_2d(acts, "moe.expert", DTYPE_I32, local, k);
+    l->prob = arena_2d(acts, "moe.prob", m->acc, local, k);
     l->offsets = arena_1d(acts, "moe.offsets", DTYPE_I32, e + 1);
     l->row_token = arena_1d(acts, "moe.row_token", DTYPE_I32, copies);
     l->row_prob = arena_1d(acts, "moe.row_prob", m->acc, copies);
-    l->token_row = arena_2d(acts, "moe.token_row", DTYPE_I32, tokens, k);
-    l->h = arena_2d(acts, "moe.h", m->act, copies, l->width);
+    l->token_row = arena_2d(acts, "moe.token_row", DTYPE_I32, local, k);
+    if (l->dispatch) {
+        dispatch_plan(m, l->dispatch, as, copies);
+        rows = l->dispatch->max_rows;
+        l->received = arena_2d(acts, "moe.received", m->act, rows, m->deck->language.hidden_size);
+        l->received_prob = arena_1d(acts, "moe.received_prob", m->acc, rows);
+    }
+    l->h = arena_2d(acts, "moe.h", m->act, rows, l->width);
     l->shared_h = arena_2d(acts, "moe.shared_h", m->act, tokens, l->shared_width);
     l->balance_count = arena_2d(acts, "moe.balance_count", DTYPE_I64, sequences, e);
     l->balance_sum = arena_2d(acts, "moe.balance_sum", m->acc, sequences, e);
@@ -117,22 +133,27 @@ static void plan_kept(struct model *m, struct moe *l, struct arena *acts, int64_
 void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
 {
     struct arena *work = &as->a[ARENA_WORKSPACE];
-    const int64_t h = m->deck->language.hidden_size, e = l->experts, copies = tokens * l->topk;
-    plan_kept(m, l, &as->a[ARENA_ACTIVATIONS], tokens, sequences);
+    const int64_t h = m->deck->language.hidden_size, e = l->experts, local = linear_local_rows(m, tokens);
+    const int64_t copies = local * l->topk;
+    plan_kept(m, l, as, tokens, sequences);
+    const int64_t rows = l->dispatch ? l->dispatch->max_rows : copies;
     const size_t mark = arena_mark(work);
-    l->hn = arena_2d(work, "moe.hn", m->act, tokens, h);
-    l->dhn = arena_2d(work, "moe.dhn", m->act, tokens, h);
-    l->logits = arena_2d(work, "moe.logits", m->acc, tokens, e);
-    l->dprob = arena_2d(work, "moe.dprob", m->acc, tokens, l->topk);
+    l->hn = arena_2d(work, "moe.hn", m->act, local, h);
+    l->dhn = arena_2d(work, "moe.dhn", m->act, local, h);
+    l->dshared = arena_2d(work, "moe.dshared", m->act, local, h);
+    l->logits = arena_2d(work, "moe.logits", m->acc, local, e);
+    l->dprob = arena_2d(work, "moe.dprob", m->acc, local, l->topk);
     l->drow = arena_1d(work, "moe.drow", m->acc, copies);
-    l->xp = arena_2d(work, "moe.xp", m->act, copies, h);
-    l->yp = arena_2d(work, "moe.yp", m->act, copies, h);
-    l->a = arena_2d(work, "moe.a", m->act, copies, l->width);
-    l->da = arena_2d(work, "moe.da", m->act, copies, l->width);
+    l->copies = arena_2d(work, "moe.copies", m->act, copies, h);
+    l->yp = arena_2d(work, "moe.yp", m->act, rows, h);
+    if (l->dispatch)
+        l->dreceived_prob = arena_1d(work, "moe.dreceived_prob", m->acc, rows);
+    l->a = arena_2d(work, "moe.a", m->act, rows, l->width);
+    l->da = arena_2d(work, "moe.da", m->act, rows, l->width);
     l->shared_a = arena_2d(work, "moe.shared_a", m->act, tokens, l->shared_width);
     l->shared_da = arena_2d(work, "moe.shared_da", m->act, tokens, l->shared_width);
     if (m->act != m->acc) {
-        l->hn_acc = arena_2d(work, "moe.hn_acc", m->acc, tokens, h);
+        l->hn_acc = arena_2d(work, "moe.hn_acc", m->acc, local, h);
         l->router_acc = arena_2d(work, "moe.router_acc", m->acc, e, h);
     }
     arena_rewind(work, mark);
@@ -147,27 +168,73 @@ static const struct tensor *in_acc(struct model *m, const struct tensor *t, cons
     return copy;
 }
 
-static void count_expert_flops(struct model *m, const struct moe *l, int64_t copies, int gemms)
+static struct tensor column(const struct tensor *vector)
 {
-    m->gemm_flops += 2 * copies * l->width * m->deck->language.hidden_size * gemms;
+    return tensor_2d(vector->data, vector->dtype, vector->place, tensor_cols(vector), 1);
 }
 
-/* Sort the copies and run the routed experts' first GEMM and activation; the copies of hn lie in xp afterwards. */
+/* First token row of this rank among the T rows of the micro-batch. */
+static int64_t first_row(const struct model *m, const struct ragged *b)
+{
+    return m->topo->language.tp_rank * linear_local_rows(m, b->tokens);
+}
+
+static void count_expert_flops(struct model *m, const struct moe *l, int64_t rows, int gemms)
+{
+    m->gemm_flops += 2 * rows * l->width * m->deck->language.hidden_size * gemms;
+}
+
+/* Scores, choice and probabilities of this rank's rows, the auxiliary loss, the sort. */
 static void route(struct model *m, struct moe *l, const struct ragged *b, bool train, const struct tensor *metric)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
+    const struct grid *g = &m->topo->language;
     const struct tensor *bias = l->bias < 0 ? NULL : &model_param(m, l->bias)->value;
     const struct param *router = model_param(m, l->router);
     be->gemm(s, false, true, 1.0, &l->hn, &router->value, 0.0, NULL, &l->logits);
-    m->gemm_flops += 2 * b->tokens * l->experts * tensor_cols(&l->hn);
+    m->gemm_flops += 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
     be->router_forward(s, &l->logits, bias, l->scaling, &l->scores, &l->expert, &l->prob);
     if (train && l->balance) {
-        be->router_balance(s, &l->scores, (int)l->topk, b->max_len, &l->balance_count, &l->balance_sum);
+        be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len, &l->balance_count, &l->balance_sum);
+        if (g->tp_cp.size > 1)
+            m->comm->all_reduce(g->tp_cp.comm, &l->balance_count, COMM_SUM, s);
         be->router_balance_loss(s, &l->balance_count, &l->balance_sum, (int)l->topk, b->max_len, metric);
     }
     be->moe_sort(s, &l->expert, &l->prob, &l->offsets, &l->row_token, &l->row_prob, &l->token_row,
                  train && l->count ? &l->tokens_per_expert : NULL);
+}
+
+/* What the routed experts of this rank work on: rows, their probabilities, where each owned expert's rows begin. */
+struct expert_rows {
+    int64_t n;                             /* R */
+    struct tensor x, prob, offsets;        /* [R,H], acc [R], I32 [E/ep+1] */
+};
+
+/* The rows in use; x holds them between to_experts in forward and the next use of l->copies. */
+static struct expert_rows expert_rows(const struct moe *l)
+{
+    if (!l->dispatch)
+        return (struct expert_rows){ tensor_rows(&l->copies), l->copies, l->row_prob, l->offsets };
+    const int64_t n = l->dispatch->received;
+    return (struct expert_rows){ n, tensor_first(&l->received, n), tensor_first(&l->received_prob, n), l->dispatch->offsets };
+}
+
+/* rows of `from` [t,H] copied for each chosen expert and brought to the expert's rank: `to` [R,H] (l->copies itself without dispatch). */
+static void to_experts(struct model *m, struct moe *l, const struct tensor *from, const struct tensor *to)
+{
+    m->be->gather_rows(m->compute, from, &l->row_token, &l->copies);
+    if (l->dispatch)
+        dispatch_forward(m, l->dispatch, &l->copies, to);
+}
+
+/* [R,H] of the owned experts back to this rank's sorted copies; returns them. */
+static const struct tensor *from_experts(struct model *m, struct moe *l, const struct tensor *rows)
+{
+    if (!l->dispatch)
+        return rows;
+    dispatch_return(m, l->dispatch, rows, &l->copies);
+    return &l->copies;
 }
 
 void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
@@ -175,45 +242,73 @@ void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const s
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    const int64_t copies = b->tokens * l->topk;
     be->rmsnorm_forward(s, x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
     route(m, l, b, train, metric);
-    be->gather_rows(s, &l->hn, &l->row_token, &l->xp);
-    be->grouped_gemm(s, BACKEND_GROUPED_NT, &l->xp, &model_param(m, l->fc1)->value, &l->offsets, copies, &l->h);
-    be->expert_act_forward(s, &l->h, &l->row_prob, &l->a);
-    be->grouped_gemm(s, BACKEND_GROUPED_NT, &l->a, &model_param(m, l->fc2)->value, &l->offsets, copies, &l->yp);
-    count_expert_flops(m, l, copies, 2);
+    if (l->dispatch) {
+        const struct tensor prob = column(&l->row_prob);
+        dispatch_begin(m, l->dispatch, &l->offsets);
+        const struct expert_rows r = expert_rows(l);
+        const struct tensor received_prob = column(&r.prob);
+        dispatch_forward(m, l->dispatch, &prob, &received_prob);
+    }
+    const struct expert_rows r = expert_rows(l);
+    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), yp = tensor_first(&l->yp, r.n);
+    to_experts(m, l, &l->hn, &r.x);
+    be->grouped_gemm(s, BACKEND_GROUPED_NT, &r.x, &model_param(m, l->fc1)->value, &r.offsets, r.n, &h);
+    be->expert_act_forward(s, &h, &r.prob, &a);
+    be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n, &yp);
+    count_expert_flops(m, l, r.n, 2);
     if (l->shared_fc1 >= 0) {
-        linear_forward(m, model_param(m, l->shared_fc1), &l->hn, NULL, &l->shared_h);
+        linear_forward(m, model_param(m, l->shared_fc1), linear_gather(m, &l->hn, &m->gathered), NULL, &l->shared_h);
         be->activation_forward(s, BACKEND_RELU2, &l->shared_h, &l->shared_a);
-        linear_forward(m, model_param(m, l->shared_fc2), &l->shared_a, x, y);
+        linear_row_forward(m, model_param(m, l->shared_fc2), &l->shared_a, x, y);
     } else {
         be->copy(s, x, y);
     }
-    be->gather_sum_rows(s, &l->yp, &l->token_row, 1.0, y);
+    be->gather_sum_rows(s, from_experts(m, l, &yp), &l->token_row, 1.0, y);
 }
 
-/* Routed experts: from dout [T,H] to dhn (overwritten), dprob and the experts' weight gradients. */
-static void experts_backward(struct model *m, struct moe *l, const struct tensor *dout, int64_t copies)
+/* Routed experts: from dout [t,H] to dhn (overwritten), dprob and the experts' weight gradients. */
+static void experts_backward(struct model *m, struct moe *l, const struct tensor *dout)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     const struct param *fc1 = model_param(m, l->fc1), *fc2 = model_param(m, l->fc2);
-    be->gather_rows(s, dout, &l->row_token, &l->yp);
-    be->grouped_gemm(s, BACKEND_GROUPED_NN, &l->yp, &fc2->value, &l->offsets, copies, &l->da);
+    const struct expert_rows r = expert_rows(l);
+    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), da = tensor_first(&l->da, r.n);
+    const struct tensor yp = tensor_first(&l->yp, r.n), drow = l->dispatch ? tensor_first(&l->dreceived_prob, r.n) : l->drow;
+    const struct tensor dy = l->dispatch ? yp : l->copies;
+    to_experts(m, l, dout, &dy);
+    be->grouped_gemm(s, BACKEND_GROUPED_NN, &dy, &fc2->value, &r.offsets, r.n, &da);
     if (fc2->trainable) {
-        be->expert_act_forward(s, &l->h, &l->row_prob, &l->a);
-        be->grouped_gemm(s, BACKEND_GROUPED_TN, &l->yp, &l->a, &l->offsets, copies, &fc2->grad);
+        be->expert_act_forward(s, &h, &r.prob, &a);
+        be->grouped_gemm(s, BACKEND_GROUPED_TN, &dy, &a, &r.offsets, r.n, &fc2->grad);
     }
-    be->expert_act_backward(s, &l->h, &l->row_prob, &l->da, &l->da, &l->drow);
+    be->expert_act_backward(s, &h, &r.prob, &da, &da, &drow);
     if (fc1->trainable) {
-        be->gather_rows(s, &l->hn, &l->row_token, &l->xp);
-        be->grouped_gemm(s, BACKEND_GROUPED_TN, &l->da, &l->xp, &l->offsets, copies, &fc1->grad);
+        if (!l->dispatch)
+            be->gather_rows(s, &l->hn, &l->row_token, &l->copies);   /* what was received lies in its own memory */
+        be->grouped_gemm(s, BACKEND_GROUPED_TN, &da, &r.x, &r.offsets, r.n, &fc1->grad);
     }
-    be->grouped_gemm(s, BACKEND_GROUPED_NN, &l->da, &fc1->value, &l->offsets, copies, &l->yp);
-    be->gather_sum_rows(s, &l->yp, &l->token_row, 0.0, &l->dhn);
+    be->grouped_gemm(s, BACKEND_GROUPED_NN, &da, &fc1->value, &r.offsets, r.n, &yp);
+    count_expert_flops(m, l, r.n, 2 + (fc1->trainable ? 1 : 0) + (fc2->trainable ? 1 : 0));
+    if (l->dispatch) {
+        const struct tensor back = column(&l->drow), received = column(&drow);
+        dispatch_return(m, l->dispatch, &received, &back);
+    }
+    be->gather_sum_rows(s, from_experts(m, l, &yp), &l->token_row, 0.0, &l->dhn);
     be->moe_unsort_prob(s, &l->drow, &l->token_row, &l->dprob);
-    count_expert_flops(m, l, copies, 2 + (fc1->trainable ? 1 : 0) + (fc2->trainable ? 1 : 0));
+}
+
+/* dhn += the shared expert's part. */
+static void shared_backward(struct model *m, struct moe *l, const struct tensor *dx)
+{
+    const struct backend_ops *be = m->be;
+    be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
+    linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, dx, &l->shared_da);
+    be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da, &l->shared_da);
+    linear_column_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da, &l->dshared);
+    be->add(m->compute, &l->dshared, &l->dhn);
 }
 
 void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
@@ -221,24 +316,19 @@ void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const 
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     const struct param *norm = model_param(m, l->norm), *router = model_param(m, l->router);
+    const int64_t router_flops = 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
     be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->hn, &l->rs);
-    experts_backward(m, l, dx, b->tokens * l->topk);
-
+    experts_backward(m, l, dx);
     be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling, l->balance ? &l->balance_count : NULL,
-                        l->coeff, b->max_len, b->max_len, &l->logits);
+                        l->coeff, first_row(m, b), b->max_len, &l->logits);
     if (router->trainable) {
         be->gemm(s, true, false, 1.0, &l->logits, in_acc(m, &l->hn, &l->hn_acc), 1.0, &router->grad, &router->grad);
-        m->gemm_flops += 2 * b->tokens * l->experts * tensor_cols(&l->hn);
+        m->gemm_flops += router_flops;
     }
     be->gemm(s, false, false, 1.0, &l->logits, in_acc(m, &router->value, &l->router_acc), 1.0, &l->dhn, &l->dhn);
-    m->gemm_flops += 2 * b->tokens * l->experts * tensor_cols(&l->hn);
-
-    if (l->shared_fc1 >= 0) {
-        be->activation_forward(s, BACKEND_RELU2, &l->shared_h, &l->shared_a);
-        linear_backward(m, model_param(m, l->shared_fc2), &l->shared_a, dx, 0.0, &l->shared_da);
-        be->activation_backward(s, BACKEND_RELU2, &l->shared_h, &l->shared_da, &l->shared_da);
-        linear_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da, 1.0, &l->dhn);
-    }
+    m->gemm_flops += router_flops;
+    if (l->shared_fc1 >= 0)
+        shared_backward(m, l, dx);
     be->rmsnorm_backward(s, x, &norm->value, &l->rs, &l->dhn, dx, param_grad(norm));
 }
 
@@ -259,5 +349,6 @@ struct param *moe_expert_bias(struct model *m, const struct moe *l)
 
 void moe_free(struct moe *l)
 {
+    dispatch_free(l->dispatch);
     free(l);
 }

@@ -10,10 +10,11 @@ struct ragged;
 struct moe *moe_init(struct model *m, int i);
 /* Kept activations (one slot) and temporaries, T rows in B sequences. Local. */
 void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences);
-/* y [T,H] = x + f(x). train: count tokens per expert and, with a balancing loss, add to `metric` (acc [1]). Local. */
+/* x, y [T/t,H]: y = x + f(x). train: count tokens per expert and, with a balancing loss, add this rank's part to `metric`
+ * (acc [1]). Collective over language tp and ep. */
 void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
                  bool train, const struct tensor *metric);
-/* dx [T,H]: on entry dL/dy, on return dL/dx. Local. */
+/* dx [T/t,H]: on entry dL/dy, on return dL/dx. Collective over language tp and ep. */
 void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx);
 /* I64 [E] tokens dispatched since the last update; I32 [T,K] choice of the last micro-batch; the bias buffer. Local. */
 struct tensor moe_tokens_per_expert(const struct moe *l);

@@ -1,6 +1,7 @@
-/* rng.c - Philox-4x32-10, Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
- * Ten rounds of two 32x32->64 bit multiplications; between rounds the key is bumped by the Weyl constants. Counter words:
- * (lo low, lo high, hi low, hi high), least significant first as in the published test vectors.
+/* rng.c - Philox-4x32-10, Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2,
+ * 3", SC 2011. Ten rounds of two 32x32->64 bit multiplications; between rounds the key is bumped by
+ * the Weyl constants. Counter words: (lo low, lo high, hi low, hi high), least significant first as
+ * in the published test vectors.
  */
 #include "rng.h"
 #include <math.h>
@@ -19,7 +20,8 @@ struct rng_key rng_key(uint64_t seed, const char *purpose)
 
 void rng_philox(struct rng_key key, uint64_t hi, uint64_t lo, uint32_t out[4])
 {
-    uint32_t c0 = (uint32_t)lo, c1 = (uint32_t)(lo >> 32), c2 = (uint32_t)hi, c3 = (uint32_t)(hi >> 32);
+    uint32_t c0 = (uint32_t)lo, c1 = (uint32_t)(lo >> 32), c2 = (uint32_t)hi,
+             c3 = (uint32_t)(hi >> 32);
     uint32_t k0 = key.k[0], k1 = key.k[1];
     for (int round = 0; round < 10; round++) {
         const uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
@@ -52,7 +54,8 @@ double rng_normal_at(struct rng_key key, uint64_t index)
 {
     uint32_t w[4];
     rng_philox(key, 0, index / 2, w);
-    const double u = (double)(block_word(w, 0) >> 11) * 0x1p-53, v = (double)(block_word(w, 1) >> 11) * 0x1p-53;
+    const double u = (double)(block_word(w, 0) >> 11) * 0x1p-53,
+                 v = (double)(block_word(w, 1) >> 11) * 0x1p-53;
     /* 1-u lies in (0,1], so the logarithm is finite. */
     const double radius = sqrt(-2.0 * log(1.0 - u)), angle = 6.283185307179586476925286766559 * v;
     return radius * (index % 2 ? sin(angle) : cos(angle));

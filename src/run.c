@@ -136,7 +136,8 @@ static bool default_action(int number)
     return sigaction(number, NULL, &now) == 0 && now.sa_handler == SIG_DFL;
 }
 
-static void catch_signals(void)
+/* SIGUSR1 always; SIGTERM only if it is the deck's exit_signal, else it ends the process as usual. */
+static void catch_signals(bool term)
 {
     struct sigaction a;
 
@@ -144,7 +145,7 @@ static void catch_signals(void)
     a.sa_handler = stop_requested;
     a.sa_flags = SA_RESTART;
     sigemptyset(&a.sa_mask);
-    sigaction(SIGTERM, &a, NULL);
+    if (term) sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);
     /* A file-size limit and a closed pipe on stdout are errors of a write, not ends of the process. */
     signal(SIGXFSZ, SIG_IGN);
@@ -159,7 +160,7 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
     int64_t ours = 1;
 
     *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now()};
-    catch_signals();
+    catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
     if (world->rank == 0) {
         if (!make_directories(r->dir)) {
             errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s", deck_where(deck, "run", "output_dir"), r->dir,
@@ -208,46 +209,63 @@ static bool exists(const char *dir, const char *name)
     return access(path_of(dir, name, path), F_OK) == 0;
 }
 
-/* The trace's first row: the iteration in the first "Starting job" line of progress.txt. */
-static int64_t first_of_progress(const char *dir)
+/* From the "Starting job" lines of progress.txt: how many there are, and the iteration of the first, where the trace begins. */
+static int64_t read_progress(const char *dir, int64_t *starts)
 {
+    static const char mark[] = "Starting job\tIteration: ";
     char path[PATH_BYTES], line[512];
-    long long first = 0;
-    FILE *f = fopen(path_of(dir, "progress.txt", path), "r");
+    long long first = 0, here;
+    FILE *f = fopen(path_of(dir, "progress.txt", path), "re");
 
+    *starts = 0;
     while (f && fgets(line, sizeof line, f)) {
-        const char *at = strstr(line, "Starting job\tIteration: ");
-        if (at && sscanf(at, "Starting job\tIteration: %lld", &first) == 1) break;
+        const char *at = strstr(line, mark);
+        if (!at || sscanf(at + sizeof mark - 1, "%lld", &here) != 1) continue;
+        if ((*starts)++ == 0) first = here;
     }
     if (f) fclose(f);
     return first;
 }
 
+static char *echo_text(const struct deck *deck, size_t *bytes)
+{
+    char *text = NULL;
+    FILE *f = open_memstream(&text, bytes);
+
+    CHECK_SYS(f != NULL, EXIT_ENVIRONMENT, "deck echo");
+    deck_echo(deck, f);
+    CHECK_SYS(fclose(f) == 0, EXIT_ENVIRONMENT, "deck echo");
+    return text;
+}
+
+bool run_same_deck(const struct run *r)
+{
+    char path[PATH_BYTES];
+    size_t bytes;
+    char *text = echo_text(r->deck, &bytes), *before = xcalloc(bytes + 1, 1);
+    FILE *f = fopen(path_of(r->dir, "deck.nml", path), "re");
+    bool same = f && fread(before, 1, bytes + 1, f) == bytes && memcmp(before, text, bytes) == 0;
+
+    if (f) fclose(f);
+    free(before);
+    free(text);
+    return same;
+}
+
 /* deck.nml of this start; on a resumed run an earlier one with other content is kept. */
 static void write_echo(const struct run *r, int number)
 {
-    char path[PATH_BYTES], temporary[PATH_BYTES];
-    char *text = NULL, *before = NULL;
-    size_t bytes = 0;
-    FILE *f = open_memstream(&text, &bytes);
+    char path[PATH_BYTES], temporary[PATH_BYTES], *text;
+    size_t bytes;
+    FILE *f;
 
-    CHECK_SYS(f != NULL, EXIT_ENVIRONMENT, "deck echo");
-    deck_echo(r->deck, f);
-    fclose(f);
-    path_of(r->dir, "deck.nml", path);
-    if ((f = fopen(path, "re")) != NULL) {
-        before = xcalloc(bytes + 2, 1);
-        size_t n = fread(before, 1, bytes + 1, f);
-        fclose(f);
-        bool same = n == bytes && memcmp(before, text, bytes) == 0;
-        free(before);
-        if (same) {
-            free(text);
-            return;
-        }
+    if (run_same_deck(r)) return;
+    if (exists(r->dir, "deck.nml")) {
         keep_file(r->dir, "deck.nml", number);
         log_line("the deck differs from the earlier start's, which is kept as deck.nml.%d", number);
     }
+    text = echo_text(r->deck, &bytes);
+    path_of(r->dir, "deck.nml", path);
     path_of(r->dir, "deck.nml.tmp", temporary);
     f = fopen(temporary, "we");
     CHECK_SYS(f != NULL, EXIT_WRITE, "%s", temporary);
@@ -259,13 +277,17 @@ static void write_echo(const struct run *r, int number)
 void run_begin(struct run *r, int64_t iteration, bool resumed)
 {
     char path[PATH_BYTES], kept[256] = "";
-    int64_t agreed[2] = {0, 0};
+    int64_t agreed[3] = {0, 0, 0};
 
     if (r->world->rank == 0) {
         int number = next_number(r->dir);
         r->continues = resumed && exists(r->dir, "trace.h5");
-        r->first_iteration = r->continues ? first_of_progress(r->dir) : iteration;
-        if (r->first_iteration > iteration) r->continues = false;
+        r->first_iteration = r->continues ? read_progress(r->dir, &r->starts) : iteration;
+        if (r->first_iteration > iteration || r->starts == 0) {
+            r->continues = false;
+            r->first_iteration = iteration;
+        }
+        r->starts = r->continues ? r->starts + 1 : 1;
         for (int i = 0; i < KEPT_FILES && !r->continues; i++) {
             if (!exists(r->dir, kept_files[i])) continue;
             keep_file(r->dir, kept_files[i], number);
@@ -277,12 +299,14 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
         write_echo(r, number);
         agreed[0] = r->continues;
         agreed[1] = r->first_iteration;
+        agreed[2] = r->starts;
     } else {
         log_open(NULL, false);
     }
     comm_host_broadcast(r->world, agreed, sizeof agreed, 0);
     r->continues = agreed[0] != 0;
     r->first_iteration = agreed[1];
+    r->starts = agreed[2];
     run_progress(r, "Starting job\tIteration: %lld", (long long)iteration);
 }
 
@@ -292,7 +316,8 @@ void run_poll(void *run, bool *request)
     double limit = 60.0 * r->deck->run.exit_duration_in_mins;
 
     for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
-    request[STEP_STOP_SIGNAL] = default_action(SIGTERM) || default_action(SIGUSR1);
+    /* Whichever was caught put back both. */
+    request[STEP_STOP_SIGNAL] = default_action(SIGUSR1);
     if (r->world->rank != 0) return;
     request[STEP_STOP_FILE] = exists(r->dir, "STOP");
     request[STEP_SAVE_FILE] = exists(r->dir, "SAVE");

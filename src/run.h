@@ -20,11 +20,14 @@ struct run {
     double start;                    /* timer_now at run_init */
     int64_t first_iteration;         /* completed iterations before the trace's first row */
     bool continues;                  /* trace and logs of an earlier start go on */
+    int64_t starts;                  /* of this trace, with this one */
 };
 
 /* Create and lock the directory, remove an old EXIT, catch signals. Mistakes are collected (EXIT_ENVIRONMENT, EXIT_WRITE).
  * Collective over the world. */
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors);
+/* Whether the directory's deck.nml is exactly this deck: the same run submitted again. For rank 0. Local. */
+bool run_same_deck(const struct run *r);
 /* Decide between a fresh set of files and a continued one: `resumed` = the start is from this run's own checkpoint at `iteration`. Keeps
  * earlier files, writes deck.nml, opens run.log. Collective over the world. */
 void run_begin(struct run *r, int64_t iteration, bool resumed);

@@ -1,4 +1,5 @@
-/* sample.c - documents from the parts of a sample. Text goes into one buffer; a picture closes the current stretch of text. */
+/* sample.c - documents from the parts of a sample. Text goes into one buffer; a picture closes the
+ * current stretch of text. */
 #include "sample.h"
 #include <ctype.h>
 #include <jansson.h>
@@ -17,7 +18,10 @@ struct build {
     size_t why_size;
 };
 
-struct numbered { int64_t number; int32_t part; };
+struct numbered {
+    int64_t number;
+    int32_t part;
+};
 
 static bool fail(struct build *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 static bool read_json(struct build *b, int64_t index, int32_t part, bool *found);
@@ -33,11 +37,13 @@ static bool is_utf8(const unsigned char *s, int64_t n);
 static int compare_numbered(const void *a, const void *b);
 static void close_stretch(struct sample *s, int32_t part);
 
-bool sample_read(struct sample *out, struct shard_set *set, int64_t index, const char *before, const char *after, char *why,
-                 size_t why_size)
+bool sample_read(struct sample *out, struct shard_set *set, int64_t index, const char *before,
+                 const char *after, char *why, size_t why_size)
 {
     const struct shard_sample *s = &set->sample[index];
-    struct build b = { out, set, shard_parts(set, index), s->n_parts, before, after, why, why_size };
+    struct build b = {
+        out, set, shard_parts(set, index), s->n_parts, before, after, why, why_size
+    };
     out->n_items = 0;
     out->text_used = 0;
     if (s->broken)
@@ -47,7 +53,8 @@ bool sample_read(struct sample *out, struct shard_set *set, int64_t index, const
     if (json >= 0 && !read_json(&b, index, json, &found))
         return false;
     if (!found && txt >= 0) {
-        if (!shard_read(set, index, &b.part[txt], SAMPLE_TEXT_MAX, &out->raw, &out->raw_capacity, why, why_size))
+        if (!shard_read(set, index, &b.part[txt], SAMPLE_TEXT_MAX, &out->raw, &out->raw_capacity,
+                        why, why_size))
             return false;
         if (!is_utf8(out->raw, b.part[txt].size))
             return fail(&b, "part txt is not UTF-8");
@@ -63,13 +70,14 @@ bool sample_read(struct sample *out, struct shard_set *set, int64_t index, const
 bool sample_is_picture(const char *part_name)
 {
     const char *dot = strrchr(part_name, '.'), *ending = dot ? dot + 1 : part_name;
-    return strcasecmp(ending, "jpg") == 0 || strcasecmp(ending, "jpeg") == 0 || strcasecmp(ending, "png") == 0
-        || strcasecmp(ending, "webp") == 0;
+    return strcasecmp(ending, "jpg") == 0 || strcasecmp(ending, "jpeg") == 0
+           || strcasecmp(ending, "png") == 0 || strcasecmp(ending, "webp") == 0;
 }
 
 const char *sample_kind_name(enum sample_kind kind)
 {
-    static const char *const name[SAMPLE_KINDS] = { "pictures with caption", "text", "interleaved", "conversation" };
+    static const char *const name[SAMPLE_KINDS] = { "pictures with caption", "text", "interleaved",
+                                                    "conversation" };
     return name[kind];
 }
 
@@ -95,14 +103,17 @@ static bool fail(struct build *b, const char *fmt, ...)
 static bool read_json(struct build *b, int64_t index, int32_t part, bool *found)
 {
     struct sample *out = b->out;
-    if (!shard_read(b->set, index, &b->part[part], SAMPLE_TEXT_MAX, &out->raw, &out->raw_capacity, b->why, b->why_size))
+    if (!shard_read(b->set, index, &b->part[part], SAMPLE_TEXT_MAX, &out->raw, &out->raw_capacity,
+                    b->why, b->why_size))
         return false;
     json_error_t error;
     json_t *root = json_loadb((const char *)out->raw, (size_t)b->part[part].size, 0, &error);
     if (!root)
         return fail(b, "part json, line %d: %s", error.line, error.text);
-    const json_t *conversation = json_object_get(root, "conversation"), *texts = json_object_get(root, "texts");
-    const json_t *images = json_object_get(root, "images"), *caption = json_object_get(root, "caption");
+    const json_t *conversation = json_object_get(root, "conversation"),
+                 *texts = json_object_get(root, "texts");
+    const json_t *images = json_object_get(root, "images"),
+                 *caption = json_object_get(root, "caption");
     bool ok = true;
     *found = true;
     if (!json_is_object(root))
@@ -131,18 +142,21 @@ static bool read_conversation(struct build *b, const json_t *turns)
         const json_t *turn = json_array_get(turns, i), *sender = json_object_get(turn, "sender");
         const json_t *fragments = json_object_get(turn, "fragments");
         if (!json_is_string(sender) || !json_is_array(fragments))
-            return fail(b, "turn %zu of conversation lacks sender (a string) or fragments (a list)", i);
+            return fail(b, "turn %zu of conversation lacks sender (a string) or fragments (a list)",
+                        i);
         if (i > 0)
             add_text(b, "\n", 1);
         add_text(b, json_string_value(sender), json_string_length(sender));
         add_text(b, ": ", 2);
         for (size_t k = 0; k < json_array_size(fragments); k++) {
-            const json_t *fragment = json_array_get(fragments, k), *value = json_object_get(fragment, "value");
+            const json_t *fragment = json_array_get(fragments, k),
+                         *value = json_object_get(fragment, "value");
             const char *type = json_string_value(json_object_get(fragment, "t"));
             if (type && strcmp(type, "text") == 0 && json_is_string(value))
                 add_text(b, json_string_value(value), json_string_length(value));
             else if (!type || strcmp(type, "image") != 0 || !json_is_string(value))
-                return fail(b, "fragment %zu of turn %zu is neither text nor image with a value", k, i);
+                return fail(b, "fragment %zu of turn %zu is neither text nor image with a value", k,
+                            i);
             else if (!add_named(b, value))
                 return false;
         }
@@ -170,7 +184,10 @@ static bool read_interleaved(struct build *b, const json_t *texts, const json_t 
                 return false;
             after_text = false;
         } else {
-            return fail(b, "place %zu must have a string in exactly one of texts and images, null in the other", i);
+            return fail(b,
+                        "place %zu must have a string in exactly one of texts and images, null in "
+                        "the other",
+                        i);
         }
     }
     return true;
@@ -255,15 +272,19 @@ static bool is_utf8(const unsigned char *s, int64_t n)
 {
     for (int64_t i = 0; i < n;) {
         const unsigned char c = s[i];
-        const int more = c < 0x80 ? 0 : c >= 0xc2 && c < 0xe0 ? 1 : c >= 0xe0 && c < 0xf0 ? 2 : c >= 0xf0 && c < 0xf5 ? 3 : -1;
+        const int more = c < 0x80                ? 0
+                         : c >= 0xc2 && c < 0xe0 ? 1
+                         : c >= 0xe0 && c < 0xf0 ? 2
+                         : c >= 0xf0 && c < 0xf5 ? 3
+                                                 : -1;
         if (more < 0 || i + more >= n)
             return false;
         for (int k = 1; k <= more; k++)
             if ((s[i + k] & 0xc0) != 0x80)
                 return false;
         const unsigned char second = more ? s[i + 1] : 0;
-        if ((c == 0xe0 && second < 0xa0) || (c == 0xed && second > 0x9f) || (c == 0xf0 && second < 0x90)
-            || (c == 0xf4 && second > 0x8f))
+        if ((c == 0xe0 && second < 0xa0) || (c == 0xed && second > 0x9f)
+            || (c == 0xf0 && second < 0x90) || (c == 0xf4 && second > 0x8f))
             return false;
         i += 1 + more;
     }
@@ -284,6 +305,7 @@ static void close_stretch(struct sample *s, int32_t part)
         s->item_capacity = 2 * s->item_capacity + 16;
         s->item = xrealloc(s->item, (size_t)s->item_capacity, sizeof *s->item);
     }
-    const size_t from = s->n_items > 0 ? s->item[s->n_items - 1].text + s->item[s->n_items - 1].length : 0;
+    const size_t from =
+        s->n_items > 0 ? s->item[s->n_items - 1].text + s->item[s->n_items - 1].length : 0;
     s->item[s->n_items++] = (struct sample_item){ from, s->text_used - from, part };
 }

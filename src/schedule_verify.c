@@ -1,14 +1,18 @@
 /* schedule_verify.c - proof that the lists of all ranks of a job fit together, in three parts.
  *
- * 1. Each list alone: every micro-batch is received, computed, sent, differentiated exactly as often as its stage demands,
- *    in ascending order, one message in flight a direction, and never more live activations than slots.
- * 2. All lists together, executed by simulation. Messages have rendezvous semantics in two rounds, counts and then payload: an
- *    action goes on when all its messages of a round have met their counterpart, which is why a plain call against a combined one
- *    hangs. The leader of a boundary lane passes on to the lane what it received. Computing and the
- *    gradient reduction are collective over the stage, so they wait for all its ranks. If nobody can go on, that is the deadlock.
- * 3. All ranks of a stage have the same list, also those whose calls move no data (parallel.md 3.6, rule 1).
+ * 1. Each list alone: every micro-batch is received, computed, sent, differentiated exactly as
+ * often as its stage demands, in ascending order, one message in flight a direction, and never more
+ * live activations than slots.
+ * 2. All lists together, executed by simulation. Messages have rendezvous semantics in two rounds,
+ * counts and then payload: an action goes on when all its messages of a round have met their
+ * counterpart, which is why a plain call against a combined one hangs. The leader of a boundary
+ * lane passes on to the lane what it received. Computing and the gradient reduction are collective
+ * over the stage, so they wait for all its ranks. If nobody can go on, that is the deadlock.
+ * 3. All ranks of a stage have the same list, also those whose calls move no data (parallel.md 3.6,
+ * rule 1).
  *
- * Only the grids and the bridge's leaders of the first topology are used; coordinates of other ranks are arithmetic.
+ * Only the grids and the bridge's leaders of the first topology are used; coordinates of other
+ * ranks are arithmetic.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -25,13 +29,20 @@ struct duty {
     int slots;
 };
 
-struct position { int stage, n_stages; bool has[MODULES]; };
+struct position {
+    int stage, n_stages;
+    bool has[MODULES];
+};
 
 static struct position position_of(const struct topology *t, int rank);
-static void duties_of(const struct topology *t, const struct schedule *s, int rank, struct duty duty[MODULES]);
-static bool check_list(const struct topology *t, const struct schedule *s, int rank, struct errors *errors);
-static bool simulate(const struct schedule *lists, const struct topology *t, int size, struct errors *errors);
-static void compare_stages(const struct schedule *lists, const struct topology *t, int size, struct errors *errors);
+static void duties_of(const struct topology *t, const struct schedule *s, int rank,
+                      struct duty duty[MODULES]);
+static bool check_list(const struct topology *t, const struct schedule *s, int rank,
+                       struct errors *errors);
+static bool simulate(const struct schedule *lists, const struct topology *t, int size,
+                     struct errors *errors);
+static void compare_stages(const struct schedule *lists, const struct topology *t, int size,
+                           struct errors *errors);
 
 static const char *role_of(const struct topology *t, int rank)
 {
@@ -39,7 +50,8 @@ static const char *role_of(const struct topology *t, int rank)
     return p.has[ENCODER] ? p.has[LANGUAGE] ? "both" : "encoder" : "language";
 }
 
-bool schedule_verify(const struct schedule *lists, const struct topology *ranks, int size, struct errors *errors)
+bool schedule_verify(const struct schedule *lists, const struct topology *ranks, int size,
+                     struct errors *errors)
 {
     const struct topology *t = &ranks[0];
     const int before = errors->count;
@@ -49,16 +61,19 @@ bool schedule_verify(const struct schedule *lists, const struct topology *ranks,
         const struct schedule *s = &lists[r], *first = &lists[0];
         if (s->n_microbatches != first->n_microbatches || s->forward_only != first->forward_only ||
             s->encoder_trains != first->encoder_trains) {
-            errors_add(errors, EXIT_INTERNAL, "schedule: rank %d was built for %d micro-batches%s%s, rank 0 for %d%s%s", r,
-                       s->n_microbatches, s->forward_only ? " forward only" : "", s->encoder_trains ? "" : ", encoder frozen",
-                       first->n_microbatches, first->forward_only ? " forward only" : "",
+            errors_add(errors, EXIT_INTERNAL,
+                       "schedule: rank %d was built for %d micro-batches%s%s, rank 0 for %d%s%s", r,
+                       s->n_microbatches, s->forward_only ? " forward only" : "",
+                       s->encoder_trains ? "" : ", encoder frozen", first->n_microbatches,
+                       first->forward_only ? " forward only" : "",
                        first->encoder_trains ? "" : ", encoder frozen");
             return false;
         }
         /* Neighbours of one stage have equal lists as a rule: one check serves them all. */
         const struct schedule *other = last_checked >= 0 ? &lists[last_checked] : NULL;
-        if (other && position_of(t, r).stage == position_of(t, last_checked).stage && other->n == s->n &&
-            other->encoder_slots == s->encoder_slots && other->language_slots == s->language_slots &&
+        if (other && position_of(t, r).stage == position_of(t, last_checked).stage &&
+            other->n == s->n && other->encoder_slots == s->encoder_slots &&
+            other->language_slots == s->language_slots &&
             memcmp(other->action, s->action, (size_t)s->n * sizeof *s->action) == 0)
             continue;
         check_list(t, s, r, errors);
@@ -69,7 +84,7 @@ bool schedule_verify(const struct schedule *lists, const struct topology *ranks,
     return errors->count == before;
 }
 
-/* ---- places -------------------------------------------------------------------------------------------------------- */
+/* ---- places ---- */
 
 static bool in_grid(const struct grid *g, int rank)
 {
@@ -84,13 +99,15 @@ static int stage_in(const struct grid *g, int rank)
 static struct position position_of(const struct topology *t, int rank)
 {
     struct position p = { .has = { in_grid(&t->encoder, rank), in_grid(&t->language, rank) } };
-    const int front = t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0;
+    const int front =
+        t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0;
     p.n_stages = front + t->language.pp_size;
     p.stage = p.has[LANGUAGE] ? front + stage_in(&t->language, rank) : stage_in(&t->encoder, rank);
     return p;
 }
 
-static void duties_of(const struct topology *t, const struct schedule *s, int rank, struct duty duty[MODULES])
+static void duties_of(const struct topology *t, const struct schedule *s, int rank,
+                      struct duty duty[MODULES])
 {
     const struct position p = position_of(t, rank);
     const int slots[MODULES] = { s->encoder_slots, s->language_slots };
@@ -98,11 +115,15 @@ static void duties_of(const struct topology *t, const struct schedule *s, int ra
     memset(duty, 0, MODULES * sizeof *duty);
     for (int m = 0; m < MODULES; m++) {
         struct duty *d = &duty[m];
-        const bool previous = both ? m == LANGUAGE : p.stage > 0, next = both ? m == ENCODER : p.stage < p.n_stages - 1;
+        const bool previous = both ? m == LANGUAGE : p.stage > 0,
+                   next = both ? m == ENCODER : p.stage < p.n_stages - 1;
         const bool trains = !s->forward_only && (m == LANGUAGE || s->encoder_trains);
-        /* The stage in front of a language stage belongs to the language module, or to the encoder. */
-        const bool front_is_language = m == LANGUAGE && !both &&
-            p.stage > (t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0);
+        /* The stage in front of a language stage belongs to the language module, or to the encoder.
+         */
+        const bool front_is_language =
+            m == LANGUAGE && !both &&
+            p.stage >
+                (t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0);
         d->here = p.has[m];
         if (!d->here)
             continue;
@@ -113,14 +134,20 @@ static void duties_of(const struct topology *t, const struct schedule *s, int ra
         d->expected[SEND] = next;
         d->expected[RECEIVE_GRADIENT] = next && trains;
         d->expected[BACKWARD] = trains;
-        d->expected[SEND_GRADIENT] = previous && !s->forward_only && (front_is_language || s->encoder_trains);
+        d->expected[SEND_GRADIENT] =
+            previous && !s->forward_only && (front_is_language || s->encoder_trains);
     }
 }
 
-/* ---- one list ------------------------------------------------------------------------------------------------------ */
+/* ---- one list ---- */
 
-/* The events of an action: at most two. Returns how many; 0 for GRAD_SYNC and for a kind that its module cannot have. */
-struct happening { int module; enum event event; int microbatch; };
+/* The events of an action: at most two. Returns how many; 0 for GRAD_SYNC and for a kind that its
+ * module cannot have. */
+struct happening {
+    int module;
+    enum event event;
+    int microbatch;
+};
 
 static int events_of(const struct action *a, struct happening out[2])
 {
@@ -128,16 +155,24 @@ static int events_of(const struct action *a, struct happening out[2])
     switch (a->kind) {
     case SCHEDULE_ENCODER_FORWARD:
     case SCHEDULE_LANGUAGE_FORWARD:
-        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_FORWARD ? ENCODER : LANGUAGE, FORWARD, a->microbatch };
+        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_FORWARD ? ENCODER : LANGUAGE,
+                                     FORWARD, a->microbatch };
         return out[0].module == own;
     case SCHEDULE_ENCODER_BACKWARD:
     case SCHEDULE_LANGUAGE_BACKWARD:
-        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_BACKWARD ? ENCODER : LANGUAGE, BACKWARD, a->microbatch };
+        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_BACKWARD ? ENCODER : LANGUAGE,
+                                     BACKWARD, a->microbatch };
         return out[0].module == own;
     case SCHEDULE_SEND_FORWARD: out[0] = (struct happening){ own, SEND, a->microbatch }; return 1;
-    case SCHEDULE_RECV_FORWARD: out[0] = (struct happening){ own, RECEIVE, a->microbatch }; return 1;
-    case SCHEDULE_SEND_BACKWARD: out[0] = (struct happening){ own, SEND_GRADIENT, a->microbatch }; return 1;
-    case SCHEDULE_RECV_BACKWARD: out[0] = (struct happening){ own, RECEIVE_GRADIENT, a->microbatch }; return 1;
+    case SCHEDULE_RECV_FORWARD:
+        out[0] = (struct happening){ own, RECEIVE, a->microbatch };
+        return 1;
+    case SCHEDULE_SEND_BACKWARD:
+        out[0] = (struct happening){ own, SEND_GRADIENT, a->microbatch };
+        return 1;
+    case SCHEDULE_RECV_BACKWARD:
+        out[0] = (struct happening){ own, RECEIVE_GRADIENT, a->microbatch };
+        return 1;
     case SCHEDULE_SEND_FORWARD_RECV_BACKWARD:
         out[0] = (struct happening){ own, SEND, a->microbatch };
         out[1] = (struct happening){ own, RECEIVE_GRADIENT, a->partner };
@@ -158,10 +193,13 @@ static int events_of(const struct action *a, struct happening out[2])
     }
 }
 
-/* Is the action one that this rank can have at all, with sane numbers? Returns NULL or what is wrong. */
-static const char *malformed(const struct schedule *s, const struct duty duty[MODULES], const struct action *a)
+/* Is the action one that this rank can have at all, with sane numbers? Returns NULL or what is
+ * wrong. */
+static const char *malformed(const struct schedule *s, const struct duty duty[MODULES],
+                             const struct action *a)
 {
-    const bool combined = a->kind == SCHEDULE_SEND_FORWARD_RECV_BACKWARD || a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD;
+    const bool combined = a->kind == SCHEDULE_SEND_FORWARD_RECV_BACKWARD ||
+                          a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD;
     const bool both = duty[ENCODER].here && duty[LANGUAGE].here;
     const bool local = a->kind == SCHEDULE_LOCAL_FORWARD || a->kind == SCHEDULE_LOCAL_BACKWARD;
     struct happening h[2];
@@ -174,8 +212,8 @@ static const char *malformed(const struct schedule *s, const struct duty duty[MO
     const int n = events_of(a, h);
     if (n == 0)
         return "is for the other module";
-    if (both != local && (local || h[0].event == SEND || h[0].event == RECEIVE || h[0].event == SEND_GRADIENT ||
-                          h[0].event == RECEIVE_GRADIENT))
+    if (both != local && (local || h[0].event == SEND || h[0].event == RECEIVE ||
+                          h[0].event == SEND_GRADIENT || h[0].event == RECEIVE_GRADIENT))
         return local ? "needs both modules on one rank" : "needs the modules on different ranks";
     if (combined ? a->partner < 0 : a->partner != -1)
         return "has a wrong partner";
@@ -191,15 +229,17 @@ static const char *malformed(const struct schedule *s, const struct duty duty[MO
 }
 
 /* Every expected event of every micro-batch exactly once. */
-static bool count_events(const struct schedule *s, const struct duty duty[MODULES], const char *who, struct errors *errors)
+static bool count_events(const struct schedule *s, const struct duty duty[MODULES], const char *who,
+                         struct errors *errors)
 {
     static const char *const phrase[EVENTS] = {
-        [RECEIVE] = "receives the activation of", [FORWARD] = "computes", [SEND] = "sends the activation of",
-        [RECEIVE_GRADIENT] = "receives the gradient of", [BACKWARD] = "runs backward of",
-        [SEND_GRADIENT] = "sends the gradient of",
+        [RECEIVE] = "receives the activation of", [FORWARD] = "computes",
+        [SEND] = "sends the activation of",       [RECEIVE_GRADIENT] = "receives the gradient of",
+        [BACKWARD] = "runs backward of",          [SEND_GRADIENT] = "sends the gradient of",
     };
     const int before = errors->count, m = s->n_microbatches;
-    int *count = xcalloc((size_t)MODULES * EVENTS * (size_t)m, sizeof *count), syncs[MODULES] = { 0 };
+    int *count = xcalloc((size_t)MODULES * EVENTS * (size_t)m, sizeof *count),
+        syncs[MODULES] = { 0 };
     for (int i = 0; i < s->n; i++) {
         struct happening h[2];
         const int n = events_of(&s->action[i], h);
@@ -212,24 +252,32 @@ static bool count_events(const struct schedule *s, const struct duty duty[MODULE
         for (int e = 0; e < EVENTS && duty[k].here; e++)
             for (int b = 0; b < m && duty[k].expected[e]; b++) {
                 const int n = count[(k * EVENTS + e) * m + b];
-                const char *fault = e == FORWARD ? "forward" : e == BACKWARD ? "backward" : "message";
+                const char *fault = e == FORWARD    ? "forward"
+                                    : e == BACKWARD ? "backward"
+                                                    : "message";
                 if (n == 0)
                     errors_add(errors, EXIT_INTERNAL, "schedule: %s %s: %s never %s micro-batch %d",
-                               e == FORWARD || e == BACKWARD ? "missing" : "unmatched", fault, who, phrase[e], b);
+                               e == FORWARD || e == BACKWARD ? "missing" : "unmatched", fault, who,
+                               phrase[e], b);
                 else if (n > 1)
-                    errors_add(errors, EXIT_INTERNAL, "schedule: %s %s: %s %s micro-batch %d more than once",
-                               e == FORWARD || e == BACKWARD ? "repeated" : "unmatched", fault, who, phrase[e], b);
+                    errors_add(errors, EXIT_INTERNAL,
+                               "schedule: %s %s: %s %s micro-batch %d more than once",
+                               e == FORWARD || e == BACKWARD ? "repeated" : "unmatched", fault, who,
+                               phrase[e], b);
             }
     for (int k = 0; k < MODULES; k++)
         if (duty[k].here && syncs[k] != (duty[k].syncs ? 1 : 0))
-            errors_add(errors, EXIT_INTERNAL, "schedule: %s reduces the gradients of its %s module %d times", who,
+            errors_add(errors, EXIT_INTERNAL,
+                       "schedule: %s reduces the gradients of its %s module %d times", who,
                        k == ENCODER ? "encoder" : "language", syncs[k]);
     free(count);
     return errors->count == before;
 }
 
 /* Progress of one module: how many micro-batches have passed each event. */
-struct progress { int done[EVENTS]; };
+struct progress {
+    int done[EVENTS];
+};
 
 /* How many micro-batches have given their slot back. */
 static int released(const struct duty duty[MODULES], const struct progress p[MODULES], int module)
@@ -242,8 +290,10 @@ static int released(const struct duty duty[MODULES], const struct progress p[MOD
     return p[module].done[duty[module].expected[SEND] ? SEND : FORWARD];
 }
 
-/* May event h happen now? NULL or the reason why not. One message and one gradient in flight per module. */
-static const char *too_early(const struct duty duty[MODULES], const struct progress p[MODULES], const struct happening *h)
+/* May event h happen now? NULL or the reason why not. One message and one gradient in flight per
+ * module. */
+static const char *too_early(const struct duty duty[MODULES], const struct progress p[MODULES],
+                             const struct happening *h)
 {
     const struct duty *d = &duty[h->module];
     const int *done = p[h->module].done, b = h->microbatch;
@@ -265,8 +315,7 @@ static const char *too_early(const struct duty duty[MODULES], const struct progr
         if (!slot_free)
             return "slot reused while the micro-batch in it is live";
         return output_sent ? NULL : "the output before has not been sent";
-    case SEND:
-        return done[FORWARD] == b + 1 ? NULL : "it has not been computed";
+    case SEND: return done[FORWARD] == b + 1 ? NULL : "it has not been computed";
     case RECEIVE_GRADIENT:
         if (done[RECEIVE_GRADIENT] != done[BACKWARD])
             return "the gradient received before has not been used";
@@ -279,13 +328,13 @@ static const char *too_early(const struct duty duty[MODULES], const struct progr
         if (d->expected[RECEIVE_GRADIENT] && done[RECEIVE_GRADIENT] != b + 1)
             return "its gradient has not been received";
         return gradient_sent ? NULL : "the gradient before has not been sent";
-    default:
-        return done[BACKWARD] == b + 1 ? NULL : "it has not been differentiated";
+    default: return done[BACKWARD] == b + 1 ? NULL : "it has not been differentiated";
     }
 }
 
-static const char *sync_too_early(const struct schedule *s, const struct duty duty[MODULES], const struct progress p[MODULES],
-                                  const bool synced[MODULES], int module)
+static const char *sync_too_early(const struct schedule *s, const struct duty duty[MODULES],
+                                  const struct progress p[MODULES], const bool synced[MODULES],
+                                  int module)
 {
     for (int k = 0; k < MODULES; k++)
         for (int e = 0; e < EVENTS && duty[k].here; e++)
@@ -296,7 +345,8 @@ static const char *sync_too_early(const struct schedule *s, const struct duty du
     return NULL;
 }
 
-static bool check_list(const struct topology *t, const struct schedule *s, int rank, struct errors *errors)
+static bool check_list(const struct topology *t, const struct schedule *s, int rank,
+                       struct errors *errors)
 {
     struct duty duty[MODULES];
     struct progress progress[MODULES] = { 0 };
@@ -336,13 +386,17 @@ static bool check_list(const struct topology *t, const struct schedule *s, int r
     return true;
 }
 
-/* ---- all lists ----------------------------------------------------------------------------------------------------- */
+/* ---- all lists ---- */
 
-struct message { int peer; bool out, gradient, met; int microbatch; };
+struct message {
+    int peer;
+    bool out, gradient, met;
+    int microbatch;
+};
 
 struct actor {
-    int next, round;               /* action and round that it stands at */
-    struct message *message;       /* [n_messages] of this action */
+    int next, round;         /* action and round that it stands at */
+    struct message *message; /* [n_messages] of this action */
     int n_messages, capacity, unmet;
     bool posted;
 };
@@ -350,9 +404,9 @@ struct actor {
 struct world {
     const struct topology *t;
     const struct schedule *lists;
-    struct actor *actor;           /* [size] */
-    int *arrived;                  /* [stages] ranks that stand at a collective action */
-    int *ready, n_ready;           /* ranks to look at */
+    struct actor *actor; /* [size] */
+    int *arrived;        /* [stages] ranks that stand at a collective action */
+    int *ready, n_ready; /* ranks to look at */
     int size;
 };
 
@@ -366,11 +420,13 @@ static void add_message(struct actor *a, int peer, bool out, bool gradient, int 
     a->unmet++;
 }
 
-static void add_bridge_messages(struct world *w, int rank, bool source, bool out, bool gradient, int microbatch)
+static void add_bridge_messages(struct world *w, int rank, bool source, bool out, bool gradient,
+                                int microbatch)
 {
     const struct bridge_map *b = &w->t->bridge;
     const struct grid *g = source ? &w->t->encoder : &w->t->language;
-    const int lane_size = g->tp_size * g->cp_size, x = rank - g->offset, lane = x / lane_size % g->dp_size;
+    const int lane_size = g->tp_size * g->cp_size, x = rank - g->offset,
+              lane = x / lane_size % g->dp_size;
     const int leader = source ? b->source_leader[lane] : b->dest_leader[lane];
     const int own = source ? b->n_source : b->n_dest, others = source ? b->n_dest : b->n_source;
     const int *other = source ? b->dest_leader : b->source_leader;
@@ -401,15 +457,17 @@ static void add_messages(struct world *w, int rank, const struct happening *h)
     const bool to_next = h->event == SEND || h->event == RECEIVE_GRADIENT;
     const int there = stage + (to_next ? 1 : -1);
     if (there >= 0 && there < g->pp_size)
-        add_message(&w->actor[rank], rank + (to_next ? stride : -stride), out, gradient, h->microbatch);
+        add_message(&w->actor[rank], rank + (to_next ? stride : -stride), out, gradient,
+                    h->microbatch);
     else
         add_bridge_messages(w, rank, h->module == ENCODER, out, gradient, h->microbatch);
 }
 
 static bool is_message(enum schedule_kind kind)
 {
-    return kind == SCHEDULE_SEND_FORWARD || kind == SCHEDULE_RECV_FORWARD || kind == SCHEDULE_SEND_BACKWARD ||
-           kind == SCHEDULE_RECV_BACKWARD || kind == SCHEDULE_SEND_FORWARD_RECV_BACKWARD ||
+    return kind == SCHEDULE_SEND_FORWARD || kind == SCHEDULE_RECV_FORWARD ||
+           kind == SCHEDULE_SEND_BACKWARD || kind == SCHEDULE_RECV_BACKWARD ||
+           kind == SCHEDULE_SEND_FORWARD_RECV_BACKWARD ||
            kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD;
 }
 
@@ -437,8 +495,8 @@ static void wait_text(const struct world *w, int rank, char *out, size_t size)
     char text[TEXT];
     const struct action *a = action_at(w, rank);
     if (a)
-        snprintf(out, size, "rank %d (%s) at action %d %s", rank, role_of(w->t, rank), w->actor[rank].next,
-                 schedule_action_text(a, text, sizeof text));
+        snprintf(out, size, "rank %d (%s) at action %d %s", rank, role_of(w->t, rank),
+                 w->actor[rank].next, schedule_action_text(a, text, sizeof text));
     else
         snprintf(out, size, "rank %d (%s), which has finished", rank, role_of(w->t, rank));
 }
@@ -461,7 +519,8 @@ static bool step_collective(struct world *w, int rank, struct errors *errors)
             char one[192], other[192];
             wait_text(w, first, one, sizeof one);
             wait_text(w, r, other, sizeof other);
-            errors_add(errors, EXIT_INTERNAL, "schedule: deadlock: the ranks of a stage do not agree: %s, %s", one, other);
+            errors_add(errors, EXIT_INTERNAL,
+                       "schedule: deadlock: the ranks of a stage do not agree: %s, %s", one, other);
             return false;
         }
     w->arrived[stage] = 0;
@@ -480,13 +539,15 @@ static bool meet(struct world *w, int rank, struct message *own, struct errors *
         return true;
     for (int i = 0; i < peer->n_messages; i++) {
         struct message *other = &peer->message[i];
-        if (other->met || other->peer != rank || other->out == own->out || peer->round != w->actor[rank].round)
+        if (other->met || other->peer != rank || other->out == own->out ||
+            peer->round != w->actor[rank].round)
             continue;
         if (other->gradient != own->gradient || other->microbatch != own->microbatch) {
             char one[192], two[192];
             wait_text(w, rank, one, sizeof one);
             wait_text(w, own->peer, two, sizeof two);
-            errors_add(errors, EXIT_INTERNAL, "schedule: wrong order of micro-batches: %s meets %s", one, two);
+            errors_add(errors, EXIT_INTERNAL, "schedule: wrong order of micro-batches: %s meets %s",
+                       one, two);
             return false;
         }
         own->met = other->met = true;
@@ -553,7 +614,8 @@ static int awaited(const struct world *w, int rank)
     return rank;
 }
 
-/* The chain of waiting from the first rank that cannot go on, until it closes or ends at a finished rank. */
+/* The chain of waiting from the first rank that cannot go on, until it closes or ends at a finished
+ * rank. */
 static void report_deadlock(const struct world *w, struct errors *errors)
 {
     char line[1400], text[192];
@@ -574,15 +636,17 @@ static void report_deadlock(const struct world *w, struct errors *errors)
     errors_add(errors, EXIT_INTERNAL, "schedule: deadlock: %s", line);
 }
 
-static bool simulate(const struct schedule *lists, const struct topology *t, int size, struct errors *errors)
+static bool simulate(const struct schedule *lists, const struct topology *t, int size,
+                     struct errors *errors)
 {
     struct world w = { .t = t, .lists = lists, .size = size };
     const int stages = position_of(t, 0).n_stages;
     bool sound = true;
     w.actor = xcalloc((size_t)size, sizeof *w.actor);
     w.arrived = xcalloc((size_t)stages, sizeof *w.arrived);
-    /* A rank is queued at the start, when its last message meets, or when its stage's collective is complete: it moves before it can
-     * be queued again by the latter two, so twice its number is enough. */
+    /* A rank is queued at the start, when its last message meets, or when its stage's collective is
+     * complete: it moves before it can be queued again by the latter two, so twice its number is
+     * enough. */
     w.ready = xcalloc(2 * (size_t)size + 2, sizeof *w.ready);
     for (int r = size - 1; r >= 0; r--)
         make_ready(&w, r);
@@ -602,19 +666,25 @@ static bool simulate(const struct schedule *lists, const struct topology *t, int
 }
 
 /* Ranks of a stage are neighbours: each against the one before it. */
-static void compare_stages(const struct schedule *lists, const struct topology *t, int size, struct errors *errors)
+static void compare_stages(const struct schedule *lists, const struct topology *t, int size,
+                           struct errors *errors)
 {
     for (int r = 1; r < size; r++) {
         const struct schedule *a = &lists[r - 1], *b = &lists[r];
         char one[TEXT], other[TEXT];
-        if (position_of(t, r).stage != position_of(t, r - 1).stage || a->n != b->n)
-            continue;   /* lists of one stage that passed part 1 are equally long */
-        for (int i = 0; i < a->n; i++)
+        if (position_of(t, r).stage != position_of(t, r - 1).stage)
+            continue;
+        for (int i = 0; i < a->n && i < b->n; i++)
             if (memcmp(&a->action[i], &b->action[i], sizeof *a->action) != 0) {
-                errors_add(errors, EXIT_INTERNAL, "schedule: ranks %d and %d (%s) of one stage differ at action %d: %s, %s", r - 1, r,
-                           role_of(t, r), i, schedule_action_text(&a->action[i], one, sizeof one),
-                           schedule_action_text(&b->action[i], other, sizeof other));
+                errors_add(
+                    errors, EXIT_INTERNAL,
+                    "schedule: ranks %d and %d (%s) of one stage differ at action %d: %s, %s",
+                    r - 1, r, role_of(t, r), i,
+                    schedule_action_text(&a->action[i], one, sizeof one),
+                    schedule_action_text(&b->action[i], other, sizeof other));
                 break;
             }
+        /* Whoever has an action more than a neighbour with the same beginning has it twice: seen in
+         * part 1. */
     }
 }

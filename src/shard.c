@@ -1,9 +1,10 @@
 /* shard.c - a walk over tar headers (POSIX.1-2001 ustar and pax, GNU long names).
  *
- * Trust: the bytes come from strangers. Refused with the name of shard and member: absolute names and `..`, links, devices,
- * sparse members, control characters in names, sizes that are negative or reach beyond the file, damaged headers, a missing end
- * mark (a copy cut at a member's boundary looks whole otherwise), anything behind the end mark (joined archives, whose second
- * half other readers would see). Every size is checked against the file before it is used.
+ * Trust: the bytes come from strangers. Refused with the name of shard and member: absolute names
+ * and `..`, links, devices, sparse members, control characters in names, sizes that are negative or
+ * reach beyond the file, damaged headers, a missing end mark (a copy cut at a member's boundary
+ * looks whole otherwise), anything behind the end mark (joined archives, whose second half other
+ * readers would see). Every size is checked against the file before it is used.
  */
 #include "shard.h"
 #include <ctype.h>
@@ -19,25 +20,30 @@
 
 enum { BLOCK = 512, WINDOW = 65536, LONG_MAX_BYTES = 1 << 20, SHARDS_MAX = 1000000 };
 
-struct paths { char **v; int64_t n, capacity; };
+struct paths {
+    char **v;
+    int64_t n, capacity;
+};
 
 struct walk {
     struct shard_set *set;
     struct errors *errors;
-    int64_t shard, first_sample;      /* number of this shard; first sample of it */
+    int64_t shard, first_sample; /* number of this shard; first sample of it */
     int fd;
     const char *path;
-    int64_t size, at;                 /* bytes of the file; header in work */
+    int64_t size, at; /* bytes of the file; header in work */
     int64_t window_at, window_bytes;
     unsigned char window[WINDOW];
-    char name[4096];                  /* of the member in work */
-    char long_name[4096];             /* of the next member, from a GNU or pax header; "" = none */
-    int64_t pax_size;                 /* -1 = none */
+    char name[4096];      /* of the member in work */
+    char long_name[4096]; /* of the next member, from a GNU or pax header; "" = none */
+    int64_t pax_size;     /* -1 = none */
 };
 
 static void expand(const char *path, const char *where, struct paths *out, struct errors *errors);
-static void expand_directory(const char *path, const char *where, struct paths *out, struct errors *errors);
-static bool expand_pattern(const char *text, const char *where, struct paths *out, struct errors *errors);
+static void expand_directory(const char *path, const char *where, struct paths *out,
+                             struct errors *errors);
+static bool expand_pattern(const char *text, const char *where, struct paths *out,
+                           struct errors *errors);
 static void paths_add(struct paths *p, char *path);
 static int compare_text(const void *a, const void *b);
 static const char *hint(const char *path);
@@ -75,7 +81,8 @@ void shard_init(struct shard_set *set, const char *path, const char *where, stru
     for (int64_t i = 0; i < set->n_shards; i++)
         index_shard(set, i, errors);
     if (set->n_shards > 0 && set->n_samples == 0 && errors->count == before)
-        errors_add(errors, EXIT_DATA, "%s = '%s': no sample in %" PRId64 " shards", where, path, set->n_shards);
+        errors_add(errors, EXIT_DATA, "%s = '%s': no sample in %" PRId64 " shards", where, path,
+                   set->n_shards);
 }
 
 const char *shard_key(const struct shard_set *set, int64_t sample, char *out, size_t size)
@@ -83,7 +90,8 @@ const char *shard_key(const struct shard_set *set, int64_t sample, char *out, si
     const struct shard_sample *s = &set->sample[sample];
     const char *path = set->shard[s->shard].path, *slash = strrchr(path, '/');
     char text[2 * SHARD_NAME_MAX + 16];
-    snprintf(text, sizeof text, "%.*s:%s", SHARD_NAME_MAX, slash ? slash + 1 : path, set->pool + s->key);
+    snprintf(text, sizeof text, "%.*s:%s", SHARD_NAME_MAX, slash ? slash + 1 : path,
+             set->pool + s->key);
     return printable(out, size, text);
 }
 
@@ -97,14 +105,15 @@ const char *shard_part_name(const struct shard_set *set, const struct shard_part
     return set->pool + part->name;
 }
 
-bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *part, int64_t most, unsigned char **buffer,
-                int64_t *capacity, char *why, size_t why_size)
+bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *part, int64_t most,
+                unsigned char **buffer, int64_t *capacity, char *why, size_t why_size)
 {
     const int64_t shard = set->sample[sample].shard;
     char name[4 * SHARD_NAME_MAX + 1];
     printable(name, sizeof name, shard_part_name(set, part));
     if (part->size > most) {
-        snprintf(why, why_size, "part %s has %" PRId64 " bytes, at most %" PRId64 " are read", name, part->size, most);
+        snprintf(why, why_size, "part %s has %" PRId64 " bytes, at most %" PRId64 " are read", name,
+                 part->size, most);
         return false;
     }
     if (part->size + 1 > *capacity) {
@@ -113,7 +122,8 @@ bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *
     }
     const int fd = open_shard(set, shard);
     for (int64_t done = 0; done < part->size;) {
-        const ssize_t n = pread(fd, *buffer + done, (size_t)(part->size - done), (off_t)(part->offset + done));
+        const ssize_t n =
+            pread(fd, *buffer + done, (size_t)(part->size - done), (off_t)(part->offset + done));
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0) {
@@ -121,8 +131,8 @@ bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *
             return false;
         }
         if (n == 0)
-            FATAL(EXIT_DATA, "%s: ends at byte %" PRId64 ", it was longer when the run began", set->shard[shard].path,
-                  part->offset + done);
+            FATAL(EXIT_DATA, "%s: ends at byte %" PRId64 ", it was longer when the run began",
+                  set->shard[shard].path, part->offset + done);
         done += n;
     }
     (*buffer)[part->size] = '\0';
@@ -163,7 +173,8 @@ static void expand(const char *path, const char *where, struct paths *out, struc
     }
 }
 
-static void expand_directory(const char *path, const char *where, struct paths *out, struct errors *errors)
+static void expand_directory(const char *path, const char *where, struct paths *out,
+                             struct errors *errors)
 {
     DIR *dir = opendir(path);
     if (!dir) {
@@ -183,18 +194,22 @@ static void expand_directory(const char *path, const char *where, struct paths *
         const char *command = unpack_command(e->d_name, NULL, 0);
         if (command) {
             compressed = true;
-            errors_add(errors, EXIT_DATA, "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s", file,
-                       command, file);
+            errors_add(errors, EXIT_DATA,
+                       "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s",
+                       file, command, file);
         }
         free(file);
     }
     closedir(dir);
     if (out->n == 0 && !compressed)
-        errors_add(errors, EXIT_DATA, "%s = '%s': this directory holds no .tar file%s", where, path, hint(path));
+        errors_add(errors, EXIT_DATA, "%s = '%s': this directory holds no .tar file%s", where, path,
+                   hint(path));
 }
 
-/* The first {A..B} becomes each number from A to B, with as many digits as A has; the rest is expanded in turn. */
-static bool expand_pattern(const char *text, const char *where, struct paths *out, struct errors *errors)
+/* The first {A..B} becomes each number from A to B, with as many digits as A has; the rest is
+ * expanded in turn. */
+static bool expand_pattern(const char *text, const char *where, struct paths *out,
+                           struct errors *errors)
 {
     const char *open = strchr(text, '{');
     if (!open) {
@@ -208,16 +223,20 @@ static bool expand_pattern(const char *text, const char *where, struct paths *ou
     const bool range = a >= 0 && strncmp(end, "..", 2) == 0 && isdigit((unsigned char)end[2]);
     const long long b = range ? strtoll(end + 2, &end2, 10) : -1;
     if (!range || *end2 != '}' || errno != 0 || b < a || b - a >= SHARDS_MAX || end - first > 18) {
-        errors_add(errors, EXIT_DATA, "%s = '%s': braces hold a range of numbers as {000000..000123}, ascending, below %d files",
+        errors_add(errors, EXIT_DATA,
+                   "%s = '%s': braces hold a range of numbers as {000000..000123}, ascending, "
+                   "below %d files",
                    where, text, SHARDS_MAX);
         return false;
     }
     for (long long i = a; i <= b; i++) {
-        char *one = xasprintf("%.*s%0*lld%s", (int)(open - text), text, (int)(end - first), i, end2 + 1);
+        char *one =
+            xasprintf("%.*s%0*lld%s", (int)(open - text), text, (int)(end - first), i, end2 + 1);
         bool ok = expand_pattern(one, where, out, errors);
         free(one);
         if (ok && out->n > SHARDS_MAX) {
-            errors_add(errors, EXIT_DATA, "%s = '%s': a range of numbers for more than %d files", where, text, SHARDS_MAX);
+            errors_add(errors, EXIT_DATA, "%s = '%s': a range of numbers for more than %d files",
+                       where, text, SHARDS_MAX);
             ok = false;
         }
         if (!ok)
@@ -242,22 +261,33 @@ static int compare_text(const void *a, const void *b)
 
 static const char *hint(const char *path)
 {
-    return strncmp(path, "data/", 5) == 0 || strncmp(path, "./data/", 7) == 0 ? " (run `make data`)" : "";
+    return strncmp(path, "data/", 5) == 0 || strncmp(path, "./data/", 7) == 0 ? " (run `make data`)"
+                                                                              : "";
 }
 
-/* The command that unpacks a compressed shard, known by its first bytes or, without them, by its name; NULL = not compressed. */
+/* The command that unpacks a compressed shard, known by its first bytes or, without them, by its
+ * name; NULL = not compressed. */
 static const char *unpack_command(const char *path, const unsigned char *head, int64_t n)
 {
-    static const struct { const char *magic; int bytes; const char *ending[3], *command; } known[] = {
+    static const struct {
+        const char *magic;
+        int bytes;
+        const char *ending[3], *command;
+    } known[] = {
         { "\x1f\x8b", 2, { ".tar.gz", ".tgz", NULL }, "gunzip" },
         { "\x28\xb5\x2f\xfd", 4, { ".tar.zst", ".tzst", NULL }, "zstd -d" },
-        { "\xfd" "7zXZ", 5, { ".tar.xz", ".txz", NULL }, "unxz" },
+        { "\xfd"
+          "7zXZ",
+          5,
+          { ".tar.xz", ".txz", NULL },
+          "unxz" },
         { "BZh", 3, { ".tar.bz2", ".tbz2", ".tbz" }, "bunzip2" },
         { "\x04\x22\x4d\x18", 4, { ".tar.lz4", NULL, NULL }, "lz4 -d" },
     };
     const size_t length = strlen(path);
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (head && n >= known[i].bytes && memcmp(head, known[i].magic, (size_t)known[i].bytes) == 0)
+        if (head && n >= known[i].bytes
+            && memcmp(head, known[i].magic, (size_t)known[i].bytes) == 0)
             return known[i].command;
         for (int k = 0; !head && k < 3 && known[i].ending[k]; k++) {
             const size_t e = strlen(known[i].ending[k]);
@@ -273,7 +303,9 @@ static const char *unpack_command(const char *path, const unsigned char *head, i
 static void index_shard(struct shard_set *set, int64_t shard, struct errors *errors)
 {
     struct walk *w = xcalloc(1, sizeof *w);
-    *w = (struct walk){ .set = set, .errors = errors, .shard = shard, .first_sample = set->n_samples, .pax_size = -1 };
+    *w = (struct walk){
+        .set = set, .errors = errors, .shard = shard, .first_sample = set->n_samples, .pax_size = -1
+    };
     w->path = set->shard[shard].path;
     struct stat st;
     w->fd = open(w->path, O_RDONLY | O_CLOEXEC);
@@ -284,9 +316,11 @@ static void index_shard(struct shard_set *set, int64_t shard, struct errors *err
     } else {
         w->size = set->shard[shard].bytes = st.st_size;
         const unsigned char *head = bytes_at(w, 0, w->size < 8 ? w->size : 8);
-        const char *command = head ? unpack_command(w->path, head, w->size < 8 ? w->size : 8) : NULL;
+        const char *command =
+            head ? unpack_command(w->path, head, w->size < 8 ? w->size : 8) : NULL;
         if (command)
-            errors_add(errors, EXIT_DATA, "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s",
+            errors_add(errors, EXIT_DATA,
+                       "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s",
                        w->path, command, w->path);
         bool ok = head && !command;
         for (bool end = false; ok && !end;)
@@ -316,8 +350,8 @@ static bool walk_member(struct walk *w, bool *end)
     const char type = (char)h[156];
     const bool posix = memcmp(h + 257, "ustar\0", 6) == 0;
     char short_name[101 + 156];
-    snprintf(short_name, sizeof short_name, "%.155s%s%.100s", posix ? (const char *)h + 345 : "", posix && h[345] ? "/" : "",
-             (const char *)h);
+    snprintf(short_name, sizeof short_name, "%.155s%s%.100s", posix ? (const char *)h + 345 : "",
+             posix && h[345] ? "/" : "", (const char *)h);
     const bool meta = type == 'x' || type == 'g' || type == 'L' || type == 'K';
     snprintf(w->name, sizeof w->name, "%s", !meta && w->long_name[0] ? w->long_name : short_name);
     int64_t size;
@@ -327,7 +361,8 @@ static bool walk_member(struct walk *w, bool *end)
         size = w->pax_size;
     const int64_t data = w->at + BLOCK;
     if (size > w->size - data)
-        return refuse(w, "it claims %" PRId64 " bytes, the file has %" PRId64 " left: truncated?", size, w->size - data);
+        return refuse(w, "it claims %" PRId64 " bytes, the file has %" PRId64 " left: truncated?",
+                      size, w->size - data);
     const int64_t next = data + (size + BLOCK - 1) / BLOCK * BLOCK;
     if (meta) {
         if (size > LONG_MAX_BYTES)
@@ -335,7 +370,8 @@ static bool walk_member(struct walk *w, bool *end)
         if ((type == 'x' || type == 'g') && !read_pax(w, data, size, type == 'g'))
             return false;
         if (type == 'L') {
-            const unsigned char *text = bytes_at(w, data, size < (int64_t)sizeof w->long_name ? size : 0);
+            const unsigned char *text =
+                bytes_at(w, data, size < (int64_t)sizeof w->long_name ? size : 0);
             if (!text || size == 0 || size >= (int64_t)sizeof w->long_name)
                 return refuse(w, "its long name has %" PRId64 " bytes", size);
             snprintf(w->long_name, sizeof w->long_name, "%.*s", (int)size, (const char *)text);
@@ -346,8 +382,11 @@ static bool walk_member(struct walk *w, bool *end)
     const char *why = NULL;
     if (!strchr("057", type) && type != '\0')
         return refuse(w, "%s, only plain files and directories are accepted",
-                      type == '1' || type == '2' ? "it is a link" : type == 'S' ? "it is sparse"
-                      : type == '3' || type == '4' ? "it is a device" : type == '6' ? "it is a fifo" : "it has an unknown type");
+                      type == '1' || type == '2'   ? "it is a link"
+                      : type == 'S'                ? "it is sparse"
+                      : type == '3' || type == '4' ? "it is a device"
+                      : type == '6'                ? "it is a fifo"
+                                                   : "it has an unknown type");
     if (!name_fits(w->name, &why))
         return refuse(w, "%s", why);
     const size_t length = strlen(w->name);
@@ -375,8 +414,9 @@ static bool refuse(struct walk *w, const char *fmt, ...)
 static bool refuse_after(struct walk *w, const char *text)
 {
     char name[512];
-    errors_add(w->errors, EXIT_DATA, "%s: error: byte %" PRId64 "%s%s%s: %s", w->path, w->at, w->name[0] ? ", after member '" : "",
-               printable(name, sizeof name, w->name), w->name[0] ? "'" : "", text);
+    errors_add(w->errors, EXIT_DATA, "%s: error: byte %" PRId64 "%s%s%s: %s", w->path, w->at,
+               w->name[0] ? ", after member '" : "", printable(name, sizeof name, w->name),
+               w->name[0] ? "'" : "", text);
     return false;
 }
 
@@ -390,8 +430,8 @@ static const unsigned char *bytes_at(struct walk *w, int64_t at, int64_t n)
     w->window_bytes = 0;
     const int64_t want = w->size - at < WINDOW ? w->size - at : WINDOW;
     while (w->window_bytes < want) {
-        const ssize_t got = pread(w->fd, w->window + w->window_bytes, (size_t)(want - w->window_bytes),
-                                  (off_t)(at + w->window_bytes));
+        const ssize_t got = pread(w->fd, w->window + w->window_bytes,
+                                  (size_t)(want - w->window_bytes), (off_t)(at + w->window_bytes));
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0) {
@@ -417,7 +457,8 @@ static bool checksum_fits(const unsigned char *h)
     return stored == plain || stored == with_sign;
 }
 
-/* Octal text, or base 256 when the first bit is set; false for negative numbers, overflow and anything else. */
+/* Octal text, or base 256 when the first bit is set; false for negative numbers, overflow and
+ * anything else. */
 static bool read_number(const unsigned char *field, int n, int64_t *out)
 {
     uint64_t v = 0;
@@ -444,7 +485,8 @@ static bool read_number(const unsigned char *field, int n, int64_t *out)
     return true;
 }
 
-/* Records "length key=value\n" of a pax header. Only path and size matter; sparse files are refused. */
+/* Records "length key=value\n" of a pax header. Only path and size matter; sparse files are
+ * refused. */
 static bool read_pax(struct walk *w, int64_t at, int64_t size, bool global)
 {
     char *text = xmalloc((size_t)size + 1, 1);
@@ -464,8 +506,8 @@ static bool read_pax(struct walk *w, int64_t at, int64_t size, bool global)
         char *record = text + done, *key;
         errno = 0;
         const long long length = isdigit((unsigned char)*record) ? strtoll(record, &key, 10) : 0;
-        if (length <= 0 || errno != 0 || length > size - done || *key != ' ' || key + 1 >= record + length
-            || record[length - 1] != '\n') {
+        if (length <= 0 || errno != 0 || length > size - done || *key != ' '
+            || key + 1 >= record + length || record[length - 1] != '\n') {
             why = "its pax header is damaged";
             break;
         }
@@ -479,14 +521,16 @@ static bool read_pax(struct walk *w, int64_t at, int64_t size, bool global)
         } else if (strncmp(key, "path=", 5) == 0 || strncmp(key, "size=", 5) == 0) {
             char *rest;
             errno = 0;
-            const long long v = isdigit((unsigned char)value[1]) ? strtoll(value + 1, &rest, 10) : -1;
+            const long long v =
+                isdigit((unsigned char)value[1]) ? strtoll(value + 1, &rest, 10) : -1;
             if (global)
                 why = "a global pax header sets path or size";
             else if (*key == 's' && (v < 0 || errno != 0 || *rest != '\0'))
                 why = "its size is negative or no number";
             else if (*key == 's')
                 w->pax_size = v;
-            else if (strlen(value + 1) != (size_t)(record + length - 2 - value) || strlen(value + 1) >= sizeof w->long_name)
+            else if (strlen(value + 1) != (size_t)(record + length - 2 - value)
+                     || strlen(value + 1) >= sizeof w->long_name)
                 why = "its pax path is too long or holds a NUL";
             else
                 snprintf(w->long_name, sizeof w->long_name, "%s", value + 1);
@@ -540,12 +584,14 @@ static void add_member(struct walk *w, const char *name, int64_t offset, int64_t
     struct shard_set *set = w->set;
     while (name[0] == '.' && name[1] == '/')
         name += 2;
-    const char *slash = strrchr(name, '/'), *base = slash ? slash + 1 : name, *dot = strchr(base, '.');
-    bool reserved = false;            /* a path component __name__ */
+    const char *slash = strrchr(name, '/'), *base = slash ? slash + 1 : name,
+               *dot = strchr(base, '.');
+    bool reserved = false; /* a path component __name__ */
     for (const char *c = name; c;) {
         const char *next = strchr(c, '/');
         const size_t n = next ? (size_t)(next - c) : strlen(c);
-        reserved = reserved || (n >= 4 && strncmp(c, "__", 2) == 0 && strncmp(c + n - 2, "__", 2) == 0);
+        reserved =
+            reserved || (n >= 4 && strncmp(c, "__", 2) == 0 && strncmp(c + n - 2, "__", 2) == 0);
         c = next ? next + 1 : NULL;
     }
     if (reserved || !dot || dot == base || dot[1] == '\0') {
@@ -553,14 +599,17 @@ static void add_member(struct walk *w, const char *name, int64_t offset, int64_t
         return;
     }
     const size_t key = (size_t)(dot - name);
-    struct shard_sample *s = set->n_samples > w->first_sample ? &set->sample[set->n_samples - 1] : NULL;
+    struct shard_sample *s =
+        set->n_samples > w->first_sample ? &set->sample[set->n_samples - 1] : NULL;
     if (!s || strlen(set->pool + s->key) != key || memcmp(set->pool + s->key, name, key) != 0) {
         if (set->n_samples == set->sample_capacity) {
             set->sample_capacity = set->sample_capacity ? 2 * set->sample_capacity : 1024;
             set->sample = xrealloc(set->sample, (size_t)set->sample_capacity, sizeof *set->sample);
         }
         s = &set->sample[set->n_samples++];
-        *s = (struct shard_sample){ .first_part = set->n_parts, .key = pool_add(set, name, key), .shard = (int32_t)w->shard };
+        *s = (struct shard_sample){ .first_part = set->n_parts,
+                                    .key = pool_add(set, name, key),
+                                    .shard = (int32_t)w->shard };
     }
     for (int32_t i = 0; i < s->n_parts; i++)
         if (strcmp(set->pool + set->part[s->first_part + i].name, dot + 1) == 0)
@@ -569,18 +618,23 @@ static void add_member(struct walk *w, const char *name, int64_t offset, int64_t
         set->part_capacity = set->part_capacity ? 2 * set->part_capacity : 4096;
         set->part = xrealloc(set->part, (size_t)set->part_capacity, sizeof *set->part);
     }
-    set->part[set->n_parts++] = (struct shard_part){ offset, size, pool_add(set, dot + 1, strlen(dot + 1)) };
+    set->part[set->n_parts++] =
+        (struct shard_part){ offset, size, pool_add(set, dot + 1, strlen(dot + 1)) };
     s->n_parts++;
 }
 
-struct keyed { const char *key; struct shard_sample *sample; };
+struct keyed {
+    const char *key;
+    struct shard_sample *sample;
+};
 
 static int compare_keyed(const void *a, const void *b)
 {
     return strcmp(((const struct keyed *)a)->key, ((const struct keyed *)b)->key);
 }
 
-/* A key that comes back later in the shard: its picture and its text would make two wrong samples. */
+/* A key that comes back later in the shard: its picture and its text would make two wrong samples.
+ */
 static void mark_scattered(struct shard_set *set, int64_t first)
 {
     const int64_t n = set->n_samples - first;
@@ -592,7 +646,8 @@ static void mark_scattered(struct shard_set *set, int64_t first)
     qsort(list, (size_t)n, sizeof *list, compare_keyed);
     for (int64_t i = 1; i < n; i++)
         if (strcmp(list[i].key, list[i - 1].key) == 0)
-            list[i].sample->broken = list[i - 1].sample->broken = "its members are not consecutive in the shard";
+            list[i].sample->broken = list[i - 1].sample->broken =
+                "its members are not consecutive in the shard";
     free(list);
 }
 
@@ -625,8 +680,8 @@ static int open_shard(struct shard_set *set, int64_t shard)
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     CHECK_SYS(fd >= 0 && fstat(fd, &st) == 0, EXIT_DATA, "%s: cannot be opened again", path);
     if (st.st_size != set->shard[shard].bytes)
-        FATAL(EXIT_DATA, "%s: has %" PRId64 " bytes, it had %" PRId64 " when the run began", path, (int64_t)st.st_size,
-              set->shard[shard].bytes);
+        FATAL(EXIT_DATA, "%s: has %" PRId64 " bytes, it had %" PRId64 " when the run began", path,
+              (int64_t)st.st_size, set->shard[shard].bytes);
     set->open[slot].fd = fd;
     set->open[slot].shard = shard;
     return fd;

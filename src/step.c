@@ -429,7 +429,9 @@ struct step_result step_train(struct step *s, struct data *data, int64_t iterati
     s->change = NULL;
     s->iteration = iteration;
     s->training = true;
+    timer_start(TIMER_OPTIMIZER);
     model_zero_grads(s->model);
+    timer_stop(TIMER_OPTIMIZER);
     run_schedule(s, &s->train);
     timer_start(TIMER_GRAD_SYNC);
     add_up(s);

@@ -1,5 +1,5 @@
-/* tensor.c - views of memory; no data is touched here. A view made in the arena's counting pass has data = NULL and stays NULL
- * through every derived view.
+/* tensor.c - views of memory; no data is touched here. A view made in the arena's counting pass has
+ * data = NULL and stays NULL through every derived view.
  */
 #include "tensor.h"
 #include "check.h"
@@ -8,24 +8,29 @@ static char *advance(const struct tensor *t, int64_t elements);
 
 size_t dtype_bytes(enum dtype dtype)
 {
-    static const size_t bytes[] = { [DTYPE_F32] = 4, [DTYPE_F64] = 8, [DTYPE_BF16] = 2, [DTYPE_I32] = 4, [DTYPE_I64] = 8,
-                                    [DTYPE_U8] = 1 };
+    static const size_t bytes[] = { [DTYPE_F32] = 4, [DTYPE_F64] = 8, [DTYPE_BF16] = 2,
+                                    [DTYPE_I32] = 4, [DTYPE_I64] = 8, [DTYPE_U8] = 1 };
     ASSERT((size_t)dtype < sizeof bytes / sizeof *bytes);
     return bytes[dtype];
 }
 
 const char *dtype_name(enum dtype dtype)
 {
-    static const char *const name[] = { [DTYPE_F32] = "fp32", [DTYPE_F64] = "fp64", [DTYPE_BF16] = "bf16",
-                                        [DTYPE_I32] = "int32", [DTYPE_I64] = "int64", [DTYPE_U8] = "uint8" };
+    static const char *const name[] = {
+        [DTYPE_F32] = "fp32",  [DTYPE_F64] = "fp64",  [DTYPE_BF16] = "bf16",
+        [DTYPE_I32] = "int32", [DTYPE_I64] = "int64", [DTYPE_U8] = "uint8"
+    };
     ASSERT((size_t)dtype < sizeof name / sizeof *name);
     return name[dtype];
 }
 
-struct tensor tensor_view(void *data, enum dtype dtype, enum place place, int ndim, const int64_t *shape)
+struct tensor tensor_view(void *data, enum dtype dtype, enum place place, int ndim,
+                          const int64_t *shape)
 {
     ASSERT(ndim >= 1 && ndim <= TENSOR_MAX_DIMS);
-    struct tensor t = { .data = data, .dtype = dtype, .place = place, .ndim = ndim, .ld = shape[ndim - 1] };
+    struct tensor t = {
+        .data = data, .dtype = dtype, .place = place, .ndim = ndim, .ld = shape[ndim - 1]
+    };
     for (int d = 0; d < ndim; d++) {
         ASSERT(shape[d] >= 0);
         t.shape[d] = shape[d];
@@ -64,8 +69,12 @@ int64_t tensor_numel(const struct tensor *t)
 struct tensor tensor_row_range(const struct tensor *t, int64_t first, int64_t n)
 {
     ASSERT(first >= 0 && n >= 0 && first + n <= tensor_rows(t));
-    struct tensor r = { .data = advance(t, first * t->ld), .dtype = t->dtype, .place = t->place, .ndim = 2,
-                        .shape = { n, tensor_cols(t) }, .ld = t->ld };
+    struct tensor r = { .data = advance(t, first * t->ld),
+                        .dtype = t->dtype,
+                        .place = t->place,
+                        .ndim = 2,
+                        .shape = { n, tensor_cols(t) },
+                        .ld = t->ld };
     return r;
 }
 

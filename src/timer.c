@@ -119,10 +119,14 @@ static void settle(double now)
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        void (*line)(void *ctx, const char *text), void *ctx)
 {
-    static const struct { enum timer_section section; const char *what; } waste[] = {
+    static const struct {
+        enum timer_section section;
+        const char *what;
+    } waste[] = {
         { TIMER_BRIDGE_WAIT, "waiting for the other grid; move ranks to it" },
         { TIMER_DATA_WAIT, "waiting for data; more data.num_workers or a faster file system" },
-        { TIMER_GRAD_SYNC, "reducing gradients (and waiting for slower ranks); larger micro-batches or overlap" },
+        { TIMER_GRAD_SYNC,
+          "reducing gradients (and waiting for slower ranks); larger micro-batches or overlap" },
         { TIMER_SAVE, "saving checkpoints; a larger checkpoint.save_interval" },
         { TIMER_IDLE, "in no section at all" },
     };
@@ -137,10 +141,11 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
     if (ranks == 0 || wall <= 0)
         return;
     wall /= ranks;
-    snprintf(text, sizeof text, "timers: %s, %d rank%s, %.3f s", name, ranks, ranks == 1 ? "" : "s", wall);
+    snprintf(text, sizeof text, "timers: %s, %d rank%s, %.3f s", name, ranks, ranks == 1 ? "" : "s",
+             wall);
     line(ctx, text);
-    snprintf(text, sizeof text, "  %-12s %8s %12s %12s %12s %8s %7s", "section", "calls", "min s", "mean s", "max s", "max rank",
-             "% wall");
+    snprintf(text, sizeof text, "  %-12s %8s %12s %12s %12s %8s %7s", "section", "calls", "min s",
+             "mean s", "max s", "max rank", "% wall");
     line(ctx, text);
     for (int s = 0; s < TIMER_SECTIONS; s++) {
         double least = 0, most = -1;
@@ -161,8 +166,8 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
         }
         if (most <= 0 && calls == 0)
             continue;
-        snprintf(text, sizeof text, "  %-12s %8lld %12.4f %12.4f %12.4f %8d %7.1f", names[s], (long long)calls, least, mean[s],
-                 most, most_rank, 100 * mean[s] / wall);
+        snprintf(text, sizeof text, "  %-12s %8lld %12.4f %12.4f %12.4f %8d %7.1f", names[s],
+                 (long long)calls, least, mean[s], most, most_rank, 100 * mean[s] / wall);
         line(ctx, text);
     }
     size_t worst = 0;
@@ -170,8 +175,8 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
         if (mean[waste[w].section] > mean[waste[worst].section])
             worst = w;
     if (mean[waste[worst].section] >= note_share * wall) {
-        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s", 100 * mean[waste[worst].section] / wall,
-                 name, waste[worst].what);
+        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s",
+                 100 * mean[waste[worst].section] / wall, name, waste[worst].what);
         line(ctx, text);
     }
 }

@@ -1,7 +1,8 @@
 /* timer.h - where the wall time of this rank goes.
  *
- * Sections are exclusive: one that starts inside another pauses it, so the sections of a rank never add up to more than
- * its wall time, and `idle` is what is left over. Monotonic clock. Main thread only.
+ * Sections are exclusive: one that starts inside another pauses it, so the sections of a rank never
+ * add up to more than its wall time, and `idle` is what is left over. Monotonic clock. Main thread
+ * only.
  */
 #ifndef MIMO_TIMER_H
 #define MIMO_TIMER_H
@@ -10,9 +11,10 @@
 #include "comm.h"
 
 /* X(SECTION, "name in the table") */
-#define TIMER_SECTIONS_X(X) \
-    X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait") X(GRAD_SYNC, "grad sync") \
-    X(OPTIMIZER, "optimizer") X(DATA_WAIT, "data wait") X(SAVE, "save") X(EVAL, "eval") X(LOG, "log") X(IDLE, "idle")
+#define TIMER_SECTIONS_X(X)                                                                        \
+    X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait")                    \
+    X(GRAD_SYNC, "grad sync") X(OPTIMIZER, "optimizer") X(DATA_WAIT, "data wait")                  \
+    X(SAVE, "save") X(EVAL, "eval") X(LOG, "log") X(IDLE, "idle")
 
 enum timer_section {
 #define X(section, text) TIMER_##section,
@@ -23,7 +25,7 @@ enum timer_section {
 
 /* What one rank spent since timer_reset. */
 struct timer_sample {
-    int role;                          /* index into the role names of timer_table */
+    int role; /* index into the role names of timer_table */
     double wall;
     double seconds[TIMER_SECTIONS];
     int64_t calls[TIMER_SECTIONS];
@@ -36,11 +38,13 @@ void timer_reset(void);
 /* Enter and leave a section; nested at most 8 deep, left in reverse order (checked). Local. */
 void timer_start(enum timer_section section);
 void timer_stop(enum timer_section section);
-/* Seconds of every section and the wall time since the last call (or timer_reset): one iteration. Local. */
+/* Seconds of every section and the wall time since the last call (or timer_reset): one iteration.
+ * Local. */
 double timer_take_iteration(double seconds[TIMER_SECTIONS]);
 void timer_take_sample(struct timer_sample *out, int role);
-/* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of the maximum and the share of
- * the wall time; then a NOTE for a section that wastes a tenth or more. samples [n] in rank order; one call of `line` each. Local. */
+/* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
+ * the maximum and the share of the wall time; then a NOTE for a section that wastes a tenth or
+ * more. samples [n] in rank order; one call of `line` each. Local. */
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx);
 /* Gather the samples and log the table on rank 0. Collective over the world. */

@@ -265,7 +265,7 @@ static bool read_added_token(struct parsing *p, const json_t *entry, size_t inde
         return fail(p, "%s: '%s' has id %" PRId64 ", which is another token's", where, printable(shown, sizeof shown, text),
                     id);
     if (a.single_word && !t->word) {
-        static const char word[] = "\\A\\w";
+        static const char word[] = "\\A[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}]";
         t->word = regex_new(word, sizeof word - 1, false, p->why, p->why_size);
         if (!t->word)
             return false;

@@ -3,7 +3,8 @@
  * The patterns of a tokenizer.json are written for Oniguruma (Ruby syntax). They run here on PCRE2 in UTF mode with Unicode properties.
  * Where the two dialects differ the pattern is rewritten (classes of space, digit, word) or refused by name; nothing is passed on
  * whose meaning could silently change. Patterns come from files of the internet: start-of-pattern verbs are refused, match,
- * depth and heap limits are on, and a match that gives up is an error of the text.
+ * depth and heap limits are on, and a match that gives up is an error of the text. Characters newer than PCRE2's Unicode version
+ * (14 in 10.42) have no category here and may be split where a newer library would not.
  */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -45,7 +46,7 @@ struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, 
         snprintf(why, why_size, "a pattern of %zu bytes (1 to %d are accepted)", n, PATTERN_BYTES);
         return NULL;
     }
-    struct rewriting w = { .in = pattern, .n = n, .capacity = 32 * n + 64, .why = why, .why_size = why_size };
+    struct rewriting w = { .in = pattern, .n = n, .capacity = 64 * n + 64, .why = why, .why_size = why_size };
     w.out = xmalloc(w.capacity, 1);
     if (!literal && !rewrite(&w)) {
         free(w.out);
@@ -249,7 +250,8 @@ static bool rewrite_escape(struct rewriting *w)
     if (w->at == w->n)
         return refuse(w, "a backslash at its end");
     const char c = w->in[w->at];
-    const char *const word = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
+    /* Oniguruma's table of Latin-1 counts the superscripts and fractions, too */
+    const char *const word = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}";
     w->at++;
     switch (c) {
     case 's': emit_text(w, "\\p{White_Space}"); return true;

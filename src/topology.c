@@ -1,9 +1,11 @@
-/* topology.c - grids, groups and the bridge map as arithmetic on rank numbers (parallel.md 1.2, 1.3, 3.1).
+/* topology.c - grids, groups and the bridge map as arithmetic on rank numbers
+ * (parallel.md 1.2, 1.3, 3.1).
  *
- * A group over a set X of dims fixes the other coordinates and varies those in X. Members are in ascending world rank, which
- * is the mixed-radix order of the X coordinates because a slower dim has the larger stride. Nothing here needs another rank:
- * only topology_connect communicates, and it asks for every communicator in one globally identical order: encoder, language,
- * bridge; inside a grid in the order of TOPOLOGY_FAMILIES.
+ * A group over a set X of dims fixes the other coordinates and varies those in X. Members are in
+ * ascending world rank, which is the mixed-radix order of the X coordinates because a slower dim
+ * has the larger stride. Nothing here needs another rank: only topology_connect communicates, and
+ * it asks for every communicator in one globally identical order: encoder, language, bridge; inside
+ * a grid in the order of TOPOLOGY_FAMILIES.
  */
 #include "topology.h"
 #include <limits.h>
@@ -13,7 +15,12 @@
 
 enum { DIMS = 4, PRINT_GROUPS = 4, PRINT_MEMBERS = 8 };
 
-struct family { const char *name; size_t offset; int view; bool varies[DIMS]; };
+struct family {
+    const char *name;
+    size_t offset;
+    int view;
+    bool varies[DIMS];
+};
 
 static const struct family families[] = {
 #define X(name_, view_, ...) { #name_, offsetof(struct grid, name_), view_, { __VA_ARGS__ } },
@@ -23,34 +30,37 @@ static const struct family families[] = {
 enum { N_FAMILIES = sizeof families / sizeof *families };
 
 struct storage {
-    int *member;              /* all member lists, one after the other */
-    struct comm **owned;      /* [n_owned] communicators made by topology_connect */
+    int *member;         /* all member lists, one after the other */
+    struct comm **owned; /* [n_owned] communicators made by topology_connect */
     int n_owned;
 };
 
-static void check_specs(const struct topology_spec *specs, int n_specs, int size, struct errors *errors);
-static void check_edge(const struct topology_spec *encoder, const struct topology_spec *language, bool colocated,
-                       struct errors *errors);
+static void check_specs(const struct topology_spec *specs, int n_specs, int size,
+                        struct errors *errors);
+static void check_edge(const struct topology_spec *encoder, const struct topology_spec *language,
+                       bool colocated, struct errors *errors);
+static void no_member(struct grid *g, const char *name);
 static void describe_grid(struct grid *g, const struct topology_spec *spec, int rank, int **next);
 static void describe_bridge(struct topology *t, int **next);
 static size_t members_needed(const struct topology_spec *specs, int n_specs);
 static void view_sizes(const struct grid *g, int view, int sizes[DIMS]);
 static int family_size(const struct grid *g, const struct family *f);
-static int list_members(const struct grid *g, const struct family *f, int rank, int *member, int *position, int *index);
+static int list_members(const struct grid *g, const struct family *f, int rank, int *member,
+                        int *position, int *index);
 static struct group *group_of(struct grid *g, const struct family *f);
 static void connect_grid(struct topology *t, struct grid *g);
 static struct comm *make_comm(struct topology *t, int color, const char *first, const char *second);
 
-void topology_describe(struct topology *t, const struct topology_spec *specs, int n_specs, int size, int rank,
-                       struct errors *errors)
+void topology_describe(struct topology *t, const struct topology_spec *specs, int n_specs, int size,
+                       int rank, struct errors *errors)
 {
     const int before = errors->count;
     ASSERT(size > 0 && rank >= 0 && rank < size);
     memset(t, 0, sizeof *t);
     t->size = size;
     t->rank = rank;
-    t->encoder.name = "encoder";
-    t->language.name = "language";
+    no_member(&t->encoder, "encoder");
+    no_member(&t->language, "language");
     t->bridge.leaders.rank = t->bridge.source_lane.rank = t->bridge.dest_lane.rank = -1;
     check_specs(specs, n_specs, size, errors);
     if (errors->count > before)
@@ -59,7 +69,8 @@ void topology_describe(struct topology *t, const struct topology_spec *specs, in
     int *next = storage->member = xmalloc(members_needed(specs, n_specs), sizeof *storage->member);
     t->storage = storage;
     for (int i = 0; i < n_specs; i++)
-        describe_grid(strcmp(specs[i].name, "language") == 0 ? &t->language : &t->encoder, &specs[i], rank, &next);
+        describe_grid(strcmp(specs[i].name, "language") == 0 ? &t->language : &t->encoder,
+                      &specs[i], rank, &next);
     if (!t->encoder.present)
         t->layout = DECK_LAYOUT_LANGUAGE_ONLY;
     else if (t->encoder.offset == t->language.offset)
@@ -69,7 +80,8 @@ void topology_describe(struct topology *t, const struct topology_spec *specs, in
     if (t->layout == DECK_LAYOUT_DISJOINT)
         describe_bridge(t, &next);
     /* Last rank of the pp line that holds the smallest language rank. */
-    t->token_source = t->language.offset + (t->language.pp_size - 1) * (t->language.size / t->language.pp_size);
+    t->token_source =
+        t->language.offset + (t->language.pp_size - 1) * (t->language.size / t->language.pp_size);
 }
 
 static int product(const int64_t *factors, int n)
@@ -81,24 +93,31 @@ static int product(const int64_t *factors, int n)
     return (int)p;
 }
 
-void topology_init(struct topology *t, const struct deck *deck, int size, int rank, struct errors *errors)
+void topology_init(struct topology *t, const struct deck *deck, int size, int rank,
+                   struct errors *errors)
 {
     static const char *const layouts[] = { "auto", "disjoint", "colocated", "language_only" };
     const struct deck_topology *d = &deck->topology;
-    const int encoder_ranks = product((int64_t[]){ d->encoder_tp, d->encoder_pp, d->encoder_dp }, 3);
-    const int language_ranks = product((int64_t[]){ d->llm_tp, d->llm_cp, d->llm_pp, d->llm_dp }, 4);
+    const int encoder_ranks =
+        product((int64_t[]){ d->encoder_tp, d->encoder_pp, d->encoder_dp }, 3);
+    const int language_ranks =
+        product((int64_t[]){ d->llm_tp, d->llm_cp, d->llm_pp, d->llm_dp }, 4);
     const struct topology_spec specs[] = {
         { "encoder", encoder_ranks, 0, (int)d->encoder_tp, 1, (int)d->encoder_pp, 1, 1 },
-        { "language", language_ranks, (int)d->llm_offset, (int)d->llm_tp, (int)d->llm_cp, (int)d->llm_pp, (int)d->llm_ep,
-          (int)d->llm_expt_tp },
+        { "language", language_ranks, (int)d->llm_offset, (int)d->llm_tp, (int)d->llm_cp,
+          (int)d->llm_pp, (int)d->llm_ep, (int)d->llm_expt_tp },
     };
     const bool alone = d->layout == DECK_LAYOUT_LANGUAGE_ONLY;
     const int before = errors->count;
     topology_describe(t, alone ? specs + 1 : specs, alone ? 1 : 2, size, rank, errors);
     if (errors->count == before && t->layout != d->layout)
-        errors_add(errors, EXIT_DECK, "topology.layout = '%s' but the grids are %s: encoder ranks %d-%d, language ranks %d-%d",
-                   layouts[d->layout], layouts[t->layout], t->encoder.offset, t->encoder.offset + t->encoder.size - 1,
-                   t->language.offset, t->language.offset + t->language.size - 1);
+        errors_add(
+            errors, EXIT_DECK,
+            "topology.layout = '%s' but the grids are %s: "
+                   "encoder ranks %d-%d, language ranks %d-%d",
+            layouts[d->layout], layouts[t->layout], t->encoder.offset,
+            t->encoder.offset + t->encoder.size - 1, t->language.offset,
+            t->language.offset + t->language.size - 1);
 }
 
 void topology_connect(struct topology *t, struct comm *world)
@@ -115,16 +134,18 @@ void topology_connect(struct topology *t, struct comm *world)
         return;
     b->leaders.comm = make_comm(t, b->leaders.rank >= 0 ? 0 : -1, "bridge", "leaders");
     if (t->encoder.tp_size * t->encoder.cp_size > 1)
-        b->source_lane.comm = make_comm(t, b->source_lane.rank >= 0 ? t->encoder.dp_rank : -1, "bridge", "source_lane");
+        b->source_lane.comm = make_comm(t, b->source_lane.rank >= 0 ? t->encoder.dp_rank : -1,
+                                        "bridge", "source_lane");
     if (t->language.tp_size * t->language.cp_size > 1)
-        b->dest_lane.comm = make_comm(t, b->dest_lane.rank >= 0 ? t->language.dp_rank : -1, "bridge", "dest_lane");
+        b->dest_lane.comm =
+            make_comm(t, b->dest_lane.rank >= 0 ? t->language.dp_rank : -1, "bridge", "dest_lane");
 }
 
 static void print_grid(const struct grid *g, FILE *out)
 {
-    fprintf(out, "grid %-8s ranks %d-%d: tp %d cp %d dp %d pp %d, ep %d expt_tp %d expt_dp %d\n", g->name, g->offset,
-            g->offset + g->size - 1, g->tp_size, g->cp_size, g->dp_size, g->pp_size, g->ep_size, g->expt_tp_size,
-            g->expt_dp_size);
+    fprintf(out, "grid %-8s ranks %d-%d: tp %d cp %d dp %d pp %d, ep %d expt_tp %d expt_dp %d\n",
+            g->name, g->offset, g->offset + g->size - 1, g->tp_size, g->cp_size, g->dp_size,
+            g->pp_size, g->ep_size, g->expt_tp_size, g->expt_dp_size);
     int *member = xmalloc((size_t)g->size, sizeof *member);
     for (int f = 0; f < N_FAMILIES; f++) {
         const int n = family_size(g, &families[f]);
@@ -160,14 +181,15 @@ void topology_print(const struct topology *t, FILE *out)
         print_grid(&t->language, out);
     if (t->layout == DECK_LAYOUT_DISJOINT) {
         const bool in = b->n_source > b->n_dest;
-        fprintf(out, "bridge %d encoder lane%s -> %d language lane%s, %d leaders\n", b->n_source, b->n_source == 1 ? "" : "s",
-                b->n_dest, b->n_dest == 1 ? "" : "s", b->leaders.size);
+        fprintf(out, "bridge %d encoder lane%s -> %d language lane%s, %d leaders\n", b->n_source,
+                b->n_source == 1 ? "" : "s", b->n_dest, b->n_dest == 1 ? "" : "s", b->leaders.size);
         const int lanes = in ? b->n_dest : b->n_source;
         for (int l = 0; l < lanes && l < PRINT_GROUPS; l++) {
             if (!in)
                 fprintf(out, "  %d ->", b->source_leader[l]);
             for (int k = 0; k < b->fan && k < PRINT_MEMBERS; k++)
-                fprintf(out, "%s%d", k || !in ? " " : "  ", (in ? b->source_leader : b->dest_leader)[l * b->fan + k]);
+                fprintf(out, "%s%d", k || !in ? " " : "  ",
+                        (in ? b->source_leader : b->dest_leader)[l * b->fan + k]);
             fputs(b->fan > PRINT_MEMBERS ? " ..." : "", out);
             if (in)
                 fprintf(out, " -> %d", b->dest_leader[l]);
@@ -188,8 +210,11 @@ int topology_members(const struct grid *grid, const char *name, int rank, int *m
                 return 0;
             return list_members(grid, &families[f], rank, member, NULL, NULL);
         }
-    FATAL(EXIT_INTERNAL, "grid %s has no group family '%s': neither its dense view (tp cp dp pp) nor its expert view "
-          "(expt_tp ep expt_dp pp) makes one", grid->name, name);
+    FATAL(
+        EXIT_INTERNAL,
+        "grid %s has no group family '%s': neither its dense view (tp cp dp pp) "
+        "nor its expert view (expt_tp ep expt_dp pp) makes one",
+        grid->name, name);
 }
 
 const char *topology_role(const struct topology *t)
@@ -212,26 +237,31 @@ void topology_free(struct topology *t)
     memset(t, 0, sizeof *t);
 }
 
-/* ---- rules ------------------------------------------------------------------------------------------------------- */
+/* ---- rules ---- */
 
 /* Sizes of one grid; false when later rules cannot be asked. */
 static bool check_spec(const struct topology_spec *s, struct errors *errors)
 {
     const int before = errors->count;
     if (s->num_ranks < 1 || s->tp < 1 || s->cp < 1 || s->pp < 1 || s->ep < 1 || s->expt_tp < 1) {
-        errors_add(errors, EXIT_DECK, "%s grid: sizes must be positive: %d ranks, tp %d, cp %d, pp %d, ep %d, expt_tp %d", s->name,
-                   s->num_ranks, s->tp, s->cp, s->pp, s->ep, s->expt_tp);
+        errors_add(
+            errors, EXIT_DECK,
+            "%s grid: sizes must be positive: %d ranks, tp %d, cp %d, pp %d, ep %d, expt_tp %d",
+            s->name, s->num_ranks, s->tp, s->cp, s->pp, s->ep, s->expt_tp);
         return false;
     }
     if (s->offset < 0)
-        errors_add(errors, EXIT_DECK, "%s grid: its first rank is %d, must not be negative", s->name, s->offset);
+        errors_add(errors, EXIT_DECK, "%s grid: its first rank is %d, must not be negative",
+                   s->name, s->offset);
     const int dense = product((int64_t[]){ s->tp, s->cp, s->pp }, 3);
     const int expert = product((int64_t[]){ s->expt_tp, s->ep, s->pp }, 3);
     if (s->num_ranks % dense != 0)
-        errors_add(errors, EXIT_DECK, "%s grid: %d ranks are not a multiple of tp*cp*pp = %d*%d*%d = %d", s->name, s->num_ranks,
-                   s->tp, s->cp, s->pp, dense);
+        errors_add(errors, EXIT_DECK,
+                   "%s grid: %d ranks are not a multiple of tp*cp*pp = %d*%d*%d = %d", s->name,
+                   s->num_ranks, s->tp, s->cp, s->pp, dense);
     if (s->num_ranks % expert != 0)
-        errors_add(errors, EXIT_DECK, "%s grid: %d ranks are not a multiple of expt_tp*ep*pp = %d*%d*%d = %d", s->name,
+        errors_add(errors, EXIT_DECK,
+                   "%s grid: %d ranks are not a multiple of expt_tp*ep*pp = %d*%d*%d = %d", s->name,
                    s->num_ranks, s->expt_tp, s->ep, s->pp, expert);
     return errors->count == before;
 }
@@ -242,11 +272,13 @@ static void spans_text(const struct topology_spec *specs, int n_specs, char *tex
     size_t used = 0;
     text[0] = '\0';
     for (int i = 0; i < n_specs && used < size; i++)
-        used += (size_t)snprintf(text + used, size - used, "%s%s %d-%lld", i ? ", " : "", specs[i].name, specs[i].offset,
-                                 (long long)specs[i].offset + specs[i].num_ranks - 1);
+        used +=
+            (size_t)snprintf(text + used, size - used, "%s%s %d-%lld", i ? ", " : "", specs[i].name,
+                             specs[i].offset, (long long)specs[i].offset + specs[i].num_ranks - 1);
 }
 
-static void check_specs(const struct topology_spec *specs, int n_specs, int size, struct errors *errors)
+static void check_specs(const struct topology_spec *specs, int n_specs, int size,
+                        struct errors *errors)
 {
     const struct topology_spec *encoder = NULL, *language = NULL;
     char spans[256];
@@ -264,15 +296,18 @@ static void check_specs(const struct topology_spec *specs, int n_specs, int size
             n_encoder++;
             encoder = &specs[i];
         } else {
-            errors_add(errors, EXIT_DECK, "a grid is named '%s': must be 'encoder' or 'language'", specs[i].name);
+            errors_add(errors, EXIT_DECK, "a grid is named '%s': must be 'encoder' or 'language'",
+                       specs[i].name);
             sound = false;
         }
         sound = check_spec(&specs[i], errors) && sound;
     }
     if (n_language != 1)
-        errors_add(errors, EXIT_DECK, "%d grids are named 'language': exactly one must be", n_language);
+        errors_add(errors, EXIT_DECK, "%d grids are named 'language': exactly one must be",
+                   n_language);
     if (n_encoder > 1)
-        errors_add(errors, EXIT_DECK, "%d grids are named 'encoder': at most one may be", n_encoder);
+        errors_add(errors, EXIT_DECK, "%d grids are named 'encoder': at most one may be",
+                   n_encoder);
     if (!sound || n_language != 1 || n_encoder > 1)
         return;
     spans_text(specs, n_specs, spans, sizeof spans);
@@ -288,32 +323,49 @@ static void check_specs(const struct topology_spec *specs, int n_specs, int size
         end = encoder_end > end ? encoder_end : end;
     }
     if (overlap)
-        errors_add(errors, EXIT_DECK, "grids must fully share their ranks or be disjoint: %s", spans);
+        errors_add(errors, EXIT_DECK, "grids must fully share their ranks or be disjoint: %s",
+                   spans);
     else if (covered == end && end != size)
-        errors_add(errors, EXIT_ENVIRONMENT, "the grids need %d ranks but %d were started: %s", covered, size, spans);
+        errors_add(errors, EXIT_ENVIRONMENT, "the grids need %d ranks but %d were started: %s",
+                   covered, size, spans);
     else if (covered != end || end != size)
-        errors_add(errors, EXIT_DECK, "grids must cover ranks 0-%d with no gaps: %s", size - 1, spans);
+        errors_add(errors, EXIT_DECK, "grids must cover ranks 0-%d with no gaps: %s", size - 1,
+                   spans);
     if (encoder && !overlap)
         check_edge(encoder, language, colocated, errors);
 }
 
 /* What moving embeddings between two grids demands (3.1 and 3.7). */
-static void check_edge(const struct topology_spec *encoder, const struct topology_spec *language, bool colocated,
-                       struct errors *errors)
+static void check_edge(const struct topology_spec *encoder, const struct topology_spec *language,
+                       bool colocated, struct errors *errors)
 {
     const int source = encoder->num_ranks / (encoder->tp * encoder->cp * encoder->pp);
     const int dest = language->num_ranks / (language->tp * language->cp * language->pp);
     if (encoder->cp != 1 || language->cp != 1)
-        errors_add(errors, EXIT_DECK, "context parallelism beside an encoder must be 1: encoder cp %d, language cp %d", encoder->cp,
-                   language->cp);
+        errors_add(errors, EXIT_DECK,
+                   "context parallelism beside an encoder must be 1: encoder cp %d, language cp %d",
+                   encoder->cp, language->cp);
     if (source % dest != 0 && dest % source != 0)
-        errors_add(errors, EXIT_DECK, "%d encoder lanes (dp) and %d language lanes (dp): one must be a multiple of the other",
-                   source, dest);
+        errors_add(
+            errors, EXIT_DECK,
+            "%d encoder lanes (dp) and %d language lanes (dp): one must be a multiple of the other",
+            source, dest);
     if (colocated && (encoder->pp != 1 || language->pp != 1))
-        errors_add(errors, EXIT_DECK, "colocated grids must have pp 1: encoder pp %d, language pp %d", encoder->pp, language->pp);
+        errors_add(errors, EXIT_DECK,
+                   "colocated grids must have pp 1: encoder pp %d, language pp %d", encoder->pp,
+                   language->pp);
 }
 
-/* ---- description ----------------------------------------------------------------------------------------------- */
+/* ---- description ---- */
+
+/* A grid as a rank outside it sees it. */
+static void no_member(struct grid *g, const char *name)
+{
+    *g = (struct grid){ .name = name, .tp_rank = -1, .cp_rank = -1, .dp_rank = -1, .pp_rank = -1,
+                        .ep_rank = -1, .expt_tp_rank = -1, .expt_dp_rank = -1 };
+    for (int f = 0; f < N_FAMILIES; f++)
+        group_of(g, &families[f])->rank = -1;
+}
 
 static void describe_grid(struct grid *g, const struct topology_spec *s, int rank, int **next)
 {
@@ -328,7 +380,6 @@ static void describe_grid(struct grid *g, const struct topology_spec *s, int ran
     g->ep_size = s->ep;
     g->expt_tp_size = s->expt_tp;
     g->expt_dp_size = g->size / (s->expt_tp * s->ep * s->pp);
-    g->tp_rank = g->cp_rank = g->dp_rank = g->pp_rank = g->ep_rank = g->expt_tp_rank = g->expt_dp_rank = -1;
     if (g->member) {
         const int x = rank - g->offset;
         g->tp_rank = x % g->tp_size;
@@ -341,7 +392,6 @@ static void describe_grid(struct grid *g, const struct topology_spec *s, int ran
     }
     for (int f = 0; f < N_FAMILIES; f++) {
         struct group *group = group_of(g, &families[f]);
-        *group = (struct group){ .rank = -1 };
         if (!g->member)
             continue;
         group->member = *next;
@@ -424,10 +474,13 @@ static int family_size(const struct grid *g, const struct family *f)
     return n;
 }
 
-/* The group of `rank`: members ascending, its position, and the number of the group among those of the family. */
-static int list_members(const struct grid *g, const struct family *f, int rank, int *member, int *position, int *index)
+/* The group of `rank`: members ascending, its position, and the number of the group among those of
+ * the family. */
+static int list_members(const struct grid *g, const struct family *f, int rank, int *member,
+                        int *position, int *index)
 {
-    int sizes[DIMS], x = rank - g->offset, stride = 1, n = 1, at = 0, which = 0, groups = 1, base = 0;
+    int sizes[DIMS], x = rank - g->offset, stride = 1, n = 1, at = 0, which = 0, groups = 1,
+                     base = 0;
     int strides[DIMS];
     view_sizes(g, f->view, sizes);
     for (int d = 0; d < DIMS; d++) {
@@ -465,10 +518,11 @@ static struct group *group_of(struct grid *g, const struct family *f)
     return (struct group *)((char *)g + f->offset);
 }
 
-/* ---- communicators --------------------------------------------------------------------------------------------- */
+/* ---- communicators ---- */
 
-/* Two families of one view that vary the same dims of more than one rank are the same groups: one communicator serves both. The
- * views stay apart even where their groups agree, because experts and dense layers communicate at the same time. */
+/* Two families of one view that vary the same dims of more than one rank are the same groups: one
+ * communicator serves both. The views stay apart even where their groups agree, because experts and
+ * dense layers communicate at the same time. */
 static int first_equal_family(const struct grid *g, int f)
 {
     int sizes[DIMS];
@@ -499,7 +553,8 @@ static void connect_grid(struct topology *t, struct grid *g)
         if (g->member)
             list_members(g, &families[f], t->rank, member, NULL, &index);
         group->comm = make_comm(t, index, g->name, families[f].name);
-        ASSERT(!g->member || (group->comm->size == group->size && group->comm->rank == group->rank));
+        ASSERT(!g->member ||
+               (group->comm->size == group->size && group->comm->rank == group->rank));
     }
     free(member);
 }

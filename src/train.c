@@ -18,26 +18,43 @@ static bool same_directory(const char *a, const char *b)
     return strcmp(a, b) == 0 || (stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino);
 }
 
-void train_find_start(struct train_start *s, const struct deck *deck, const struct topology *topo, struct errors *errors)
+void train_find_start(struct train_start *s, const struct run *run, const struct deck *deck, const struct topology *topo,
+                      struct errors *errors)
 {
     const struct deck_checkpoint *k = &deck->checkpoint;
-    const char *directory = *k->load ? k->load : k->save;
+    int64_t found = -1, again = 0, own = 0;
 
     *s = (struct train_start){.iteration = 0};
     snprintf(s->text, sizeof s->text, "new");
-    if (!*directory) return;
-    int64_t found = checkpoint_find(directory, k->ckpt_step, topo, errors);
-    if (comm_host_collect_errors(topo->world, errors) > 0) return;
-    if (found < 0) {
-        if (*k->load && topo->rank == 0) log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0", k->load);
+    if (topo->rank == 0) {
+        own = *k->load && *k->save && same_directory(k->load, k->save);
+        again = *k->load && *k->save && !own && deck->run.mode == DECK_MODE_TRAIN && run_same_deck(run);
+    }
+    comm_host_broadcast(topo->world, &own, sizeof own, 0);
+    comm_host_broadcast(topo->world, &again, sizeof again, 0);
+    if (!*k->load || again) {
+        s->load = k->save;
+        if (*k->save) found = checkpoint_find(k->save, again ? -1 : k->ckpt_step, topo, errors);
+        own = 1;
+        s->finetune = !again && k->finetune;
+    }
+    if (found < 0 && *k->load) {
+        s->load = k->load;
+        found = checkpoint_find(k->load, k->ckpt_step, topo, errors);
+        own = !again && own;
+        s->finetune = k->finetune;
+        if (found < 0 && topo->rank == 0 && errors->count == 0)
+            log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0", k->load);
+    }
+    if (comm_host_collect_errors(topo->world, errors) > 0 || found < 0) {
+        s->load = NULL;
+        s->finetune = false;
         return;
     }
-    s->load = directory;
-    s->iteration = found;
-    int64_t own = !k->finetune && *k->save && same_directory(directory, k->save);
-    comm_host_broadcast(topo->world, &own, sizeof own, 0);
-    s->own = own != 0;
-    snprintf(s->text, sizeof s->text, "%s %s iteration %lld", k->finetune ? "weights of" : "restart from", directory,
+    s->own = own && !s->finetune;
+    s->iteration = s->finetune ? 0 : found;
+    s->checkpoint = found;
+    snprintf(s->text, sizeof s->text, "%s %s iteration %lld", s->finetune ? "weights of" : "restart from", s->load,
              (long long)found);
 }
 
@@ -128,15 +145,17 @@ static void restore_schedule(struct train *t, struct errors *errors)
 static void load_checkpoint(struct train *t, const struct train_start *start, struct errors *errors)
 {
     const struct deck_checkpoint *k = &t->deck->checkpoint;
-    struct checkpoint_options options = {.model_only = !t->has_data, .no_optimizer = k->no_load_optim, .finetune = k->finetune};
+    struct checkpoint_options options = {.model_only = !t->has_data, .no_optimizer = k->no_load_optim, .finetune = start->finetune};
     bool has_optimizer = false;
 
-    checkpoint_load(start->load, start->iteration, t->deck, t->topo, &t->model, &t->state, &options, &has_optimizer, errors);
+    checkpoint_load(start->load, start->checkpoint, t->deck, t->topo, &t->model, &t->state, &options, &has_optimizer, errors);
     if (comm_host_collect_errors(t->topo->world, errors) > 0) return;
     if (!has_optimizer) optim_refresh_masters(&t->optim);
     t->optim.step = t->state.optim_step;
     t->eval.consumed = t->state.consumed_valid_samples;
-    if (t->has_data && !k->finetune && !k->no_load_optim) restore_schedule(t, errors);
+    if (t->has_data && !start->finetune && !k->no_load_optim) restore_schedule(t, errors);
+    if (k->no_load_rng)
+        log_line("no_load_rng: nothing to leave out, random numbers follow from run.seed and counters");
     if (start->own) t->last_saved = start->iteration;
 }
 
@@ -150,7 +169,7 @@ static void open_trace(struct train *t)
     if (rows < done) rows = done;
     if (rows < 1) rows = 1;
     t->trace = trace_open(path, t->deck, t->topo, t->step.n_moe, rows, t->run->continues ? done : 0,
-                          eval_most(&t->eval, rows), bytes);
+                          eval_most(&t->eval, rows, t->run->starts), bytes);
     free(path);
     if (t->deck->log.dump_batches > t->state.iteration && t->has_data) {
         path = xasprintf("%s/batches.h5", t->run->dir);
@@ -372,8 +391,10 @@ void train_iterate(struct train *t)
     t->state.consumed_train_samples += gbs;
     if (r.applied) t->state.lr.n += gbs;
     row.consumed_samples = t->state.consumed_train_samples;
+    timer_start(TIMER_LOG);
     trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
     if (t->step.dump) batch_dump_write(t->step.dump, t->state.iteration);
+    timer_stop(TIMER_LOG);
     t->advanced += r.applied;
     t->skipped += !r.applied;
     t->nan += !r.finite;

@@ -39,13 +39,17 @@ struct train {
 /* Where a run starts, decided before anything is allocated. */
 struct train_start {
     const char *load;                   /* directory, NULL = new weights */
-    int64_t iteration;                  /* of the checkpoint */
+    int64_t checkpoint;                 /* its iteration */
+    int64_t iteration;                  /* completed ones at the start: 0 when finetuning */
+    bool finetune;                      /* weights only */
     bool own;                           /* this run's own checkpoint: trace and logs continue */
     char text[1200];                    /* for the header */
 };
 
-/* Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */
-void train_find_start(struct train_start *s, const struct deck *deck, const struct topology *topo, struct errors *errors);
+/* `load`, or without it `save` if that holds a checkpoint. A run with `load` that is submitted again, by the very deck that its directory
+ * echoes, goes on from its own checkpoint in `save`. Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */
+void train_find_start(struct train_start *s, const struct run *run, const struct deck *deck, const struct topology *topo,
+                      struct errors *errors);
 /* Model, optimizer, step, data; memory; initial values. Mistakes of data are collected. Local. */
 void train_init(struct train *t, const struct deck *deck, const struct topology *topo, struct run *run, struct errors *errors);
 /* The checkpoint, if any, then the trace. Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */

@@ -1,9 +1,10 @@
 /* yield.c - give the core away while MPI waits.
  *
- * Builds of MPICH over UCX spin in their progress loop and never yield; with more ranks than cores every blocking call
- * then costs whole scheduler slices (10 to 100 times slower). Every progress loop of theirs calls ucp_worker_progress, so
- * this definition, linked into the program in front of the library, is called instead: it makes the same call and yields
- * when nothing moved. With an MPI that does not use UCX nobody calls it. Linked as an object file of its own.
+ * Builds of MPICH over UCX spin in their progress loop and never yield; with more ranks than cores
+ * every blocking call then costs whole scheduler slices (10 to 100 times slower). Every progress
+ * loop of theirs calls ucp_worker_progress, so this definition, linked into the program in front of
+ * the library, is called instead: it makes the same call and yields when nothing moved. With an MPI
+ * that does not use UCX nobody calls it. Linked as an object file of its own.
  */
 #include <dlfcn.h>
 #include <sched.h>

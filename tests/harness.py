@@ -1,5 +1,5 @@
 """What the programs tests/check_*.py share: running mimo, reading traces, TAP."""
-import argparse, os, shutil, subprocess, sys, tempfile
+import argparse, io, json, os, shutil, subprocess, sys, tarfile, tempfile, time
 
 import h5py
 import numpy as np
@@ -48,12 +48,28 @@ class Mimo:
     def path(self, *parts):
         return os.path.join(self.scratch, *parts)
 
-    def run(self, *arguments, ranks=0, stdin=None, limit=300, env=None, cwd=ROOT):
-        """(status, stdout, stderr); ranks = 0: without a launcher."""
+    def command(self, arguments, ranks, env):
         command = [self.binary, *arguments]
         if ranks:
             command = [self.arg.mpiexec, "-n", str(ranks)] + command
-        e = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", **(env or {}))
+        return command, dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", **(env or {}))
+
+    def start(self, *arguments, ranks=0, env=None, cwd=ROOT):
+        """The process, left running; its stdout and stderr go to one file, process.text() reads it."""
+        command, e = self.command(arguments, ranks, env)
+        fd, name = tempfile.mkstemp(dir=self.scratch, suffix=".out")
+        with os.fdopen(fd, "wb") as out:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=e, cwd=cwd)
+
+        def text():
+            with open(name, errors="replace") as f:
+                return f.read()
+        process.text = text
+        return process
+
+    def run(self, *arguments, ranks=0, stdin=None, limit=300, env=None, cwd=ROOT):
+        """(status, stdout, stderr); ranks = 0: without a launcher."""
+        command, e = self.command(arguments, ranks, env)
         try:
             p = subprocess.run(command, input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=limit, env=e, cwd=cwd, text=True,
@@ -107,3 +123,73 @@ def compare(a, b, tolerance, until_flip=False):
             return "%s at iteration %d: %.15g and %.15g, relative %.2e > %.0e" % (name, a["iteration"][i], x[i], y[i], rel[i],
                                                                                   tolerance)
     return ""
+
+
+def everything(name):
+    """Every dataset of an HDF5 file as {path: array}."""
+    out = {}
+    with h5py.File(name, "r", locking=False) as f:
+        f.visititems(lambda path, o: out.__setitem__(path, o[()]) if isinstance(o, h5py.Dataset) else None)
+    return out
+
+
+def differing(a, b, ignore=lambda path: False):
+    """Names of the datasets that are not the same bits in both, missing ones too."""
+    a, b = ({k: v for k, v in x.items() if not ignore(k)} for x in (a, b))
+    equal = lambda x, y: type(x) is type(y) and np.asarray(x).dtype == np.asarray(y).dtype and (
+        np.asarray(x).shape == np.asarray(y).shape and np.asarray(x).tobytes() == np.asarray(y).tobytes())
+    return sorted(set(a) ^ set(b)) + [k for k in sorted(set(a) & set(b)) if not equal(a[k], b[k])]
+
+
+def wait_for(condition, limit=60.0):
+    """Poll until the condition holds; whether it did within `limit` seconds."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def byte_letters():
+    """The printable letters that stand for the 256 bytes in a byte-level vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters, extra = {b: chr(b) for b in plain}, 256
+    for b in range(256):
+        if b not in letters:
+            letters[b], extra = chr(extra), extra + 1
+    return [letters[b] for b in range(256)]
+
+
+def write_tokenizer(name, specials=("</s>", "<image>", "<|endoftext|>", "<img>", "</img>", "<Image>", "</Image>", "<pic>")):
+    """A byte-level tokenizer.json without merges: one token a byte, then the special ones."""
+    vocab = {letter: i for i, letter in enumerate(byte_letters())}
+    added = [{"id": 256 + i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for i, s in enumerate(specials)]
+    with open(name, "w") as f:
+        json.dump({"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                   "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                   "post_processor": None, "decoder": {"type": "ByteLevel"},
+                   "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                             "merges": []}}, f)
+
+
+def write_shards(directory, samples, shards=2, seed=0):
+    """Tar shards of pictures (png, sizes 8..40 pixels, three of four samples) with captions, and plain texts."""
+    from PIL import Image
+    os.makedirs(directory)
+    rng = np.random.default_rng(seed)
+    for s in range(shards):
+        with tarfile.open(os.path.join(directory, "%06d.tar" % s), "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i in range(s, samples, shards):
+                parts = {"txt": ("sample %d of a test" % i).encode()}
+                if i % 4:
+                    h, w = (int(x) for x in rng.integers(8, 41, 2))
+                    png = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(png, "PNG")
+                    parts["png"] = png.getvalue()
+                for ext, data in sorted(parts.items()):
+                    info = tarfile.TarInfo("%04d.%s" % (i, ext))
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))

@@ -1,11 +1,12 @@
 /* ranks: 1 2 4 8 */
-/* mpi_comm.c - every call of comm.h over MPI against what arithmetic says, and the communicators of the grids. A failure is a failed
- * ASSERT, which ends all ranks.
+/* mpi_comm.c - every call of comm.h over MPI against what arithmetic says, and the communicators of
+ * the grids. A failure is a failed ASSERT, which ends all ranks.
  */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include "check.h"
 #include "comm.h"
 #include "timer.h"
@@ -13,7 +14,8 @@
 
 enum { GUARD = 77 };
 
-static const enum dtype dtypes[] = { DTYPE_F32, DTYPE_F64, DTYPE_I32, DTYPE_I64, DTYPE_U8, DTYPE_BF16 };
+static const enum dtype dtypes[] = { DTYPE_F32, DTYPE_F64, DTYPE_I32,
+                                     DTYPE_I64, DTYPE_U8,  DTYPE_BF16 };
 
 static void put(void *data, enum dtype dtype, int64_t i, double x)
 {
@@ -25,7 +27,10 @@ static void put(void *data, enum dtype dtype, int64_t i, double x)
     case DTYPE_I32: ((int32_t *)data)[i] = (int32_t)x; break;
     case DTYPE_I64: ((int64_t *)data)[i] = (int64_t)x; break;
     case DTYPE_U8: ((uint8_t *)data)[i] = (uint8_t)x; break;
-    case DTYPE_BF16: memcpy(&bits, &f, sizeof bits); ((uint16_t *)data)[i] = (uint16_t)(bits >> 16); break;
+    case DTYPE_BF16:
+        memcpy(&bits, &f, sizeof bits);
+        ((uint16_t *)data)[i] = (uint16_t)(bits >> 16);
+        break;
     }
 }
 
@@ -70,7 +75,8 @@ static void test_reductions_are_exact_for_all_types_and_lengths(struct comm *c)
             for (size_t k = 0; k < sizeof length / sizeof *length; k++) {
                 const int64_t n = length[k];
                 const size_t width = dtype_bytes(dtypes[t]);
-                char *x = xmalloc((size_t)n + 1, width), *all = xmalloc((size_t)(n * c->size) + 1, width);
+                char *x = xmalloc((size_t)n + 1, width),
+                     *all = xmalloc((size_t)(n * c->size) + 1, width);
                 put(x, dtypes[t], n, GUARD);
                 for (int64_t i = 0; i < n; i++)
                     put(x, dtypes[t], i, part(c->rank, i));
@@ -84,7 +90,8 @@ static void test_reductions_are_exact_for_all_types_and_lengths(struct comm *c)
                 const struct tensor ta = tensor_1d(all, dtypes[t], PLACE_HOST, n * c->size);
                 comm_mpi.reduce_scatter(c, &ta, &tx, (enum comm_op)op, NULL);
                 for (int64_t i = 0; i < n; i++)
-                    ASSERT(get(x, dtypes[t], i) == combined(c->size, c->rank * n + i, (enum comm_op)op));
+                    ASSERT(get(x, dtypes[t], i) ==
+                           combined(c->size, c->rank * n + i, (enum comm_op)op));
                 ASSERT(get(x, dtypes[t], n) == GUARD);
                 free(x);
                 free(all);
@@ -100,11 +107,13 @@ static void test_sums_are_bitwise_reproducible_and_in_rank_order(struct comm *c)
             const int64_t n = (length[k] + c->size - 1) / c->size * c->size, own = n / c->size;
             const enum dtype dtype = wide ? DTYPE_F64 : DTYPE_F32;
             const size_t width = dtype_bytes(dtype);
-            char *x = xmalloc((size_t)n, width), *first = xmalloc((size_t)n, width), *y = xmalloc((size_t)n, width);
+            char *x = xmalloc((size_t)n, width), *first = xmalloc((size_t)n, width),
+                 *y = xmalloc((size_t)n, width);
             const struct tensor tx = tensor_1d(x, dtype, PLACE_HOST, n);
             for (int run = 0; run < 3; run++) {
                 for (int64_t i = 0; i < n; i++)
-                    put(x, dtype, i, sin(1.0 + (double)i * 0.37 + c->rank * 11.1) * (i % 5 ? 1 : 1e6));
+                    put(x, dtype, i,
+                        sin(1.0 + (double)i * 0.37 + c->rank * 11.1) * (i % 5 ? 1 : 1e6));
                 comm_mpi.all_reduce(c, &tx, COMM_SUM, NULL);
                 if (run == 0)
                     memcpy(first, x, (size_t)n * width);
@@ -123,10 +132,12 @@ static void test_sums_are_bitwise_reproducible_and_in_rank_order(struct comm *c)
             const struct tensor ty = tensor_1d(y, dtype, PLACE_HOST, n);
             comm_mpi.broadcast(c, &ty, c->size - 1, NULL);
             ASSERT(memcmp(x, y, (size_t)n * width) == 0);
-            /* reduce_scatter into this rank's own part of its argument, then all_gather in place. */
+            /* reduce_scatter into this rank's own part of its argument, then all_gather in place.
+             */
             for (int64_t i = 0; i < n; i++)
                 put(y, dtype, i, sin(1.0 + (double)i * 0.37 + c->rank * 11.1) * (i % 5 ? 1 : 1e6));
-            const struct tensor slice = tensor_1d(y + (size_t)(own * c->rank) * width, dtype, PLACE_HOST, own);
+            const struct tensor slice =
+                tensor_1d(y + (size_t)(own * c->rank) * width, dtype, PLACE_HOST, own);
             comm_mpi.reduce_scatter(c, &ty, &slice, COMM_SUM, NULL);
             comm_mpi.all_gather(c, &slice, &ty, NULL);
             ASSERT(memcmp(x, y, (size_t)n * width) == 0);
@@ -152,7 +163,8 @@ static void test_all_gather_and_broadcast_move_every_type(struct comm *c)
         char *mine = xmalloc((size_t)n, width), *all = xmalloc((size_t)(n * c->size), width);
         for (int64_t i = 0; i < n; i++)
             put(mine, dtypes[t], i, part(c->rank, i));
-        const struct tensor tm = tensor_1d(mine, dtypes[t], PLACE_HOST, n), ta = tensor_1d(all, dtypes[t], PLACE_HOST, n * c->size);
+        const struct tensor tm = tensor_1d(mine, dtypes[t], PLACE_HOST, n),
+                            ta = tensor_1d(all, dtypes[t], PLACE_HOST, n * c->size);
         comm_mpi.all_gather(c, &tm, &ta, NULL);
         for (int r = 0; r < c->size; r++)
             for (int64_t i = 0; i < n; i++)
@@ -171,7 +183,7 @@ static void test_all_gather_and_broadcast_move_every_type(struct comm *c)
 
 static int64_t rows_between(int from, int to)
 {
-    return (from * 3 + to * 5) % 4;   /* zero for some pairs */
+    return (from * 3 + to * 5) % 4; /* zero for some pairs */
 }
 
 static void test_all_to_all_v_packs_rows_in_rank_order(struct comm *c)
@@ -182,13 +194,15 @@ static void test_all_to_all_v_packs_rows_in_rank_order(struct comm *c)
         n_out += out[r] = rows_between(c->rank, r);
         n_in += in[r] = rows_between(r, c->rank);
     }
-    float *send = xmalloc((size_t)(n_out * COLS) + 1, sizeof *send), *recv = xmalloc((size_t)(n_in * COLS) + 1, sizeof *recv);
+    float *send = xmalloc((size_t)(n_out * COLS) + 1, sizeof *send),
+          *recv = xmalloc((size_t)(n_in * COLS) + 1, sizeof *recv);
     int64_t at = 0;
     for (int r = 0; r < c->size; r++)
         for (int64_t i = 0; i < out[r] * COLS; i++)
             send[at++] = (float)(c->rank * 10000 + r * 100 + i);
     recv[n_in * COLS] = GUARD;
-    const struct tensor ts = tensor_2d(send, DTYPE_F32, PLACE_HOST, n_out, COLS), tr = tensor_2d(recv, DTYPE_F32, PLACE_HOST, n_in, COLS);
+    const struct tensor ts = tensor_2d(send, DTYPE_F32, PLACE_HOST, n_out, COLS),
+                        tr = tensor_2d(recv, DTYPE_F32, PLACE_HOST, n_in, COLS);
     comm_take_sent_bytes(c);
     comm_mpi.all_to_all_v(c, &ts, out, &tr, in, NULL);
     at = 0;
@@ -196,27 +210,32 @@ static void test_all_to_all_v_packs_rows_in_rank_order(struct comm *c)
         for (int64_t i = 0; i < in[r] * COLS; i++)
             ASSERT(recv[at++] == (float)(r * 10000 + c->rank * 100 + i));
     ASSERT(recv[at] == GUARD);
-    ASSERT(comm_take_sent_bytes(c) == (n_out - out[c->rank]) * COLS * 4 && comm_take_sent_bytes(c) == 0);
+    ASSERT(comm_take_sent_bytes(c) == (n_out - out[c->rank]) * COLS * 4 &&
+           comm_take_sent_bytes(c) == 0);
     free(send);
     free(recv);
 }
 
 static void test_a_bracket_of_long_messages_in_any_order_does_not_deadlock(struct comm *c)
 {
-    /* Far above every eager limit; all ranks send first, to all, themselves included; every other payload is empty. */
+    /* Far above every eager limit; all ranks send first, to all, themselves included; every other
+     * payload is empty. */
     const int64_t n = 300000;
-    float *send = xmalloc((size_t)n, sizeof *send), *recv = xmalloc((size_t)(n * c->size), sizeof *recv);
+    float *send = xmalloc((size_t)n, sizeof *send),
+          *recv = xmalloc((size_t)(n * c->size), sizeof *recv);
     for (int64_t i = 0; i < n; i++)
         send[i] = (float)(c->rank * 1000 + i % 1000);
     for (int round = 0; round < 3; round++) {
         memset(recv, 0, (size_t)(n * c->size) * sizeof *recv);
         comm_mpi.group_begin(c);
         for (int k = 0; k < c->size; k++) {
-            const struct tensor t = tensor_1d(send, DTYPE_F32, PLACE_HOST, (c->rank + k) % 2 ? n : 0);
+            const struct tensor t =
+                tensor_1d(send, DTYPE_F32, PLACE_HOST, (c->rank + k) % 2 ? n : 0);
             comm_mpi.send(c, &t, k, NULL);
         }
         for (int k = c->size - 1; k >= 0; k--) {
-            const struct tensor t = tensor_1d(recv + k * n, DTYPE_F32, PLACE_HOST, (c->rank + k) % 2 ? n : 0);
+            const struct tensor t =
+                tensor_1d(recv + k * n, DTYPE_F32, PLACE_HOST, (c->rank + k) % 2 ? n : 0);
             comm_mpi.recv(c, &t, k, NULL);
         }
         comm_mpi.group_end(c, NULL);
@@ -226,7 +245,8 @@ static void test_a_bracket_of_long_messages_in_any_order_does_not_deadlock(struc
                 ASSERT(recv[k * n + i] == ((c->rank + k) % 2 ? (float)(k * 1000 + i % 1000) : 0));
     }
     /* Plain calls, ordered by hand. */
-    const struct tensor s = tensor_1d(send, DTYPE_F32, PLACE_HOST, 10), r = tensor_1d(recv, DTYPE_F32, PLACE_HOST, 10);
+    const struct tensor s = tensor_1d(send, DTYPE_F32, PLACE_HOST, 10),
+                        r = tensor_1d(recv, DTYPE_F32, PLACE_HOST, 10);
     if (c->rank == 0)
         for (int k = 1; k < c->size; k++)
             comm_mpi.send(c, &s, k, NULL);
@@ -257,7 +277,8 @@ static void test_host_plane(struct comm *c)
     comm_host_barrier(c);
     int node_size, node_rank, n_nodes;
     comm_node(c, &node_size, &node_rank, &n_nodes);
-    ASSERT(node_rank >= 0 && node_rank < node_size && node_size <= c->size && n_nodes >= 1 && n_nodes <= c->size);
+    ASSERT(node_rank >= 0 && node_rank < node_size && node_size <= c->size && n_nodes >= 1 &&
+           n_nodes <= c->size);
     ASSERT(strlen(comm_library()) > 0 && !strchr(comm_library(), '\n'));
 }
 
@@ -284,14 +305,17 @@ static void test_errors_of_any_rank_reach_all(struct comm *c)
     /* Only the last rank has one: the class reaches the others. */
     if (c->rank == c->size - 1)
         errors_add(&e, EXIT_DATA, "x");
-    ASSERT(comm_host_collect_errors(c, &e) == 1 && e.worst == EXIT_DATA && (c->rank != 0 || e.count == 1));
+    ASSERT(comm_host_collect_errors(c, &e) == 1 && e.worst == EXIT_DATA &&
+           (c->rank != 0 || e.count == 1));
     errors_free(&e);
 }
 
 static void test_split_orders_members_by_world_rank(struct comm *c)
 {
-    struct comm *half = comm_split(c, c->rank % 2, "halves"), *none = comm_split(c, c->rank == 0 ? 3 : -1, "first only");
-    ASSERT(half->rank == c->rank / 2 && half->size == (c->size + 1 - c->rank % 2) / 2 && strcmp(half->name, "halves") == 0);
+    struct comm *half = comm_split(c, c->rank % 2, "halves"),
+                *none = comm_split(c, c->rank == 0 ? 3 : -1, "first only");
+    ASSERT(half->rank == c->rank / 2 && half->size == (c->size + 1 - c->rank % 2) / 2 &&
+           strcmp(half->name, "halves") == 0);
     ASSERT((none != NULL) == (c->rank == 0));
     float x = (float)c->rank;
     const struct tensor t = tensor_1d(&x, DTYPE_F32, PLACE_HOST, 1);
@@ -315,11 +339,13 @@ static void check_group(const struct group *g, const char *name, int rank)
     }
     ASSERT(g->comm && g->comm->size == g->size && g->comm->rank == g->rank);
     int32_t *world_rank = xmalloc((size_t)g->size, sizeof *world_rank), own = rank;
-    const struct tensor s = tensor_1d(&own, DTYPE_I32, PLACE_HOST, 1), r = tensor_1d(world_rank, DTYPE_I32, PLACE_HOST, g->size);
+    const struct tensor s = tensor_1d(&own, DTYPE_I32, PLACE_HOST, 1),
+                        r = tensor_1d(world_rank, DTYPE_I32, PLACE_HOST, g->size);
     comm_mpi.all_gather(g->comm, &s, &r, NULL);
     for (int i = 0; i < g->size; i++)
         if (world_rank[i] != g->member[i])
-            FATAL(EXIT_INTERNAL, "group %s: member %d is %d, the communicator has %d", name, i, g->member[i], world_rank[i]);
+            FATAL(EXIT_INTERNAL, "group %s: member %d is %d, the communicator has %d", name, i,
+                  g->member[i], world_rank[i]);
     free(world_rank);
 }
 
@@ -332,17 +358,10 @@ static void connect_and_check(struct comm *world, const struct topology_spec *sp
     ASSERT(e.count == 0);
     topology_connect(&t, world);
     ASSERT(t.world == world);
-#define X(name_, ...) \
-    check_group(&t.encoder.name_, "encoder." #name_, t.rank); \
+#define X(name_, ...)                                                                              \
+    check_group(&t.encoder.name_, "encoder." #name_, t.rank);                                      \
     check_group(&t.language.name_, "language." #name_, t.rank);
-    if (t.encoder.present) {
-        TOPOLOGY_FAMILIES(X)
-    }
-#undef X
-#define X(name_, ...) check_group(&t.language.name_, "language." #name_, t.rank);
-    if (!t.encoder.present) {
-        TOPOLOGY_FAMILIES(X)
-    }
+    TOPOLOGY_FAMILIES(X)
 #undef X
     if (t.layout == DECK_LAYOUT_DISJOINT) {
         check_group(&t.bridge.leaders, "leaders", t.rank);
@@ -356,38 +375,67 @@ static void test_p12_03_communicators_of_the_grids_hold_the_described_members(st
 {
     const int w = world->size, half = w / 2;
     connect_and_check(world, (struct topology_spec[]){ { "language", w, 0, 1, 1, 1, 1, 1 } }, 1);
-    connect_and_check(world, (struct topology_spec[]){ { "encoder", w, 0, 1, 1, 1, 1, 1 }, { "language", w, 0, w, 1, 1, w, 1 } }, 2);
+    connect_and_check(world,
+                      (struct topology_spec[]){ { "encoder", w, 0, 1, 1, 1, 1, 1 },
+                                                { "language", w, 0, w, 1, 1, w, 1 } },
+                      2);
     if (w % 2 == 0)
-        connect_and_check(world, (struct topology_spec[]){ { "encoder", half, 0, 1, 1, 1, 1, 1 },
-                                                           { "language", half, half, 1, 1, 1, half, 1 } }, 2);
+        connect_and_check(world,
+                          (struct topology_spec[]){ { "encoder", half, 0, 1, 1, 1, 1, 1 },
+                                                    { "language", half, half, 1, 1, 1, half, 1 } },
+                          2);
     if (w == 8) {
-        connect_and_check(world, (struct topology_spec[]){ { "encoder", 4, 0, 2, 1, 1, 1, 1 }, { "language", 4, 4, 2, 1, 1, 4, 1 } }, 2);
-        connect_and_check(world, (struct topology_spec[]){ { "encoder", 4, 0, 2, 1, 2, 1, 1 }, { "language", 4, 4, 2, 1, 2, 2, 1 } }, 2);
-        connect_and_check(world, (struct topology_spec[]){ { "encoder", 4, 4, 1, 1, 1, 1, 1 }, { "language", 4, 0, 2, 1, 2, 1, 2 } }, 2);
-        connect_and_check(world, (struct topology_spec[]){ { "language", 8, 0, 2, 2, 2, 4, 1 } }, 1);
+        connect_and_check(world,
+                          (struct topology_spec[]){ { "encoder", 4, 0, 2, 1, 1, 1, 1 },
+                                                    { "language", 4, 4, 2, 1, 1, 4, 1 } },
+                          2);
+        connect_and_check(world,
+                          (struct topology_spec[]){ { "encoder", 4, 0, 2, 1, 2, 1, 1 },
+                                                    { "language", 4, 4, 2, 1, 2, 2, 1 } },
+                          2);
+        connect_and_check(world,
+                          (struct topology_spec[]){ { "encoder", 4, 4, 1, 1, 1, 1, 1 },
+                                                    { "language", 4, 0, 2, 1, 2, 1, 2 } },
+                          2);
+        connect_and_check(world, (struct topology_spec[]){ { "language", 8, 0, 2, 2, 2, 4, 1 } },
+                          1);
     }
 }
 
-/* Ranks that share cores must not wait a scheduler slice for every message: without yield.o 100 of these take three seconds on 8 ranks and 2
- * cores, with it two milliseconds. The best of ten rounds counts, because other programs may hold the cores. */
-static void test_small_reductions_with_more_ranks_than_cores_are_fast(struct comm *c)
+static double cpu_seconds(void)
 {
-    double x, best = 1e9;
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Ranks that share cores must not burn a scheduler slice for every message. Measured as processor
+ * time over all ranks, because other programs may hold the cores: on 8 ranks and 2 cores 100
+ * reductions cost several seconds without yield.o and some milliseconds with it. The best of five
+ * rounds counts. */
+static void test_ranks_that_wait_give_the_core_away(struct comm *c)
+{
+    double x, best = 1e9, best_wall = 1e9;
     const struct tensor t = tensor_1d(&x, DTYPE_F64, PLACE_HOST, 1);
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < 5 && best > 0.05; round++) {
         const double start = timer_now();
+        double cpu = cpu_seconds();
         for (int i = 0; i < 100; i++) {
             x = 1;
             comm_mpi.all_reduce(c, &t, COMM_SUM, NULL);
             ASSERT(x == c->size);
         }
-        double seconds = timer_now() - start;
-        comm_host_reduce_f64(c, &seconds, 1, COMM_MAX);
-        best = seconds < best ? seconds : best;
+        double wall = timer_now() - start;
+        cpu = cpu_seconds() - cpu;
+        comm_host_reduce_f64(c, &cpu, 1, COMM_SUM);
+        comm_host_reduce_f64(c, &wall, 1, COMM_MAX);
+        best = cpu < best ? cpu : best;
+        best_wall = wall < best_wall ? wall : best_wall;
     }
     if (c->rank == 0)
-        printf("100 all-reduces of 8 bytes on %d ranks: %.4f s\n", c->size, best);
-    ASSERT(best < 0.5);
+        printf("100 all-reduces of 8 bytes on %d ranks: %.4f s, %.4f s of all processors\n",
+               c->size, best_wall, best);
+    ASSERT(best < 1.0);
 }
 
 int main(int argc, char **argv)
@@ -400,7 +448,10 @@ int main(int argc, char **argv)
     }
     check_on_abort(comm_abort);
     check_identify(world->rank, world->size, "test", NULL);
-    static const struct { const char *name; void (*run)(struct comm *); } tests[] = {
+    static const struct {
+        const char *name;
+        void (*run)(struct comm *);
+    } tests[] = {
 #define TEST(name) { #name, name }
         TEST(test_reductions_are_exact_for_all_types_and_lengths),
         TEST(test_sums_are_bitwise_reproducible_and_in_rank_order),
@@ -412,7 +463,7 @@ int main(int argc, char **argv)
         TEST(test_errors_of_any_rank_reach_all),
         TEST(test_split_orders_members_by_world_rank),
         TEST(test_p12_03_communicators_of_the_grids_hold_the_described_members),
-        TEST(test_small_reductions_with_more_ranks_than_cores_are_fast),
+        TEST(test_ranks_that_wait_give_the_core_away),
     };
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         tests[i].run(world);

@@ -1,4 +1,5 @@
-/* test_base.c - check, log, tensor, arena, rng, timer, code, the reference table's memory operations and the BLAS start. */
+/* test_base.c - check, log, tensor, arena, rng, timer, code, the reference table's memory
+ * operations and the BLAS start. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -22,7 +23,7 @@
 #include "rng.h"
 #include "timer.h"
 
-/* ---- what a child process says on stderr before it ends ------------------------------------------------------------- */
+/* ---- what a child process says on stderr before it ends ---- */
 
 static int run_child(void (*body)(void *), void *arg, char *text, size_t size)
 {
@@ -61,7 +62,7 @@ static void read_file(const char *path, char *text, size_t size)
     fclose(f);
 }
 
-/* ---- check ----------------------------------------------------------------------------------------------------------- */
+/* ---- check ---- */
 
 static void fail_plainly(void *arg)
 {
@@ -72,7 +73,8 @@ static void test_fatal_before_identify_prints_one_error_line_and_a_hint(void **s
 {
     char text[4096];
     assert_int_equal(run_child(fail_plainly, NULL, text, sizeof text), EXIT_DATA);
-    assert_string_equal(text, "mimo: error: cannot read 'x\\x0ay' (some.c:7)\nmimo: hint: try another file\n");
+    assert_string_equal(
+        text, "mimo: error: cannot read 'x\\x0ay' (some.c:7)\nmimo: hint: try another file\n");
 }
 
 static void fail_identified(void *directory)
@@ -88,7 +90,8 @@ static void test_fatal_names_rank_role_host_iteration_and_writes_the_exit_file(v
     temporary_directory(dir, sizeof dir);
     assert_int_equal(run_child(fail_identified, dir, text, sizeof text), EXIT_WRITE);
     assert_int_equal(gethostname(host, sizeof host), 0);
-    snprintf(expected, sizeof expected, "mimo: error: [rank 3 language %s] iteration 12: no space (test_base.c:", host);
+    snprintf(expected, sizeof expected,
+             "mimo: error: [rank 3 language %s] iteration 12: no space (test_base.c:", host);
     assert_memory_equal(text, expected, strlen(expected));
     assert_ptr_equal(strchr(text, '\n'), text + strlen(text) - 1);
     snprintf(path, sizeof path, "%s/EXIT", dir);
@@ -103,7 +106,7 @@ static void fail_second(void *directory)
     check_identify(1, 8, "encoder", directory);
     char path[300];
     snprintf(path, sizeof path, "%s/EXIT", (char *)directory);
-    FILE *f = fopen(path, "w");      /* another rank of this run was faster */
+    FILE *f = fopen(path, "w"); /* another rank of this run was faster */
     fputs("6 3 language 12 no space\n", f);
     fclose(f);
     FATAL(EXIT_INTERNAL, "me too");
@@ -127,7 +130,8 @@ static void test_only_the_rank_that_made_the_exit_file_speaks(void **state)
 
 static void fail_system_call(void *arg)
 {
-    CHECK_SYS(open("/nonexistent/x", O_RDONLY) >= 0, EXIT_ENVIRONMENT, "opening %s", "/nonexistent/x");
+    CHECK_SYS(open("/nonexistent/x", O_RDONLY) >= 0, EXIT_ENVIRONMENT, "opening %s",
+              "/nonexistent/x");
 }
 
 static void fail_assertion(void *arg)
@@ -230,7 +234,7 @@ static void test_warnings_are_given_once_and_at_most_20_of_them(void **state)
     rmdir(dir);
 }
 
-/* ---- tensor ---------------------------------------------------------------------------------------------------------- */
+/* ---- tensor ---- */
 
 static void test_tensor_views_address_the_right_elements(void **state)
 {
@@ -248,7 +252,8 @@ static void test_tensor_views_address_the_right_elements(void **state)
     assert_true(((float *)part.data)[0] == 9.0f && ((float *)part.data)[part.ld + 1] == 14.0f);
     const struct tensor flat = tensor_reshape(&t, 1, (int64_t[]){ 24 });
     assert_int_equal(tensor_rows(&flat), 1);
-    const struct tensor none = tensor_2d(NULL, DTYPE_BF16, PLACE_DEVICE, 5, 6), below = tensor_row_range(&none, 3, 2);
+    const struct tensor none = tensor_2d(NULL, DTYPE_BF16, PLACE_DEVICE, 5, 6),
+                        below = tensor_row_range(&none, 3, 2);
     assert_null(below.data);
     assert_int_equal(dtype_bytes(DTYPE_BF16), 2);
     assert_string_equal(dtype_name(DTYPE_I64), "int64");
@@ -257,7 +262,8 @@ static void test_tensor_views_address_the_right_elements(void **state)
 static void reshape_strided(void *arg)
 {
     float x[12];
-    const struct tensor t = tensor_2d(x, DTYPE_F32, PLACE_HOST, 3, 4), part = tensor_col_range(&t, 0, 2);
+    const struct tensor t = tensor_2d(x, DTYPE_F32, PLACE_HOST, 3, 4),
+                        part = tensor_col_range(&t, 0, 2);
     tensor_reshape(&part, 1, (int64_t[]){ 6 });
 }
 
@@ -275,7 +281,7 @@ static void test_wrong_views_are_refused(void **state)
     assert_int_equal(run_child(range_outside, NULL, text, sizeof text), EXIT_INTERNAL);
 }
 
-/* ---- arena ----------------------------------------------------------------------------------------------------------- */
+/* ---- arena ---- */
 
 static void walk(struct arenas *as, struct tensor out[4])
 {
@@ -299,8 +305,8 @@ static void test_arena_counts_then_carves_the_same_blocks(void **state)
     arenas_commit(&as, &backend_ref_f32);
     walk(&as, t);
     const struct arena *p = &as.a[ARENA_PARAMS], *w = &as.a[ARENA_WORKSPACE];
-    assert_int_equal(p->capacity, 256 + 1024);   /* 12 and 800 bytes, rounded up to 256 */
-    assert_int_equal(w->capacity, 1024);         /* the larger of the two that share */
+    assert_int_equal(p->capacity, 256 + 1024); /* 12 and 800 bytes, rounded up to 256 */
+    assert_int_equal(w->capacity, 1024);       /* the larger of the two that share */
     assert_ptr_equal(t[2].data, t[3].data);
     assert_ptr_equal((char *)t[1].data - 256, t[0].data);
     assert_int_equal((uintptr_t)t[0].data % ARENA_ALIGN, 0);
@@ -323,10 +329,13 @@ static void second_walk_differs(void *what)
     arenas_commit(&as, &backend_ref_f32);
     struct arena *p = &as.a[ARENA_PARAMS];
     switch (*(int *)what) {
-    case 0: arena_1d(p, "other", DTYPE_F32, 3); break;             /* name */
-    case 1: arena_1d(p, "first", DTYPE_F32, 4); break;             /* size */
-    case 2: arena_2d(p, "second", DTYPE_F64, 10, 10); break;       /* order */
-    case 3: walk(&as, t); arena_1d(p, "third", DTYPE_F32, 1); break;
+    case 0: arena_1d(p, "other", DTYPE_F32, 3); break;       /* name */
+    case 1: arena_1d(p, "first", DTYPE_F32, 4); break;       /* size */
+    case 2: arena_2d(p, "second", DTYPE_F64, 10, 10); break; /* order */
+    case 3:
+        walk(&as, t);
+        arena_1d(p, "third", DTYPE_F32, 1);
+        break;
     case 4: arena_1d(p, "huge", DTYPE_F64, INT64_MAX / 2); break;
     default: break;
     }
@@ -343,15 +352,24 @@ static void test_arena_refuses_a_second_walk_that_differs(void **state)
     assert_int_equal(run_child(second_walk_differs, &(int){ 5 }, text, sizeof text), 99);
 }
 
-/* ---- rng ------------------------------------------------------------------------------------------------------------- */
+/* ---- rng ---- */
 
 static void test_philox_matches_the_published_known_answers(void **state)
 {
     /* Random123, kat_vectors: philox 4x32, 10 rounds. */
-    static const struct { uint64_t hi, lo; uint32_t key[2], out[4]; } kat[] = {
+    static const struct {
+        uint64_t hi, lo;
+        uint32_t key[2], out[4];
+    } kat[] = {
         { 0, 0, { 0, 0 }, { 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8 } },
-        { UINT64_MAX, UINT64_MAX, { 0xffffffff, 0xffffffff }, { 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd } },
-        { 0x0370734413198a2eu, 0x85a308d3243f6a88u, { 0xa4093822, 0x299f31d0 }, { 0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1 } },
+        { UINT64_MAX,
+          UINT64_MAX,
+          { 0xffffffff, 0xffffffff },
+          { 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd } },
+        { 0x0370734413198a2eu,
+          0x85a308d3243f6a88u,
+          { 0xa4093822, 0x299f31d0 },
+          { 0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1 } },
     };
     for (size_t i = 0; i < sizeof kat / sizeof *kat; i++) {
         uint32_t out[4];
@@ -362,7 +380,8 @@ static void test_philox_matches_the_published_known_answers(void **state)
 
 static void test_rng_key_depends_on_seed_and_purpose(void **state)
 {
-    const struct rng_key a = rng_key(1234, "cpe"), b = rng_key(1234, "cpf"), c = rng_key(1235, "cpe"), d = rng_key(1234, "cpe");
+    const struct rng_key a = rng_key(1234, "cpe"), b = rng_key(1234, "cpf"),
+                         c = rng_key(1235, "cpe"), d = rng_key(1234, "cpe");
     assert_memory_not_equal(&a, &b, sizeof a);
     assert_memory_not_equal(&a, &c, sizeof a);
     assert_memory_equal(&a, &d, sizeof a);
@@ -405,7 +424,7 @@ static void test_rng_below_covers_its_range_evenly(void **state)
     assert_int_equal(rng_below(key, 0, 0, 1), 0);
 }
 
-/* ---- timer ----------------------------------------------------------------------------------------------------------- */
+/* ---- timer ---- */
 
 static void nap(double seconds)
 {
@@ -428,7 +447,8 @@ static void test_timer_sections_are_exclusive_and_never_exceed_the_wall(void **s
         sum += s[i];
     assert_true(fabs(sum - wall) < 1e-9 + 1e-6 * wall);
     assert_true(s[TIMER_BRIDGE_WAIT] >= 0.04 && s[TIMER_FORWARD] >= 0.02 && s[TIMER_IDLE] >= 0.01);
-    assert_true(s[TIMER_FORWARD] < s[TIMER_FORWARD] + s[TIMER_BRIDGE_WAIT] && s[TIMER_FORWARD] <= wall - 0.05);
+    assert_true(s[TIMER_FORWARD] < s[TIMER_FORWARD] + s[TIMER_BRIDGE_WAIT] &&
+                s[TIMER_FORWARD] <= wall - 0.05);
     timer_take_iteration(s);
     assert_true(s[TIMER_FORWARD] == 0 && s[TIMER_BRIDGE_WAIT] == 0);
     struct timer_sample sample;
@@ -451,7 +471,9 @@ static void collect(void *ctx, const char *text)
 static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
 {
     static const char *const roles[] = { "encoder", "language" };
-    struct timer_sample s[3] = { { .role = 0, .wall = 10 }, { .role = 1, .wall = 10 }, { .role = 1, .wall = 10 } };
+    struct timer_sample s[3] = { { .role = 0, .wall = 10 },
+                                 { .role = 1, .wall = 10 },
+                                 { .role = 1, .wall = 10 } };
     char text[8192] = "";
     s[0].seconds[TIMER_FORWARD] = 9;
     s[0].calls[TIMER_FORWARD] = 4;
@@ -462,13 +484,15 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
     s[2].seconds[TIMER_BRIDGE_WAIT] = 1;
     timer_table(s, 3, roles, 2, collect, text);
     assert_non_null(strstr(text, "timers: encoder, 1 rank, 10.000 s\n"));
-    assert_non_null(strstr(text, "forward             4       5.0000       6.0000       7.0000        2    60.0\n"));
-    assert_non_null(strstr(text, "NOTE: 15 % of the language ranks' time was spent waiting for the other grid"));
+    assert_non_null(strstr(
+        text, "forward             4       5.0000       6.0000       7.0000        2    60.0\n"));
+    assert_non_null(strstr(
+        text, "NOTE: 15 % of the language ranks' time was spent waiting for the other grid"));
     assert_null(strstr(text, "NOTE: 15 % of the encoder"));
     assert_int_equal(run_child(stop_another_section, NULL, text, sizeof text), EXIT_INTERNAL);
 }
 
-/* ---- code, backend ----------------------------------------------------------------------------------------------------- */
+/* ---- code, backend ---- */
 
 static void test_features_name_version_git_and_libraries(void **state)
 {
@@ -477,7 +501,8 @@ static void test_features_name_version_git_and_libraries(void **state)
     FILE *f = open_memstream(&text, &size);
     code_print_features(f);
     fclose(f);
-    static const char *const keys[] = { "version=", "\ngit=", "\ncuda=", "\nnccl=", "\ncudnn=", "\nhdf5=", "\nmpi=" };
+    static const char *const keys[] = { "version=", "\ngit=",  "\ncuda=", "\nnccl=",
+                                        "\ncudnn=", "\nhdf5=", "\nmpi=" };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         assert_non_null(strstr(text, keys[i]));
     assert_non_null(strstr(text, code_version()));
@@ -497,9 +522,10 @@ static void test_ref_copy_respects_row_strides(void **state)
         a[i] = (float)i;
     for (int i = 0; i < 20; i++)
         b[i] = -1;
-    const struct tensor all = tensor_2d(a, DTYPE_F32, PLACE_HOST, 3, 4), src = tensor_col_range(&all, 1, 2);
-    const struct tensor big = tensor_2d(b, DTYPE_F32, PLACE_DEVICE, 4, 5), wide = tensor_col_range(&big, 3, 2),
-                        dst = tensor_row_range(&wide, 1, 3);
+    const struct tensor all = tensor_2d(a, DTYPE_F32, PLACE_HOST, 3, 4),
+                        src = tensor_col_range(&all, 1, 2);
+    const struct tensor big = tensor_2d(b, DTYPE_F32, PLACE_DEVICE, 4, 5),
+                        wide = tensor_col_range(&big, 3, 2), dst = tensor_row_range(&wide, 1, 3);
     backend_ref_f32.copy(NULL, &src, &dst);
     assert_true(b[8] == 1 && b[9] == 2 && b[13] == 5 && b[14] == 6 && b[18] == 9 && b[19] == 10);
     assert_true(b[3] == -1 && b[7] == -1 && b[12] == -1 && b[17] == -1);
@@ -511,20 +537,29 @@ static void test_ref_copy_respects_row_strides(void **state)
 static void test_ref_fill_and_cast_round_to_nearest_even(void **state)
 {
     float f[4] = { 0 };
-    const struct tensor t = tensor_2d(f, DTYPE_F32, PLACE_HOST, 2, 2), right = tensor_col_range(&t, 1, 1);
+    const struct tensor t = tensor_2d(f, DTYPE_F32, PLACE_HOST, 2, 2),
+                        right = tensor_col_range(&t, 1, 1);
     backend_ref_f32.fill(NULL, &right, 2.5);
     assert_true(f[0] == 0 && f[1] == 2.5f && f[2] == 0 && f[3] == 2.5f);
     int32_t i[2];
     const struct tensor ti = tensor_1d(i, DTYPE_I32, PLACE_HOST, 2);
     backend_ref_f32.fill(NULL, &ti, -7);
     assert_true(i[0] == -7 && i[1] == -7);
-    /* bf16 has 8 significant bits: 1 + 2^-8 is a tie between 1 and 1 + 2^-7; a hair above it must go up even where the float of it
-     * is the tie itself. */
-    const double in[] = { 1 + 0x1p-8, 1 + 0x1p-8 + 0x1p-40, 1 + 3 * 0x1p-8, -(1 + 0x1p-8 + 0x1p-40), 1e300, -INFINITY, NAN, 0x1p-133 };
+    /* bf16 has 8 significant bits: 1 + 2^-8 is a tie between 1 and 1 + 2^-7; a hair above it must
+     * go up even where the float of it is the tie itself. */
+    const double in[] = { 1 + 0x1p-8,
+                          1 + 0x1p-8 + 0x1p-40,
+                          1 + 3 * 0x1p-8,
+                          -(1 + 0x1p-8 + 0x1p-40),
+                          1e300,
+                          -INFINITY,
+                          NAN,
+                          0x1p-133 };
     const uint16_t out[] = { 0x3f80, 0x3f81, 0x3f82, 0xbf81, 0x7f80, 0xff80, 0, 0x0001 };
     uint16_t b[8];
     float back[8];
-    const struct tensor d = tensor_1d((void *)in, DTYPE_F64, PLACE_HOST, 8), tb = tensor_1d(b, DTYPE_BF16, PLACE_HOST, 8),
+    const struct tensor d = tensor_1d((void *)in, DTYPE_F64, PLACE_HOST, 8),
+                        tb = tensor_1d(b, DTYPE_BF16, PLACE_HOST, 8),
                         tf = tensor_1d(back, DTYPE_F32, PLACE_HOST, 8);
     backend_ref_f64.cast(NULL, &d, &tb);
     backend_ref_f64.cast(NULL, &tb, &tf);
@@ -554,7 +589,8 @@ static void test_every_operation_of_both_tables_is_present(void **state)
     table[0]->release(p);
 }
 
-/* The program anew with OPENBLAS_CORETYPE as given (NULL: unset) and "from stdin" on its standard input. */
+/* The program anew with OPENBLAS_CORETYPE as given (NULL: unset) and "from stdin" on its standard
+ * input. */
 static void exec_with_core(void *core)
 {
     int pipes[2];
@@ -585,7 +621,8 @@ static void test_blas_start_restarts_once_with_the_widest_kernels(void **state)
     char text[1024], core[64];
     assert_int_equal(run_child(exec_with_core, NULL, text, sizeof text), 0);
     assert_int_equal(sscanf(text, "%63[^|]", core), 1);
-    assert_non_null(strstr(text, "||argument 3|from stdin\n"));     /* no warning, arguments and input intact */
+    assert_non_null(
+        strstr(text, "||argument 3|from stdin\n")); /* no warning, arguments and input intact */
     /* A choice of the user stands, and is warned about if the CPU could do more. */
     assert_int_equal(run_child(exec_with_core, "Prescott", text, sizeof text), 0);
     if (strcmp(core, "SkylakeX") == 0 || strcmp(core, "Haswell") == 0) {

@@ -300,6 +300,32 @@ static void mock_limits_are_exact(void **state)
     deck_free(&deck);
 }
 
+static void the_tools_show_mock_data_too(void **state)
+{
+    struct deck deck;
+    char dir[64] = "/tmp/mimo_mock_XXXXXX", text[8192], path[128], command[128];
+    assert_non_null(mkdtemp(dir));
+    open_good_deck(&deck, 1, 1, (const char *const[]){ "data.mock_pixels=normal", NULL });
+    FILE *f = tmpfile();
+    assert_int_equal(data_check(&deck, f), EXIT_OK);
+    assert_int_equal(data_show_sample(&deck, 7, dir, f), EXIT_OK);
+    rewind(f);
+    text[fread(text, 1, sizeof text - 1, f)] = '\0';
+    fclose(f);
+    static const char *const expected[] = { "10000 samples of 64 tokens, 28 of them", "2 of 56 x 16 pixels", "mock:7", "36 with a label",
+                                            "0-13 ", "14-26 " };
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
+        if (!strstr(text, expected[i]))
+            fail_msg("'%s' is not in: %s", expected[i], text);
+    for (int t = 0; t < 2; t++) {
+        snprintf(path, sizeof path, "%s/sample_000007_%d.png", dir, t);
+        assert_int_equal(access(path, R_OK), 0);
+    }
+    snprintf(command, sizeof command, "rm -rf '%s'", dir);
+    assert_int_equal(system(command), 0);
+    deck_free(&deck);
+}
+
 /* --- which samples --- */
 
 enum { GBS = 12, ITERATIONS = 3 };
@@ -479,6 +505,7 @@ int main(void)
         cmocka_unit_test(mock_language_only_has_no_pictures),
         cmocka_unit_test(mock_pixels_are_normal_or_zero_and_equal_in_both_precisions),
         cmocka_unit_test(mock_limits_are_exact),
+        cmocka_unit_test(the_tools_show_mock_data_too),
         cmocka_unit_test(every_layout_sees_the_same_numbered_samples),
         cmocka_unit_test(encoder_ranks_serve_the_samples_of_the_lanes_in_order),
         cmocka_unit_test(cpe_numbers_follow_the_sample_and_tile_not_the_rank),

@@ -50,7 +50,7 @@ static void route_forward(const struct route *r)
 
 static void route_backward(const struct route *r, const struct tensor *count, double coeff, int64_t seq_len)
 {
-    ref_router_backward_f64(NULL, &r->scores, &r->expert, &r->prob, &r->dprob, 2.5, count, coeff, seq_len, seq_len, &r->dlogits);
+    ref_router_backward_f64(NULL, &r->scores, &r->expert, &r->prob, &r->dprob, 2.5, count, coeff, 0, seq_len, &r->dlogits);
 }
 
 static void check_choice(const struct route *r, int64_t token, const int *expected)
@@ -90,7 +90,7 @@ static void test_balance_golden_m6_13_map_ignores_bias(void **state)
     ref_check_fill(&r.dprob, 0);
     ref_check_fill(&metric, 0.25);
     route_forward(&r);
-    ref_router_balance_f64(NULL, &r.scores, 2, 2, &count, &psum);
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 2, &count, &psum);
     check_row(&count, 0, (double[]){ 1, 2, 0, 1 }, 0, "count");
     check_row(&psum, 0, (double[]){ 0.210013699 + 0.365529289, 0.307064632 + 0.25, 0.112962765 + 0.25,
                                     0.369958904 + 0.134470711 }, 2e-9, "psum");
@@ -173,7 +173,7 @@ static void test_router_saturated_scores_stay_finite(void **state)
     ref_check_fill(&r.dprob, 1);
     route_forward(&r);
     check_choice(&r, 1, (int[]){ 0, 1 });
-    ref_router_balance_f64(NULL, &r.scores, 2, 2, &count, &psum);
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 2, &count, &psum);
     route_backward(&r, &count, 1e-4, 2);
     for (int64_t t = 0; t < 2; t++) {
         for (int64_t e = 0; e < 4; e++)
@@ -212,7 +212,7 @@ static void router_forward(bool fp64, const struct tensor *in, const struct tens
     struct tensor psum = ref_check_matrix(dtype, sequences, experts, 1), count = ref_check_like(&b->count, DTYPE_I64);
     ref_check_convert(&b->bias, &bias);
     REF_CHECK_OP(fp64, router_forward)(NULL, &in[0], &bias, 2.5, &out[2], &expert, &out[0]);
-    REF_CHECK_OP(fp64, router_balance)(NULL, &out[2], (int)topk, b->seq_len, &count, &psum);
+    REF_CHECK_OP(fp64, router_balance)(NULL, &out[2], (int)topk, 0, b->seq_len, &count, &psum);
     ref_check_same(&expert, &b->expert, "the choice changed");
     ref_check_same(&count, &b->count, "the map changed");
     double sum = 0;
@@ -232,7 +232,7 @@ static void router_backward(bool fp64, const struct tensor *in, const struct ten
     const struct balance *b = context;
     const double coeff = b->coeff * ref_check_get(&dout[1], 0, 0);
     REF_CHECK_OP(fp64, router_backward)(NULL, &out[2], &b->expert, &out[0], &dout[0], 2.5, coeff == 0 ? NULL : &b->count, coeff,
-                                        b->seq_len, b->seq_len, &din[0]);
+                                        0, b->seq_len, &din[0]);
 }
 
 static void test_router_gradients_with_balance(void **state)
@@ -257,7 +257,7 @@ static void test_router_gradients_with_balance(void **state)
         REF_CHECK_EACH(&c.in[0], r, e)
             ref_check_set(&c.in[0], r, e, (float)(-2 + 4.0 * (double)((e * 7 + r * 5) % experts) / (double)experts));
         ref_router_forward_f64(NULL, &c.in[0], &b.bias, 2.5, &c.out[2], &b.expert, &c.out[0]);
-        ref_router_balance_f64(NULL, &c.out[2], (int)topk, length, &b.count, &psum);
+        ref_router_balance_f64(NULL, &c.out[2], (int)topk, 0, length, &b.count, &psum);
         ref_check_gradients(&c, 17 + (uint64_t)variant);
         ref_check_case_free(&c);
         ref_check_free(&b.bias);
@@ -277,7 +277,7 @@ static void test_balance_m6_14_metric_is_one_at_perfect_balance(void **state)
         ref_check_set(&r.logits, t, e, e == t || e == (t + 1) % 4 ? 1 : -1);
     ref_check_fill(&metric, 0);
     route_forward(&r);
-    ref_router_balance_f64(NULL, &r.scores, 2, 4, &count, &psum);
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 4, &count, &psum);
     ref_router_balance_loss_f64(NULL, &count, &psum, 2, 4, &metric);
     ref_check_value(ref_check_get(&metric, 0, 0), 1, 1e-14, "metric");
     ref_check_free(&count);
@@ -303,7 +303,7 @@ static void test_balance_m6_14_independent_of_batch(void **state)
         ref_check_fill(&r.dprob, 0);
         ref_check_fill(&total, 0);
         route_forward(&r);
-        ref_router_balance_f64(NULL, &r.scores, K, S, &count, &psum);
+        ref_router_balance_f64(NULL, &r.scores, K, 0, S, &count, &psum);
         ref_router_balance_loss_f64(NULL, &count, &psum, K, S, &total);
         route_backward(&r, &count, 0.5, S);
         metric[batch > 1] = ref_check_get(&total, 0, 0);
@@ -339,12 +339,12 @@ static void test_balance_m6_14_independent_of_sequence_split(void **state)
     ref_check_fill_random(&r.logits, &rng, -2, 2);
     ref_check_fill_random(&r.dprob, &rng, -1, 1);
     route_forward(&r);
-    ref_router_balance_f64(NULL, &r.scores, K, S, &count[2], &psum[2]);
+    ref_router_balance_f64(NULL, &r.scores, K, 0, S, &count[2], &psum[2]);
     ref_router_balance_loss_f64(NULL, &count[2], &psum[2], K, S, &metric[1]);
     route_backward(&r, &count[2], 0.5, S);
     for (int i = 0; i < 2; i++) {
         struct tensor part = tensor_row_range(&r.scores, i * S / 2, S / 2);
-        ref_router_balance_f64(NULL, &part, K, S / 2, &count[i], &psum[i]);
+        ref_router_balance_f64(NULL, &part, K, i * S / 2, S, &count[i], &psum[i]);
     }
     for (int64_t e = 0; e < E; e++)
         assert_int_equal(index_at(&count[0], 0, e) + index_at(&count[1], 0, e), index_at(&count[2], 0, e));
@@ -354,7 +354,7 @@ static void test_balance_m6_14_independent_of_sequence_split(void **state)
         struct tensor prob = tensor_row_range(&r.prob, first, S / 2), dprob = tensor_row_range(&r.dprob, first, S / 2);
         struct tensor whole = tensor_row_range(&r.dlogits, first, S / 2), own = ref_check_like(&whole, DTYPE_F64);
         ref_router_balance_loss_f64(NULL, &count[2], &psum[i], K, S, &metric[0]);
-        ref_router_backward_f64(NULL, &scores, &expert, &prob, &dprob, 2.5, &count[2], 0.5, S / 2, S, &own);
+        ref_router_backward_f64(NULL, &scores, &expert, &prob, &dprob, 2.5, &count[2], 0.5, first, S, &own);
         ref_check_same(&own, &whole, "dlogits");
         ref_check_free(&own);
     }
@@ -650,10 +650,10 @@ static void test_zero_rows_are_legal(void **state)
     struct tensor one = ref_check_matrix(DTYPE_I64, 1, 4, 0), sum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
     ref_check_fill(&metric, 7);
     route_forward(&r);
-    ref_router_balance_f64(NULL, &r.scores, 2, 5, &count, &psum);
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 5, &count, &psum);
     ref_router_balance_loss_f64(NULL, &count, &psum, 2, 5, &metric);
     route_backward(&r, &count, 1, 5);
-    ref_router_balance_f64(NULL, &r.scores, 2, 0, &one, &sum);       /* one sequence of no rows */
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 0, &one, &sum);       /* one sequence of no rows */
     check_row(&one, 0, (double[]){ 0, 0, 0, 0 }, 0, "count");
     check_row(&sum, 0, (double[]){ 0, 0, 0, 0 }, 0, "psum");
     assert_true(ref_check_get(&metric, 0, 0) == 7);

@@ -1,5 +1,6 @@
-/* test_topology.c - grids, groups, the bridge map and their rules as pure arithmetic: the worked examples of parallel.md 1.4 and 3.1,
- * the production layouts of 11.2, and items of its section 12 (p12_<nn>). No communication.
+/* test_topology.c - grids, groups, the bridge map and their rules as pure arithmetic: the worked
+ * examples of parallel.md 1.4 and 3.1, the production layouts of 11.2, and items of its section 12
+ * (p12_<nn>). No communication.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -30,7 +31,8 @@ static struct topology sound(const struct topology_spec *specs, int n_specs, int
 }
 
 /* Describe and expect exactly these faults: one substring each, in order. */
-static void unsound(const struct topology_spec *specs, int n_specs, int size, enum exit_code code, int n, const char *const *parts)
+static void unsound(const struct topology_spec *specs, int n_specs, int size, enum exit_code code,
+                    int n, const char *const *parts)
 {
     struct topology t;
     struct errors e = { 0 };
@@ -47,8 +49,9 @@ static void unsound(const struct topology_spec *specs, int n_specs, int size, en
     errors_free(&e);
 }
 
-#define UNSOUND(specs, n_specs, size, code, ...) \
-    unsound(specs, n_specs, size, code, (int)(sizeof((const char *[]){ __VA_ARGS__ }) / sizeof(char *)), \
+#define UNSOUND(specs, n_specs, size, code, ...)                                                   \
+    unsound(specs, n_specs, size, code,                                                            \
+            (int)(sizeof((const char *[]){ __VA_ARGS__ }) / sizeof(char *)),                       \
             (const char *[]){ __VA_ARGS__ })
 
 /* All groups of one family as text: "[4,5][6,7]". */
@@ -62,7 +65,8 @@ static void family_text(const struct grid *g, const char *name, char *out, size_
         if (member[0] != r)
             continue;
         for (int i = 0; i < n; i++)
-            used += (size_t)snprintf(out + used, size - used, "%c%d%s", i ? ',' : '[', member[i], i == n - 1 ? "]" : "");
+            used += (size_t)snprintf(out + used, size - used, "%c%d%s", i ? ',' : '[', member[i],
+                                     i == n - 1 ? "]" : "");
     }
     free(member);
 }
@@ -75,11 +79,12 @@ static void expect_family(const struct grid *g, const char *name, const char *ex
         fail_msg("%s.%s: %s instead of %s", g->name, name, text, expected);
 }
 
-/* ---- groups ---------------------------------------------------------------------------------------------------------- */
+/* ---- groups ---- */
 
 static void test_p12_04_groups_of_the_example_tp2_dp2_pp2(void **state)
 {
-    const struct topology_spec specs[] = { { "encoder", 4, 0, 1, 1, 1, 1, 1 }, { "language", 8, 4, 2, 1, 2, 2, 1 } };
+    const struct topology_spec specs[] = { { "encoder", 4, 0, 1, 1, 1, 1, 1 },
+                                           { "language", 8, 4, 2, 1, 2, 2, 1 } };
     struct topology t = sound(specs, 2, 12, 0);
     const struct grid *g = &t.language;
     expect_family(g, "tp", "[4,5][6,7][8,9][10,11]");
@@ -130,10 +135,16 @@ static void test_p12_01_dp_sizes_are_derived_and_expt_tp_is_its_own(void **state
     topology_free(&t);
 }
 
-/* Every family of every rank: the right size, contains the rank at its position, ascending, agreed on by all members. */
+/* Every family of every rank: the right size, contains the rank at its position, ascending, agreed
+ * on by all members. */
 static void check_partition(const struct topology_spec *specs, int n_specs, int size)
 {
-    static const struct { const char *name; int view; int varies[4]; size_t offset; } families[] = {
+    static const struct {
+        const char *name;
+        int view;
+        int varies[4];
+        size_t offset;
+    } families[] = {
 #define X(name_, view_, ...) { #name_, view_, { __VA_ARGS__ }, offsetof(struct grid, name_) },
         TOPOLOGY_FAMILIES(X)
 #undef X
@@ -148,11 +159,18 @@ static void check_partition(const struct topology_spec *specs, int n_specs, int 
                 continue;
             const int dense[] = { g->tp_size, g->cp_size, g->dp_size, g->pp_size };
             const int expert[] = { g->expt_tp_size, g->ep_size, g->expt_dp_size, g->pp_size };
-            assert_int_equal(rank, g->offset + g->tp_rank + g->tp_size * (g->cp_rank + g->cp_size * (g->dp_rank + g->dp_size * g->pp_rank)));
-            assert_int_equal(rank, g->offset + g->expt_tp_rank + g->expt_tp_size * (g->ep_rank + g->ep_size *
-                                   (g->expt_dp_rank + g->expt_dp_size * g->pp_rank)));
+            assert_int_equal(
+                rank, g->offset + g->tp_rank +
+                          g->tp_size *
+                              (g->cp_rank + g->cp_size * (g->dp_rank + g->dp_size * g->pp_rank)));
+            assert_int_equal(
+                rank, g->offset + g->expt_tp_rank +
+                          g->expt_tp_size *
+                              (g->ep_rank +
+                               g->ep_size * (g->expt_dp_rank + g->expt_dp_size * g->pp_rank)));
             for (size_t f = 0; f < sizeof families / sizeof *families; f++) {
-                const struct group *group = (const struct group *)((const char *)g + families[f].offset);
+                const struct group *group =
+                    (const struct group *)((const char *)g + families[f].offset);
                 int expected = 1;
                 for (int d = 0; d < 4; d++)
                     expected *= families[f].varies[d] ? (families[f].view ? expert : dense)[d] : 1;
@@ -161,9 +179,13 @@ static void check_partition(const struct topology_spec *specs, int n_specs, int 
                 assert_null(group->comm);
                 for (int i = 0; i < group->size; i++) {
                     assert_true(i == 0 || group->member[i] > group->member[i - 1]);
-                    assert_true(group->member[i] >= g->offset && group->member[i] < g->offset + g->size);
-                    assert_int_equal(topology_members(g, families[f].name, group->member[i], member), group->size);
-                    assert_memory_equal(member, group->member, (size_t)group->size * sizeof *member);
+                    assert_true(group->member[i] >= g->offset &&
+                                group->member[i] < g->offset + g->size);
+                    assert_int_equal(
+                        topology_members(g, families[f].name, group->member[i], member),
+                        group->size);
+                    assert_memory_equal(member, group->member,
+                                        (size_t)group->size * sizeof *member);
                 }
             }
         }
@@ -175,10 +197,16 @@ static void check_partition(const struct topology_spec *specs, int n_specs, int 
 static void test_p12_03_groups_partition_their_span_for_every_rank(void **state)
 {
     check_partition((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }, 2, 8);
-    check_partition((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 2, 1, 1 }, { "language", 24, 8, 2, 1, 3, 2, 2 } }, 2, 32);
+    check_partition((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 2, 1, 1 },
+                                              { "language", 24, 8, 2, 1, 3, 2, 2 } },
+                    2, 32);
     check_partition((struct topology_spec[]){ { "language", 64, 0, 2, 2, 2, 4, 2 } }, 1, 64);
-    check_partition((struct topology_spec[]){ { "encoder", 16, 0, 4, 1, 1, 1, 1 }, { "language", 16, 0, 2, 1, 1, 8, 1 } }, 2, 16);
-    check_partition((struct topology_spec[]){ { "encoder", 6, 12, 1, 1, 1, 1, 1 }, { "language", 12, 0, 2, 1, 2, 3, 1 } }, 2, 18);
+    check_partition((struct topology_spec[]){ { "encoder", 16, 0, 4, 1, 1, 1, 1 },
+                                              { "language", 16, 0, 2, 1, 1, 8, 1 } },
+                    2, 16);
+    check_partition((struct topology_spec[]){ { "encoder", 6, 12, 1, 1, 1, 1, 1 },
+                                              { "language", 12, 0, 2, 1, 2, 3, 1 } },
+                    2, 18);
 }
 
 static void ask_for_unknown_family(void *grid)
@@ -206,7 +234,7 @@ static void test_p12_12_a_family_that_no_view_has_is_an_error(void **state)
     topology_free(&t);
 }
 
-/* ---- rules ------------------------------------------------------------------------------------------------------------- */
+/* ---- rules ---- */
 
 static void test_p12_02_indivisible_products_are_refused_with_the_numbers(void **state)
 {
@@ -214,48 +242,68 @@ static void test_p12_02_indivisible_products_are_refused_with_the_numbers(void *
             "language grid: 6 ranks are not a multiple of tp*cp*pp = 4*1*1 = 4");
     UNSOUND(((struct topology_spec[]){ { "language", 6, 0, 2, 1, 1, 4, 1 } }), 1, 6, EXIT_DECK,
             "language grid: 6 ranks are not a multiple of expt_tp*ep*pp = 1*4*1 = 4");
-    UNSOUND(((struct topology_spec[]){ { "encoder", 3, 0, 2, 1, 1, 1, 1 }, { "language", 5, 3, 2, 1, 1, 3, 1 } }), 2, 8, EXIT_DECK,
-            "encoder grid: 3 ranks", "language grid: 5 ranks are not a multiple of tp", "language grid: 5 ranks are not a multiple of expt");
-    UNSOUND(((struct topology_spec[]){ { "language", 8, 0, 0, 1, 1, -1, 1 } }), 1, 8, EXIT_DECK, "sizes must be positive");
-    UNSOUND(((struct topology_spec[]){ { "language", 8, 0, 1 << 30, 1 << 30, 4, 1, 1 } }), 1, 8, EXIT_DECK, "not a multiple of tp");
-    UNSOUND(((struct topology_spec[]){ { "language", 8, -2, 1, 1, 1, 1, 1 } }), 1, 8, EXIT_DECK, "its first rank is -2");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 3, 0, 2, 1, 1, 1, 1 },
+                                       { "language", 5, 3, 2, 1, 1, 3, 1 } }),
+            2, 8, EXIT_DECK, "encoder grid: 3 ranks",
+            "language grid: 5 ranks are not a multiple of tp",
+            "language grid: 5 ranks are not a multiple of expt");
+    UNSOUND(((struct topology_spec[]){ { "language", 8, 0, 0, 1, 1, -1, 1 } }), 1, 8, EXIT_DECK,
+            "sizes must be positive");
+    UNSOUND(((struct topology_spec[]){ { "language", 8, 0, 1 << 30, 1 << 30, 4, 1, 1 } }), 1, 8,
+            EXIT_DECK, "not a multiple of tp");
+    UNSOUND(((struct topology_spec[]){ { "language", 8, -2, 1, 1, 1, 1, 1 } }), 1, 8, EXIT_DECK,
+            "its first rank is -2");
 }
 
 static void test_p12_05_rules_L1_to_L4_name_spans_and_counts(void **state)
 {
-    UNSOUND(NULL, 0, 8, EXIT_DECK, "at least one");                                                             /* L1 */
-    UNSOUND(((struct topology_spec[]){ encoder_2x2 }), 1, 4, EXIT_DECK, "0 grids are named 'language'");         /* L2 */
-    UNSOUND(((struct topology_spec[]){ language_2x2_ep4, language_2x2_ep4 }), 2, 8, EXIT_DECK, "2 grids are named 'language'");
-    UNSOUND(((struct topology_spec[]){ language_2x2_ep4, { "audio", 4, 0, 1, 1, 1, 1, 1 } }), 2, 8, EXIT_DECK, "a grid is named 'audio'");
-    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 4, 2, 2, 1, 1, 1, 1 } }), 2, 8, EXIT_DECK,   /* L3 */
+    UNSOUND(NULL, 0, 8, EXIT_DECK, "at least one"); /* L1 */
+    UNSOUND(((struct topology_spec[]){ encoder_2x2 }), 1, 4, EXIT_DECK,
+            "0 grids are named 'language'"); /* L2 */
+    UNSOUND(((struct topology_spec[]){ language_2x2_ep4, language_2x2_ep4 }), 2, 8, EXIT_DECK,
+            "2 grids are named 'language'");
+    UNSOUND(((struct topology_spec[]){ language_2x2_ep4, { "audio", 4, 0, 1, 1, 1, 1, 1 } }), 2, 8,
+            EXIT_DECK, "a grid is named 'audio'");
+    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 4, 2, 2, 1, 1, 1, 1 } }), 2, 8,
+            EXIT_DECK, /* L3 */
             "fully share their ranks or be disjoint: encoder 0-3, language 2-5");
-    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 2, 0, 2, 1, 1, 1, 1 } }), 2, 4, EXIT_DECK,
-            "fully share their ranks or be disjoint: encoder 0-3, language 0-1");
-    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 4, 5, 2, 1, 1, 1, 1 } }), 2, 9, EXIT_DECK,   /* L4: a gap */
+    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 2, 0, 2, 1, 1, 1, 1 } }), 2, 4,
+            EXIT_DECK, "fully share their ranks or be disjoint: encoder 0-3, language 0-1");
+    UNSOUND(((struct topology_spec[]){ encoder_2x2, { "language", 4, 5, 2, 1, 1, 1, 1 } }), 2, 9,
+            EXIT_DECK, /* L4: a gap */
             "cover ranks 0-8 with no gaps: encoder 0-3, language 5-8");
-    UNSOUND(((struct topology_spec[]){ { "language", 4, 4, 2, 1, 1, 1, 1 } }), 1, 8, EXIT_DECK, "cover ranks 0-7 with no gaps: language 4-7");
+    UNSOUND(((struct topology_spec[]){ { "language", 4, 4, 2, 1, 1, 1, 1 } }), 1, 8, EXIT_DECK,
+            "cover ranks 0-7 with no gaps: language 4-7");
     /* L4: too many or too few ranks were started: not the deck's fault alone. */
-    UNSOUND(((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }), 2, 9, EXIT_ENVIRONMENT, "need 8 ranks but 9 were started");
-    UNSOUND(((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }), 2, 4, EXIT_ENVIRONMENT, "need 8 ranks but 4 were started");
-    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 }, { "language", 4, 0, 2, 1, 1, 1, 1 } }), 2, 8, EXIT_ENVIRONMENT,
-            "need 4 ranks but 8 were started");
+    UNSOUND(((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }), 2, 9, EXIT_ENVIRONMENT,
+            "need 8 ranks but 9 were started");
+    UNSOUND(((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }), 2, 4, EXIT_ENVIRONMENT,
+            "need 8 ranks but 4 were started");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 },
+                                       { "language", 4, 0, 2, 1, 1, 1, 1 } }),
+            2, 8, EXIT_ENVIRONMENT, "need 4 ranks but 8 were started");
 }
 
 static void test_p12_28_bridge_and_colocated_rules(void **state)
 {
-    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 }, { "language", 6, 4, 1, 1, 1, 1, 1 } }), 2, 10, EXIT_DECK,
-            "4 encoder lanes (dp) and 6 language lanes (dp)");
-    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 }, { "language", 4, 4, 1, 2, 1, 1, 1 } }), 2, 8, EXIT_DECK,
-            "encoder cp 1, language cp 2");
-    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 }, { "language", 4, 0, 1, 1, 2, 1, 1 } }), 2, 4, EXIT_DECK,
-            "colocated grids must have pp 1: encoder pp 1, language pp 2");
-    UNSOUND(((struct topology_spec[]){ { "encoder", 6, 0, 2, 1, 1, 1, 1 }, { "language", 6, 0, 3, 1, 1, 1, 1 } }), 2, 6, EXIT_DECK,
-            "3 encoder lanes (dp) and 2 language lanes (dp)");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 },
+                                       { "language", 6, 4, 1, 1, 1, 1, 1 } }),
+            2, 10, EXIT_DECK, "4 encoder lanes (dp) and 6 language lanes (dp)");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 },
+                                       { "language", 4, 4, 1, 2, 1, 1, 1 } }),
+            2, 8, EXIT_DECK, "encoder cp 1, language cp 2");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 4, 0, 1, 1, 1, 1, 1 },
+                                       { "language", 4, 0, 1, 1, 2, 1, 1 } }),
+            2, 4, EXIT_DECK, "colocated grids must have pp 1: encoder pp 1, language pp 2");
+    UNSOUND(((struct topology_spec[]){ { "encoder", 6, 0, 2, 1, 1, 1, 1 },
+                                       { "language", 6, 0, 3, 1, 1, 1, 1 } }),
+            2, 6, EXIT_DECK, "3 encoder lanes (dp) and 2 language lanes (dp)");
 }
 
-/* ---- the deck ---------------------------------------------------------------------------------------------------------- */
+/* ---- the deck ---- */
 
-static void fill(struct deck *d, int layout, int etp, int epp, int edp, int offset, int tp, int cp, int pp, int dp, int ep)
+static void fill(struct deck *d, int layout, int etp, int epp, int edp, int offset, int tp, int cp,
+                 int pp, int dp, int ep)
 {
     memset(d, 0, sizeof *d);
     d->topology.layout = layout;
@@ -320,10 +368,14 @@ static void test_rule_L5_layout_and_grids_must_agree(void **state)
     fill(&d, DECK_LAYOUT_COLOCATED, 1, 1, 4, 4, 1, 1, 1, 4, 1);
     topology_init(&t, &d, 8, 0, &e);
     assert_int_equal(e.count, 1);
-    assert_non_null(strstr(e.line[0], "topology.layout = 'colocated' but the grids are disjoint: encoder ranks 0-3, language ranks 4-7"));
+    assert_non_null(strstr(
+        e.line[0],
+        "topology.layout = 'colocated' but the grids are disjoint: "
+                           "encoder ranks 0-3, language ranks 4-7"));
     topology_free(&t);
     errors_free(&e);
-    fill(&d, DECK_LAYOUT_DISJOINT, 1048576, 1048576, 1048576, 4, 1048576, 1048576, 1048576, 1048576, 1);
+    fill(&d, DECK_LAYOUT_DISJOINT, 1048576, 1048576, 1048576, 4, 1048576, 1048576, 1048576, 1048576,
+         1);
     topology_init(&t, &d, 8, 0, &e);
     assert_true(e.count > 0);
     errors_free(&e);
@@ -332,13 +384,14 @@ static void test_rule_L5_layout_and_grids_must_agree(void **state)
 static void test_p12_14_every_rank_has_one_role_or_both(void **state)
 {
     for (int r = 0; r < 8; r++) {
-        struct topology t = sound((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }, 2, 8, r);
+        struct topology t =
+            sound((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }, 2, 8, r);
         assert_true(t.encoder.member == (r < 4) && t.language.member == (r >= 4));
         topology_free(&t);
     }
 }
 
-/* ---- bridge ------------------------------------------------------------------------------------------------------------ */
+/* ---- bridge ---- */
 
 static void expect_ranks(const int *got, int n_got, int n, const int *expected)
 {
@@ -346,8 +399,9 @@ static void expect_ranks(const int *got, int n_got, int n, const int *expected)
     assert_memory_equal(got, expected, (size_t)n * sizeof *got);
 }
 
-#define EXPECT(got, n_got, ...) \
-    expect_ranks(got, n_got, (int)(sizeof((int[]){ __VA_ARGS__ }) / sizeof(int)), (int[]){ __VA_ARGS__ })
+#define EXPECT(got, n_got, ...)                                                                    \
+    expect_ranks(got, n_got, (int)(sizeof((int[]){ __VA_ARGS__ }) / sizeof(int)),                  \
+                 (int[]){ __VA_ARGS__ })
 
 static void test_p12_22_leaders_of_the_worked_examples(void **state)
 {
@@ -360,7 +414,9 @@ static void test_p12_22_leaders_of_the_worked_examples(void **state)
     assert_int_equal(t.bridge.leaders.rank, -1);
     topology_free(&t);
     /* Encoder 1x2, language tp 2 dp 4 pp 2 on ranks 2-17. */
-    t = sound((struct topology_spec[]){ { "encoder", 2, 0, 1, 1, 1, 1, 1 }, { "language", 16, 2, 2, 1, 2, 1, 1 } }, 2, 18, 9);
+    t = sound((struct topology_spec[]){ { "encoder", 2, 0, 1, 1, 1, 1, 1 },
+                                        { "language", 16, 2, 2, 1, 2, 1, 1 } },
+              2, 18, 9);
     EXPECT(t.bridge.source_leader, t.bridge.n_source, 0, 1);
     EXPECT(t.bridge.dest_leader, t.bridge.n_dest, 2, 4, 6, 8);
     EXPECT(t.bridge.dest_lane.member, t.bridge.dest_lane.size, 8, 9);
@@ -368,14 +424,17 @@ static void test_p12_22_leaders_of_the_worked_examples(void **state)
     assert_int_equal(t.bridge.fan, 2);
     topology_free(&t);
     /* pp on the source: the last stage sends. */
-    t = sound((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 2, 1, 1 }, { "language", 8, 8, 4, 1, 2, 1, 1 } }, 2, 16, 5);
+    t = sound((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 2, 1, 1 },
+                                        { "language", 8, 8, 4, 1, 2, 1, 1 } },
+              2, 16, 5);
     EXPECT(t.bridge.source_leader, t.bridge.n_source, 5, 7);
     EXPECT(t.bridge.dest_leader, t.bridge.n_dest, 8);
     assert_int_equal(t.bridge.leaders.rank, 0);
     topology_free(&t);
 }
 
-static void lane_text(const struct topology_spec *specs, int size, bool source, char *out, size_t bytes)
+static void lane_text(const struct topology_spec *specs, int size, bool source, char *out,
+                      size_t bytes)
 {
     size_t used = 0;
     out[0] = '\0';
@@ -383,7 +442,8 @@ static void lane_text(const struct topology_spec *specs, int size, bool source, 
         struct topology t = sound(specs, 2, size, r);
         const struct group *g = source ? &t.bridge.source_lane : &t.bridge.dest_lane;
         for (int i = 0; i < g->size && g->member[0] == r; i++)
-            used += (size_t)snprintf(out + used, bytes - used, "%c%d%s", i ? ',' : '[', g->member[i], i == g->size - 1 ? "]" : "");
+            used += (size_t)snprintf(out + used, bytes - used, "%c%d%s", i ? ',' : '[',
+                                     g->member[i], i == g->size - 1 ? "]" : "");
         topology_free(&t);
     }
 }
@@ -391,7 +451,8 @@ static void lane_text(const struct topology_spec *specs, int size, bool source, 
 static void test_p12_23_boundary_lanes_are_the_tp_ranks_of_the_boundary_stage(void **state)
 {
     char text[256];
-    const struct topology_spec specs[] = { { "encoder", 8, 0, 2, 1, 2, 1, 1 }, { "language", 16, 8, 4, 1, 2, 1, 1 } };
+    const struct topology_spec specs[] = { { "encoder", 8, 0, 2, 1, 2, 1, 1 },
+                                           { "language", 16, 8, 4, 1, 2, 1, 1 } };
     lane_text(specs, 24, true, text, sizeof text);
     assert_string_equal(text, "[4,5][6,7]");
     lane_text(specs, 24, false, text, sizeof text);
@@ -403,14 +464,16 @@ static void test_p12_24_the_bridge_holds_exactly_the_leaders_for_every_fan(void 
     static const int dp[][2] = { { 4, 1 }, { 1, 4 }, { 2, 2 }, { 2, 8 }, { 8, 2 } };
     for (size_t k = 0; k < sizeof dp / sizeof *dp; k++) {
         const int e = dp[k][0] * 2, l = dp[k][1] * 2, size = e + l;
-        const struct topology_spec specs[] = { { "encoder", e, 0, 2, 1, 1, 1, 1 }, { "language", l, e, 2, 1, 1, 1, 1 } };
+        const struct topology_spec specs[] = { { "encoder", e, 0, 2, 1, 1, 1, 1 },
+                                               { "language", l, e, 2, 1, 1, 1, 1 } };
         int members = 0;
         for (int r = 0; r < size; r++) {
             struct topology t = sound(specs, 2, size, r);
             const bool leader = r < e ? r % 2 == 1 : r % 2 == 0;
             assert_int_equal(t.bridge.leaders.rank >= 0, leader);
             assert_int_equal(t.bridge.leaders.size, dp[k][0] + dp[k][1]);
-            assert_int_equal(t.bridge.fan, dp[k][0] > dp[k][1] ? dp[k][0] / dp[k][1] : dp[k][1] / dp[k][0]);
+            assert_int_equal(t.bridge.fan,
+                             dp[k][0] > dp[k][1] ? dp[k][0] / dp[k][1] : dp[k][1] / dp[k][0]);
             members += t.bridge.leaders.rank >= 0;
             topology_free(&t);
         }
@@ -418,18 +481,23 @@ static void test_p12_24_the_bridge_holds_exactly_the_leaders_for_every_fan(void 
     }
 }
 
-/* ---- production sizes -------------------------------------------------------------------------------------------------- */
+/* ---- production sizes ---- */
 
 static void test_production_layouts_have_the_derived_numbers(void **state)
 {
-    /* parallel.md 11.2: nodes, encoder ranks, ep, llm_dp, expt_dp, bridge leaders, lanes per encoder rank */
-    static const struct { int ranks, encoder, ep, dp, expt_dp, leaders, fan; } layout[] = {
-        { 72, 8, 16, 32, 4, 40, 4 },      { 136, 8, 8, 64, 16, 72, 8 },     { 264, 8, 8, 128, 32, 136, 16 },
-        { 544, 32, 8, 256, 64, 288, 8 },  { 800, 32, 8, 384, 96, 416, 12 },
+    /* parallel.md 11.2: nodes, encoder ranks, ep, llm_dp, expt_dp, bridge leaders, lanes per
+     * encoder rank */
+    static const struct {
+        int ranks, encoder, ep, dp, expt_dp, leaders, fan;
+    } layout[] = {
+        { 72, 8, 16, 32, 4, 40, 4 },      { 136, 8, 8, 64, 16, 72, 8 },
+        { 264, 8, 8, 128, 32, 136, 16 },  { 544, 32, 8, 256, 64, 288, 8 },
+        { 800, 32, 8, 384, 96, 416, 12 },
     };
     for (size_t k = 0; k < sizeof layout / sizeof *layout; k++) {
         const int w = layout[k].ranks, e = layout[k].encoder;
-        const struct topology_spec specs[] = { { "encoder", e, 0, 1, 1, 1, 1, 1 }, { "language", w - e, e, 2, 1, 1, layout[k].ep, 1 } };
+        const struct topology_spec specs[] = { { "encoder", e, 0, 1, 1, 1, 1, 1 },
+                                               { "language", w - e, e, 2, 1, 1, layout[k].ep, 1 } };
         struct topology t = sound(specs, 2, w, w - 1);
         assert_int_equal(t.language.dp_size, layout[k].dp);
         assert_int_equal(t.language.expt_dp_size, layout[k].expt_dp);
@@ -438,14 +506,16 @@ static void test_production_layouts_have_the_derived_numbers(void **state)
         assert_int_equal(t.token_source, e);
         /* Encoder rank r feeds offset + 2*(r*L + j). */
         for (int j = 0; j < t.bridge.fan; j++)
-            assert_int_equal(t.bridge.dest_leader[3 * t.bridge.fan + j], e + 2 * (3 * t.bridge.fan + j));
+            assert_int_equal(t.bridge.dest_leader[3 * t.bridge.fan + j],
+                             e + 2 * (3 * t.bridge.fan + j));
         topology_free(&t);
     }
 }
 
 static void test_describing_one_rank_of_800_takes_less_than_a_millisecond(void **state)
 {
-    const struct topology_spec specs[] = { { "encoder", 32, 0, 1, 1, 1, 1, 1 }, { "language", 768, 32, 2, 1, 1, 8, 1 } };
+    const struct topology_spec specs[] = { { "encoder", 32, 0, 1, 1, 1, 1, 1 },
+                                           { "language", 768, 32, 2, 1, 1, 8, 1 } };
     double best = 1e9;
     for (int round = 0; round < 5; round++) {
         const double start = timer_now();
@@ -464,7 +534,8 @@ static void test_printing_names_grids_groups_and_the_bridge(void **state)
 {
     char *text = NULL;
     size_t size = 0;
-    struct topology t = sound((struct topology_spec[]){ encoder_2x2, { "language", 8, 4, 2, 1, 1, 4, 1 } }, 2, 12, 0);
+    struct topology t = sound(
+        (struct topology_spec[]){ encoder_2x2, { "language", 8, 4, 2, 1, 1, 4, 1 } }, 2, 12, 0);
     FILE *f = open_memstream(&text, &size);
     topology_print(&t, f);
     fclose(f);
@@ -472,7 +543,8 @@ static void test_printing_names_grids_groups_and_the_bridge(void **state)
     assert_non_null(strstr(text, "grid encoder  ranks 0-3: tp 2 cp 1 dp 2 pp 1"));
     assert_non_null(strstr(text, "ep 4 expt_tp 1 expt_dp 2"));
     assert_non_null(strstr(text, "  tp           4 groups of 2    [4,5] [6,7] [8,9] [10,11]\n"));
-    assert_non_null(strstr(text, "bridge 2 encoder lanes -> 4 language lanes, 6 leaders\n  1 -> 4 6\n  3 -> 8 10\n"));
+    assert_non_null(strstr(
+        text, "bridge 2 encoder lanes -> 4 language lanes, 6 leaders\n  1 -> 4 6\n  3 -> 8 10\n"));
     assert_non_null(strstr(text, "token count from rank 4\n"));
     free(text);
     topology_free(&t);

@@ -1,7 +1,8 @@
 /* backend_ref.c - the reference backend's two tables, memory and streams. Compiled once.
  *
- * Device memory is host memory, a stream runs each call before it returns, and an event is nothing. stream->native stays
- * NULL here: it belongs to the communication layer of this backend (comm_mpi.c).
+ * Device memory is host memory, a stream runs each call before it returns, and an event is nothing.
+ * stream->native stays NULL here: it belongs to the communication layer of this backend
+ * (comm_mpi.c).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -38,7 +39,8 @@ static void ref_copy(struct stream *s, in_t src, out_t dst)
         return;
     const size_t width = dtype_bytes(src->dtype);
     const int64_t rows = tensor_rows(src), cols = tensor_cols(src);
-    const bool src_dense = src->ld == cols || rows == 1, dst_dense = dst->ld == tensor_cols(dst) || tensor_rows(dst) == 1;
+    const bool src_dense = src->ld == cols || rows == 1,
+               dst_dense = dst->ld == tensor_cols(dst) || tensor_rows(dst) == 1;
     if (src_dense && dst_dense) {
         memmove(dst->data, src->data, (size_t)n * width);
         return;
@@ -53,7 +55,7 @@ static uint16_t to_bf16(float x)
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40);   /* NaN stays one */
+        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
@@ -65,7 +67,8 @@ static float from_bf16(uint16_t x)
     return f;
 }
 
-/* Two roundings (double to float to bf16) can differ from one; rounding the float to odd first makes them agree. */
+/* Two roundings (double to float to bf16) can differ from one; rounding the float to odd first
+ * makes them agree. */
 static uint16_t double_to_bf16(double x)
 {
     float f = (float)x;
@@ -74,9 +77,9 @@ static uint16_t double_to_bf16(double x)
         return to_bf16(f);
     memcpy(&bits, &f, sizeof bits);
     if ((double)f - (double)f == 0 && (x < 0 ? (double)f < x : (double)f > x))
-        bits--;             /* back towards zero: truncation of x */
+        bits--; /* back towards zero: truncation of x */
     else if ((double)f - (double)f != 0)
-        return to_bf16(f);  /* overflowed to infinity */
+        return to_bf16(f); /* overflowed to infinity */
     bits |= 1;
     memcpy(&f, &bits, sizeof f);
     return to_bf16(f);
@@ -124,7 +127,9 @@ static void ref_cast(struct stream *s, in_t src, out_t dst)
             case DTYPE_F32: ((float *)out)[c] = (float)x; break;
             case DTYPE_F64: ((double *)out)[c] = x; break;
             case DTYPE_BF16: ((uint16_t *)out)[c] = double_to_bf16(x); break;
-            default: FATAL(EXIT_INTERNAL, "cast to %s: only floating-point types", dtype_name(dst->dtype));
+            default:
+                FATAL(EXIT_INTERNAL, "cast to %s: only floating-point types",
+                      dtype_name(dst->dtype));
             }
         }
     }
@@ -141,28 +146,36 @@ static void ref_stream_destroy(struct stream *s)
 }
 
 /* Every call was complete when it returned: there is nothing to wait for. */
-static void ref_stream_sync(struct stream *s) { }
-static void ref_event_create(struct event *e) { e->native = NULL; }
-static void ref_event_destroy(struct event *e) { }
-static void ref_event_record(struct event *e, struct stream *s) { }
-static void ref_stream_wait(struct stream *s, const struct event *e) { }
+static void ref_stream_sync(struct stream *s) {}
+static void ref_event_create(struct event *e)
+{
+    e->native = NULL;
+}
+static void ref_event_destroy(struct event *e) {}
+static void ref_event_record(struct event *e, struct stream *s) {}
+static void ref_stream_wait(struct stream *s, const struct event *e) {}
 
-#define COMMON \
-    .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, .cast = ref_cast, \
-    .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy, .stream_sync = ref_stream_sync, \
-    .event_create = ref_event_create, .event_destroy = ref_event_destroy, .event_record = ref_event_record, \
+#define COMMON                                                                                     \
+    .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, \
+    .cast = ref_cast, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
+    .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
+    .event_destroy = ref_event_destroy, .event_record = ref_event_record,                          \
     .stream_wait = ref_stream_wait,
 
+/* clang-format off */
 const struct backend_ops backend_ref_f32 = {
-    COMMON .act = DTYPE_F32, .acc = DTYPE_F32, .ssd_work = ref_ssd_work_f32,
+    COMMON
+    .act = DTYPE_F32, .acc = DTYPE_F32, .ssd_work = ref_ssd_work_f32,
 #define X(op) .op = ref_##op##_f32,
     REF_OPS(X)
 #undef X
 };
 
 const struct backend_ops backend_ref_f64 = {
-    COMMON .act = DTYPE_F64, .acc = DTYPE_F64, .ssd_work = ref_ssd_work_f64,
+    COMMON
+    .act = DTYPE_F64, .acc = DTYPE_F64, .ssd_work = ref_ssd_work_f64,
 #define X(op) .op = ref_##op##_f64,
     REF_OPS(X)
 #undef X
 };
+/* clang-format on */

@@ -120,17 +120,20 @@ void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scalin
     }
 }
 
-void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t seq_len, out_t count, out_t psum)
+void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t first_row, int64_t seq_len, out_t count, out_t psum)
 {
     const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), sequences = tensor_rows(count);
     ref_expect(scores, tokens, experts);
     ref_expect(psum, sequences, experts);
     ref_expect_dense(count, DTYPE_I64, sequences * experts);
-    ASSERT(topk >= 1 && topk <= experts && tokens == sequences * seq_len);
+    ASSERT(topk >= 1 && topk <= experts && first_row >= 0 && first_row + tokens <= sequences * seq_len);
     for (int64_t b = 0; b < sequences; b++) {
         int64_t *n = (int64_t *)count->data + b * experts;
+        int64_t begin = b * seq_len - first_row, end = begin + seq_len;
+        begin = begin < 0 ? 0 : begin;
+        end = end > tokens ? tokens : end;
         memset(n, 0, (size_t)experts * sizeof *n);
-        for (int64_t t = b * seq_len; t < (b + 1) * seq_len; t++) {
+        for (int64_t t = begin; t < end; t++) {
             const real *score = ref_row(scores, t), all = (real)(ref_sum(score, experts) + 1e-20);
             const struct bound last = find_bound(score, all, NULL, experts, topk);
             for (int64_t e = 0; e < experts; e++)
@@ -139,7 +142,7 @@ void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t seq_le
         for (int64_t first = 0; first < experts; first += REF_COLUMNS) {
             const int64_t width = experts - first < REF_COLUMNS ? experts - first : REF_COLUMNS;
             double sum[REF_COLUMNS] = { 0 };
-            for (int64_t t = b * seq_len; t < (b + 1) * seq_len; t++) {
+            for (int64_t t = begin; t < end; t++) {
                 const real *score = ref_row(scores, t);
                 const double all = ref_sum(score, experts) + 1e-20;
                 for (int64_t e = 0; e < width; e++)
@@ -151,7 +154,7 @@ void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t seq_le
     }
 }
 
-void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t full_seq_len, out_t metric)
+void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t seq_len, out_t metric)
 {
     const int64_t sequences = tensor_rows(count), experts = tensor_cols(count);
     real *total = ref_vector(metric, 1);
@@ -161,15 +164,15 @@ void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk,
     for (int64_t b = 0; b < sequences; b++)
         for (int64_t e = 0; e < experts; e++)
             sum += (double)ref_row(psum, b)[e] * (double)((const int64_t *)count->data)[b * experts + e];
-    if (sequences == 0 || full_seq_len == 0)
+    if (sequences == 0 || seq_len == 0)
         return;
-    const double s_full = (double)full_seq_len;
-    *total = (real)(*total + sum * (double)experts / ((double)topk * s_full * s_full) / (double)sequences);
+    const double length = (double)seq_len;
+    *total = (real)(*total + sum * (double)experts / ((double)topk * length * length) / (double)sequences);
 }
 
 /* ds_k = scaling (g_k - m)/Z over the chosen, ds_e += (ga_e - sum ga a)/Z_all over all; dl = ds s (1-s). */
 void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob, in_t dprob, double scaling, in_t count,
-                          double coeff, int64_t seq_len, int64_t full_seq_len, out_t dlogits)
+                          double coeff, int64_t first_row, int64_t seq_len, out_t dlogits)
 {
     const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), topk = tensor_cols(expert);
     const int32_t *choice = ref_index(expert, tokens * topk);
@@ -178,13 +181,13 @@ void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob,
     ref_expect(dprob, tokens, topk);
     ref_expect(dlogits, tokens, experts);
     if (count != NULL) {
-        ASSERT(tokens == tensor_rows(count) * seq_len && (full_seq_len > 0 || tokens == 0));
+        ASSERT(first_row >= 0 && first_row + tokens <= tensor_rows(count) * seq_len);
         ref_expect_dense(count, DTYPE_I64, tensor_rows(count) * experts);
     }
-    const double factor = coeff * (double)experts / ((double)topk * (double)full_seq_len);
+    const double factor = coeff * (double)experts / ((double)topk * (double)seq_len);
     for (int64_t t = 0; t < tokens; t++, choice += topk) {
         const real *score = ref_row(scores, t), *g = ref_row(dprob, t);
-        const int64_t *n = count != NULL ? (const int64_t *)count->data + t / seq_len * experts : NULL;
+        const int64_t *n = count != NULL ? (const int64_t *)count->data + (first_row + t) / seq_len * experts : NULL;
         real *dl = ref_row(dlogits, t);
         double sum = 1e-20, mean = 0, all = 1, balance = 0;
         for (int64_t k = 0; k < topk; k++) {
