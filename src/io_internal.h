@@ -110,10 +110,10 @@ struct io_tensor {             /* one dataset of a checkpoint */
     int32_t dtype, ndim;
     int64_t shape[TENSOR_MAX_DIMS], elements;
 };
-struct io_tensors {
+struct io_tensors { /* ordered by path, numbers in natural order */
     struct io_tensor *tensor;
     int count;
-}; /* by path, numbers in natural order */
+};
 
 /* One checksummed part of a dataset, as its writer cut it. */
 struct io_block {
@@ -132,8 +132,8 @@ struct io_manifest {
 void io_tensors_init(struct io_tensors *t, const struct topology *topo, const struct model *model,
                      bool with_optimizer);
 void io_tensors_free(struct io_tensors *t);
-struct io_tensor *io_tensors_find(const struct io_tensors *t,
-                                  const char *path); /* NULL when absent. Local. */
+/* NULL when absent. Local. */
+struct io_tensor *io_tensors_find(const struct io_tensors *t, const char *path);
 /* Write what this rank owns into the open file; its blocks come back in m (only block, n_blocks).
  * Local. */
 void io_tensors_write(const char *path, hid_t file, const struct io_tensors *t,
@@ -145,10 +145,10 @@ void io_tensors_read(const char *path, hid_t file, const struct io_manifest *m,
                      struct errors *errors);
 /* Blocks of all ranks to rank 0, ordered. Collective over the world. */
 void io_manifest_gather(struct io_manifest *m, const struct topology *topo);
+/* Group /manifest with its own checksum; a missing or damaged one is collected. Local, both. */
 void io_manifest_put(const char *path, hid_t file, const struct io_tensors *t,
-                     const struct io_manifest *m); /* Local */
-bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m,
-                     struct errors *errors); /* Local */
+                     const struct io_manifest *m);
+bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m, struct errors *errors);
 void io_manifest_free(struct io_manifest *m);
 /* Read block b of an open dataset of that dtype into buf (room for it) and compare its checksum; a
  * mistake is collected. Local. */

@@ -715,6 +715,31 @@ static void inspector_reads_a_good_file_and_refuses_foreign_ones(void **unused)
     job_close(&j);
 }
 
+static void bfloat16_is_read_by_h5py_as_float32(void **unused)
+{
+    char path[IO_PATH], command[3 * IO_PATH];
+    bool ok = true;
+    int64_t have = system("/usr/bin/python3 -c 'import h5py' > /dev/null 2>&1") == 0;
+    comm_host_reduce_i64(world, &have, 1, COMM_MIN);
+    if (!have) skip();
+    if (world->rank == 0) {
+        static const uint16_t bits[6] = { 0x3f80, 0xc049, 0x0000, 0x7f80, 0x0080, 0x4780 };
+        const int64_t shape[1] = { 6 };
+        hid_t file = io_create(in_scratch(path, "bf16.h5"), true), type = io_type(DTYPE_BF16);
+        io_put(path, file, "x", type, 1, shape, bits, NULL, NULL);
+        ok = H5Tget_size(type) == 2;
+        H5Tclose(type);
+        H5Fclose(file);
+        snprintf(command, sizeof command,
+                 "/usr/bin/python3 -c \"\nimport h5py, numpy as np\nx = h5py.File('%s')['x'][:]\n"
+                 "assert x.dtype == np.float32, x.dtype\n"
+                 "assert list(x) == [1, -3.140625, 0, np.inf, 2.0 ** -126, 65536], list(x)\n\"",
+                 path);
+        ok = ok && system(command) == 0;
+    }
+    agree(ok);
+}
+
 int main(int argc, char **argv)
 {
     if (!fixture_start(&argc, &argv)) return EXIT_ENVIRONMENT;
@@ -723,6 +748,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(slabs_cut_columns_and_experts),
         cmocka_unit_test(owners_are_the_first_replicas),
         cmocka_unit_test(shards_land_in_logical_rows_and_any_other_sharding_reads_them),
+        cmocka_unit_test(bfloat16_is_read_by_h5py_as_float32),
         cmocka_unit_test(saved_and_loaded_is_bitwise_equal),
         cmocka_unit_test(fp64_run_comes_back_bitwise),
         cmocka_unit_test(weights_only_and_without_optimizer),

@@ -5,7 +5,7 @@ Without --images: the demo's data set. Pictures are the colour emoji of Debian's
 four, scaled to several heights, on white. A caption begins with the picture's dominant colour, counted over its opaque pixels;
 then come the names (Unicode's), in a strip each with its own colour:
 
-    red: cherries                 blue: blue whale, grey hammer, blue trousers
+    red: cherries                 blue: blue whale, grey hammer, blue jeans
 
 so that a model must look to know the colours. A third of the shards each holds PNG, JPEG and WebP; besides captions there are
 samples of several pictures, interleaved documents, conversations and plain texts. No sample of valid/ has the emoji, in their order, of
@@ -20,6 +20,7 @@ import argparse
 import collections
 import colorsys
 import io
+import itertools
 import json
 import os
 import random
@@ -101,6 +102,7 @@ def dominant(emoji):
 
 
 def read_emoji(path, image_module):
+    """Those with a short name and one colour on at least half of them: what a tiny model can learn in minutes."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError:
@@ -115,8 +117,10 @@ def read_emoji(path, image_module):
     emoji, words = [], {}
     for code, glyph in sorted(glyphs.items()):
         name = unicodedata.name(chr(code), "").lower()
-        if glyph in strike and code > 0x2300 and re.fullmatch(r"[a-z]+( [a-z]+)?", name) and len(name) <= 14:
-            emoji.append(Emoji(name, bytes(strike[glyph].imageData), image_module, words))
+        if glyph in strike and code > 0x2300 and re.fullmatch(r"[a-z]{2,8}", name):
+            one = Emoji(name, bytes(strike[glyph].imageData), image_module, words)
+            if 2 * one.colours[one.colour] >= sum(one.colours.values()):
+                emoji.append(one)
     if len(emoji) < 50:
         fail("%s: only %d usable emoji; is it the Noto colour emoji font?" % (path, len(emoji)))
     return emoji
@@ -128,13 +132,15 @@ class Demo:
     def __init__(self, emoji, image_module, seed):
         self.emoji, self.image_module, self.random = emoji, image_module, random.Random(seed)
         self.seen = {"train": set(), "valid": set()}
+        frequency = collections.Counter(e.colour for e in emoji)   # rare colours are drawn more often, so that guessing costs more
+        self.weights = list(itertools.accumulate(frequency[e.colour] ** -0.5 for e in emoji))
         self.held_out = set(self.random.sample(range(len(emoji)), len(emoji) // 8))   # alone only in valid
 
     def draw(self, split, count):
         """`count` emoji in an order that the other split does not have."""
         other = self.seen["valid" if split == "train" else "train"]
         while True:
-            picks = tuple(self.random.randrange(len(self.emoji)) for _ in range(count))
+            picks = tuple(self.random.choices(range(len(self.emoji)), cum_weights=self.weights, k=count))
             if count == 1 and (picks[0] in self.held_out) != (split == "valid"):
                 continue
             if picks not in other:
