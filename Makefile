@@ -12,7 +12,7 @@ VERSION = 0.1.0
 GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 
 CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) -fno-math-errno $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
-LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -larchive -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl
+LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl
 LDFLAGS = $(SANFLAGS_$(SAN)) -Wl,--as-needed
 
 SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(if $(CUDA_HOME),,src/cuda/none.c)

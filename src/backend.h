@@ -17,7 +17,13 @@
 #include <stdbool.h>
 #include "tensor.h"
 
-struct stream { const char *name; void *native; };
+struct comm_pending;              /* comm.h's */
+struct stream {
+    const char *name;
+    void *native;
+    bool deferred;                /* communication on it may return before it is done: comm->drain */
+    struct comm_pending *pending; /* what was started and not drained; owned by comm */
+};
 struct event { void *native; };
 
 enum backend_activation { BACKEND_RELU2, BACKEND_GELU };          /* relu(x)^2; fgelu of model.md 2.5 */
@@ -78,7 +84,7 @@ struct backend_ops {
     void (*gather_rows)(struct stream *s, in_t in, in_t index, out_t out);
     /* out[i,:] = sum over k of in[index[i,k],:] in order of k, accumulated in acc, rounded once; beta 0 or 1: out = beta*out + sum. */
     void (*gather_sum_rows)(struct stream *s, in_t in, in_t index, double beta, out_t out);
-    /* Text and pictures merged: out[t,:] = image_row[t] >= 0 ? image[image_row[t],:] : (first <= ids[t] < first+rows(table) ?
+    /* Text and pictures merged: out[t,:] = image_row[t] >= 0 ? image[image_row[t],:] (0 when image is NULL) : (first <= ids[t] < first+rows(table) ?
      * table[ids[t]-first,:] : 0). image_row I32 [T]. */
     void (*embed_merge_forward)(struct stream *s, in_t ids, in_t image_row, in_t table, int64_t first, in_t image, out_t out);
     /* dimage[image_row[t],:] = dout[t,:] (NULL: not needed); dtable (acc; NULL when frozen) +=, tokens in ascending order. */

@@ -45,8 +45,6 @@ void code_visit(void (*visit)(void *ctx, const char *key, const char *value), vo
     visit(ctx, "cudnn", missing ? "no" : text);
     version_of_string(text, "zlibVersion");
     visit(ctx, "zlib", text);
-    version_of_string(text, "archive_version_string");
-    visit(ctx, "libarchive", text);
     version_of_string(text, "png_get_libpng_ver");
     visit(ctx, "libpng", text);
     webp_version(text);

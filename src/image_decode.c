@@ -1,9 +1,10 @@
 /* image_decode.c - JPEG, PNG and WebP files to RGB; see image.h for what counts as broken.
  *
- * libjpeg and libpng report errors by a long jump. All that must survive one lives in a struct outside the function that
- * calls setjmp, so no local variable can be clobbered and one place frees the decoder on every way out.
- * Bounds against hostile files: pixels and sides from the header before any buffer; the decoder's own memory; scans of a
- * progressive JPEG (each one walks over the whole picture, so large pictures may have fewer); size and number of PNG chunks.
+ * libjpeg and libpng report errors by a long jump. All that must survive one lives in a struct
+ * outside the function that calls setjmp, so no local variable can be clobbered and one place frees
+ * the decoder on every way out. Bounds against hostile files: pixels and sides from the header
+ * before any buffer; the decoder's own memory; scans of a progressive JPEG (each one walks over the
+ * whole picture, so large pictures may have fewer); size and number of PNG chunks.
  */
 #include <setjmp.h>
 #include <stdio.h>
@@ -17,14 +18,16 @@
 #include "image.h"
 
 enum { PNG_CHUNK_BYTES = 8 << 20, PNG_CHUNKS = 128, JPEG_MARKERS_BYTES = 16 << 20 };
-enum { SCANS_ANY_SIZE = 16 };         /* a progressive JPEG of the largest size may have so many scans (usual: 10) */
+enum {
+    SCANS_ANY_SIZE = 16
+}; /* a progressive JPEG of the largest size may have so many scans (usual: 10) */
 
 /* One picture being read: what the three decoders share. */
 struct reading {
     const uint8_t *bytes;
-    size_t n, at;                     /* at: read position (PNG) */
+    size_t n, at; /* at: read position (PNG) */
     struct image_limits limits;
-    struct image *out;                /* NULL: the header only */
+    struct image *out; /* NULL: the header only */
     int64_t width, height;
     char *why;
     size_t why_size;
@@ -38,10 +41,14 @@ static bool read_jpeg(struct reading *r);
 static bool read_png(struct reading *r);
 static bool read_webp(struct reading *r);
 
-bool image_probe(const uint8_t *bytes, size_t n, int *width, int *height, char *why, size_t why_size)
+bool image_probe(const uint8_t *bytes, size_t n, int *width, int *height, char *why,
+                 size_t why_size)
 {
-    struct reading r = { .bytes = bytes, .n = n, .limits = { IMAGE_MAX_PIXELS, IMAGE_MAX_SIDE, IMAGE_MAX_SCANS },
-                         .why = why, .why_size = why_size };
+    struct reading r = { .bytes = bytes,
+                         .n = n,
+                         .limits = { IMAGE_MAX_PIXELS, IMAGE_MAX_SIDE, IMAGE_MAX_SCANS },
+                         .why = why,
+                         .why_size = why_size };
     if (!read_any(&r))
         return false;
     *width = (int)r.width;
@@ -49,11 +56,15 @@ bool image_probe(const uint8_t *bytes, size_t n, int *width, int *height, char *
     return true;
 }
 
-bool image_decode(const uint8_t *bytes, size_t n, const struct image_limits *limits, struct image *out, char *why,
-                  size_t why_size)
+bool image_decode(const uint8_t *bytes, size_t n, const struct image_limits *limits,
+                  struct image *out, char *why, size_t why_size)
 {
-    struct reading r = { .bytes = bytes, .n = n, .limits = { IMAGE_MAX_PIXELS, IMAGE_MAX_SIDE, IMAGE_MAX_SCANS },
-                         .out = out, .why = why, .why_size = why_size };
+    struct reading r = { .bytes = bytes,
+                         .n = n,
+                         .limits = { IMAGE_MAX_PIXELS, IMAGE_MAX_SIDE, IMAGE_MAX_SCANS },
+                         .out = out,
+                         .why = why,
+                         .why_size = why_size };
     if (limits)
         r.limits = *limits;
     return read_any(&r);
@@ -87,7 +98,8 @@ static bool read_any(struct reading *r)
         char first[24] = "";
         for (size_t i = 0; i < r->n && i < 8; i++)
             snprintf(first + 2 * i, sizeof first - 2 * i, "%02x", r->bytes[i]);
-        snprintf(r->why, r->why_size, "neither JPEG, PNG nor WebP (it begins with the bytes %s)", first);
+        snprintf(r->why, r->why_size, "neither JPEG, PNG nor WebP (it begins with the bytes %s)",
+                 first);
         return false;
     }
     return format[0] == 'J' ? read_jpeg(r) : format[0] == 'P' ? read_png(r) : read_webp(r);
@@ -99,12 +111,15 @@ static bool accept_size(struct reading *r, int64_t width, int64_t height)
     r->width = width;
     r->height = height;
     if (width < 1 || height < 1) {
-        snprintf(r->why, r->why_size, "the header claims %lld x %lld pixels", (long long)width, (long long)height);
+        snprintf(r->why, r->why_size, "the header claims %lld x %lld pixels", (long long)width,
+                 (long long)height);
         return false;
     }
     if (width > r->limits.side || height > r->limits.side || width * height > r->limits.pixels) {
-        snprintf(r->why, r->why_size, "the header claims %lld x %lld pixels; the limits are %ld a side and %lld in all",
-                 (long long)width, (long long)height, (long)r->limits.side, (long long)r->limits.pixels);
+        snprintf(r->why, r->why_size,
+                 "the header claims %lld x %lld pixels; the limits are %ld a side and %lld in all",
+                 (long long)width, (long long)height, (long)r->limits.side,
+                 (long long)r->limits.pixels);
         return false;
     }
     return true;
@@ -132,8 +147,8 @@ struct jpeg_reading {
     struct jpeg_error_mgr error;
     struct jpeg_progress_mgr progress;
     jmp_buf escape;
-    int scans;                        /* allowed */
-    uint8_t *cmyk;                    /* one row */
+    int scans;     /* allowed */
+    uint8_t *cmyk; /* one row */
 };
 
 static void jpeg_describe(struct jpeg_reading *j, j_common_ptr cinfo)
@@ -159,16 +174,14 @@ static void jpeg_on_message(j_common_ptr cinfo, int level)
     case JWRN_EXTRANEOUS_DATA:
     case JWRN_TOO_MUCH_DATA:
     case JWRN_ADOBE_XFORM:
-    case JWRN_JFIF_MAJOR:
-        return;
-    default:
-        jpeg_on_error(cinfo);
+    case JWRN_JFIF_MAJOR: return;
+    default: jpeg_on_error(cinfo);
     }
 }
 
 static void jpeg_no_output(j_common_ptr cinfo)
 {
-    (void)cinfo;                      /* libjpeg would print to stderr */
+    (void)cinfo; /* libjpeg would print to stderr */
 }
 
 static void jpeg_on_progress(j_common_ptr cinfo)
@@ -176,7 +189,8 @@ static void jpeg_on_progress(j_common_ptr cinfo)
     struct jpeg_reading *j = cinfo->client_data;
     if (j->cinfo.input_scan_number <= j->scans)
         return;
-    snprintf(j->r->why, j->r->why_size, "progressive JPEG of %lld x %lld pixels with more than %d scans",
+    snprintf(j->r->why, j->r->why_size,
+             "progressive JPEG of %lld x %lld pixels with more than %d scans",
              (long long)j->r->width, (long long)j->r->height, j->scans);
     longjmp(j->escape, 1);
 }
@@ -186,7 +200,7 @@ static void cmyk_to_rgb(const uint8_t *cmyk, int64_t width, uint8_t *rgb)
 {
     for (int64_t x = 0; x < width; x++, cmyk += 4, rgb += 3)
         for (int c = 0; c < 3; c++) {
-            const int product = (255 - cmyk[c]) * cmyk[3] + 128;   /* rounded division by 255 */
+            const int product = (255 - cmyk[c]) * cmyk[3] + 128; /* rounded division by 255 */
             rgb[c] = (uint8_t)(cmyk[3] - (((product >> 8) + product) >> 8));
         }
 }
@@ -249,7 +263,7 @@ struct png_reading {
     struct reading *r;
     png_structp png;
     png_infop info;
-    png_bytep *row;                   /* [height] */
+    png_bytep *row; /* [height] */
     jmp_buf escape;
 };
 
@@ -262,7 +276,7 @@ static void png_on_error(png_structp png, png_const_charp message)
 
 static void png_on_warning(png_structp png, png_const_charp message)
 {
-    (void)png;                        /* colour profiles and text chunks: no picture data */
+    (void)png; /* colour profiles and text chunks: no picture data */
     (void)message;
 }
 
@@ -280,7 +294,8 @@ static bool png_run(struct png_reading *p)
     png_structp png = p->png;
     if (setjmp(p->escape))
         return false;
-    /* The library's own limit would give a sentence without the numbers, so it is the format's; ours follows at once. */
+    /* The library's own limit would give a sentence without the numbers, so it is the format's;
+     * ours follows at once. */
     png_set_user_limits(png, 0x7fffffff, 0x7fffffff);
     png_set_chunk_malloc_max(png, PNG_CHUNK_BYTES);
     png_set_chunk_cache_max(png, PNG_CHUNKS);
@@ -291,7 +306,7 @@ static bool png_run(struct png_reading *p)
     if (!p->r->out)
         return true;
 
-    png_set_strip_16(png);            /* the high byte */
+    png_set_strip_16(png); /* the high byte */
     png_set_packing(png);
     if (png_get_color_type(png, p->info) == PNG_COLOR_TYPE_PALETTE)
         png_set_palette_to_rgb(png);
@@ -323,8 +338,8 @@ static bool read_png(struct reading *r)
     if (p->info)
         ok = png_run(p);
     else
-        snprintf(r->why, r->why_size, "libpng did not start (header %s, library %s)", PNG_LIBPNG_VER_STRING,
-                 png_get_libpng_ver(NULL));
+        snprintf(r->why, r->why_size, "libpng did not start (header %s, library %s)",
+                 PNG_LIBPNG_VER_STRING, png_get_libpng_ver(NULL));
     png_destroy_read_struct(&p->png, &p->info, NULL);
     free(p->row);
     free(p);

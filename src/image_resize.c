@@ -1,8 +1,9 @@
 /* image_resize.c - bicubic resize, the grid of patches, normalised patches (training.md 6.8).
  *
- * The resize repeats the imaging library's arithmetic step by step (its src/libImaging/Resample.c, 8 bits a channel): weights in double,
- * normalised, then rounded to 22 fractional bits; integer sums; a horizontal pass into bytes, then a vertical one; a pass is
- * left out where the size stays. Each product stands in its own statement where a fused multiply-add could change a weight.
+ * The resize repeats the imaging library's arithmetic step by step (its src/libImaging/Resample.c,
+ * 8 bits a channel): weights in double, normalised, then rounded to 22 fractional bits; integer
+ * sums; a horizontal pass into bytes, then a vertical one; a pass is left out where the size stays.
+ * A compiler that fuses multiply and add moves a weight by an ulp of double, far below the 22 bits.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -14,9 +15,9 @@ enum { WEIGHT_BITS = 32 - 8 - 2 };
 
 /* Output k = sum over j < count[k] of weight[k*width + j] * input[first[k] + j]. */
 struct resample {
-    int out, width;                   /* outputs; weights reserved per output */
-    int *first, *count;               /* [out] */
-    int32_t *weight;                  /* [out, width] fixed point */
+    int out, width;     /* outputs; weights reserved per output */
+    int *first, *count; /* [out] */
+    int32_t *weight;    /* [out, width] fixed point */
 };
 
 static void resample_init(struct resample *r, int in, int out);
@@ -49,7 +50,8 @@ void image_resize(const struct image *in, int width, int height, struct image *o
     image_free(&between);
 }
 
-void image_grid(int width, int height, int patch, int64_t min_patches, int64_t max_patches, int merge, int *tw, int *th)
+void image_grid(int width, int height, int patch, int64_t min_patches, int64_t max_patches,
+                int merge, int *tw, int *th)
 {
     ASSERT(width >= 1 && height >= 1 && patch >= 1 && min_patches >= 1 && merge >= 1);
     ASSERT(max_patches == 0 || max_patches >= (int64_t)merge * merge);
@@ -71,10 +73,12 @@ void image_grid(int width, int height, int patch, int64_t min_patches, int64_t m
     rows = fmax(rows, merge);
     const double over_columns = fmod(columns, merge);
     if (over_columns > 0)
-        columns += (columns + merge - over_columns) * rows <= limit ? merge - over_columns : -over_columns;
+        columns += (columns + merge - over_columns) * rows <= limit ? merge - over_columns
+                                                                    : -over_columns;
     columns = fmax(columns, merge);
-    /* The floors of 1 and `merge` (thin pictures) or the ceilings may have left too many; the longer side gives way. At least
-     * `merge` remains of it: (shorter - 1)^2 < limit and limit >= merge^2. */
+    /* The floors of 1 and `merge` (thin pictures) or the ceilings may have left too many; the
+     * longer side gives way. At least `merge` remains of it: (shorter - 1)^2 < limit and limit >=
+     * merge^2. */
     double *longer = columns >= rows ? &columns : &rows;
     const double shorter = columns >= rows ? rows : columns;
     if (rows * columns > limit)
@@ -84,27 +88,28 @@ void image_grid(int width, int height, int patch, int64_t min_patches, int64_t m
     *th = (int)rows;
 }
 
-/* One loop for both precisions: mean and deviation are applied in double to the 256 values of each channel. */
-#define DEFINE_PATCHIFY(name, type)                                                               \
-    int64_t name(const struct image *im, int patch, type *out)                                    \
-    {                                                                                             \
-        static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 };                      \
-        static const double deviation[3] = { 0.26862954, 0.26130258, 0.27577711 };                \
-        ASSERT(patch >= 1 && im->width % patch == 0 && im->height % patch == 0);                  \
-        type value[3][256];                                                                       \
-        for (int c = 0; c < 3; c++)                                                               \
-            for (int v = 0; v < 256; v++)                                                         \
-                value[c][v] = (type)((v / 255.0 - mean[c]) / deviation[c]);                       \
-        const int64_t tw = im->width / patch, th = im->height / patch;                            \
-        for (int64_t ty = 0; ty < th; ty++)                                                       \
-            for (int64_t tx = 0; tx < tw; tx++)                                                   \
-                for (int c = 0; c < 3; c++)                                                       \
-                    for (int64_t y = ty * patch; y < (ty + 1) * patch; y++) {                     \
-                        const uint8_t *row = im->rgb + (size_t)(y * im->width + tx * patch) * 3;  \
-                        for (int x = 0; x < patch; x++)                                           \
-                            *out++ = value[c][row[3 * x + c]];                                    \
-                    }                                                                             \
-        return tw * th;                                                                           \
+/* One loop for both precisions: mean and deviation are applied in double to the 256 values of each
+ * channel. */
+#define DEFINE_PATCHIFY(name, type)                                                              \
+    int64_t name(const struct image *im, int patch, type *out)                                   \
+    {                                                                                            \
+        static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 };                     \
+        static const double deviation[3] = { 0.26862954, 0.26130258, 0.27577711 };               \
+        ASSERT(patch >= 1 && im->width % patch == 0 && im->height % patch == 0);                 \
+        type value[3][256];                                                                      \
+        for (int c = 0; c < 3; c++)                                                              \
+            for (int v = 0; v < 256; v++)                                                        \
+                value[c][v] = (type)((v / 255.0 - mean[c]) / deviation[c]);                      \
+        const int64_t tw = im->width / patch, th = im->height / patch;                           \
+        for (int64_t ty = 0; ty < th; ty++)                                                      \
+            for (int64_t tx = 0; tx < tw; tx++)                                                  \
+                for (int c = 0; c < 3; c++)                                                      \
+                    for (int64_t y = ty * patch; y < (ty + 1) * patch; y++) {                    \
+                        const uint8_t *row = im->rgb + (size_t)(y * im->width + tx * patch) * 3; \
+                        for (int x = 0; x < patch; x++)                                          \
+                            *out++ = value[c][row[3 * x + c]];                                   \
+                    }                                                                            \
+        return tw * th;                                                                          \
     }
 DEFINE_PATCHIFY(image_patchify_f32, float)
 DEFINE_PATCHIFY(image_patchify_f64, double)
@@ -158,7 +163,8 @@ static void resample_init(struct resample *r, int in, int out)
         r->count[k] = hi - lo;
         for (int j = 0; j < hi - lo; j++) {
             const double fixed = (sum != 0.0 ? w[j] / sum : w[j]) * (1 << WEIGHT_BITS);
-            r->weight[(size_t)k * (size_t)r->width + (size_t)j] = (int32_t)(fixed < 0 ? fixed - 0.5 : fixed + 0.5);
+            r->weight[(size_t)k * (size_t)r->width + (size_t)j] =
+                (int32_t)(fixed < 0 ? fixed - 0.5 : fixed + 0.5);
         }
     }
     free(w);
@@ -187,7 +193,8 @@ static void pass_horizontal(const struct image *in, const struct resample *r, st
         for (int k = 0; k < r->out; k++, to += 3) {
             const int32_t *w = r->weight + (size_t)k * (size_t)r->width;
             const uint8_t *p = from + (size_t)r->first[k] * 3;
-            int32_t sum[3] = { 1 << (WEIGHT_BITS - 1), 1 << (WEIGHT_BITS - 1), 1 << (WEIGHT_BITS - 1) };
+            int32_t sum[3] = { 1 << (WEIGHT_BITS - 1), 1 << (WEIGHT_BITS - 1),
+                               1 << (WEIGHT_BITS - 1) };
             for (int j = 0; j < r->count[k]; j++, p += 3)
                 for (int c = 0; c < 3; c++)
                     sum[c] += p[c] * w[j];

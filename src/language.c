@@ -6,6 +6,10 @@
  * Backward starts from the SUM (g = mask): no division by tokens or micro-batches happens here; the optimizer divides once by the
  * global number of loss tokens. Padded vocabulary rows take part in the softmax. One activation slot: a forward is followed by
  * its backward before the next forward.
+ *
+ * Tensor parallelism (t ranks): embedding and output rows are cut over the vocabulary, the residual stream by tokens (T/t rows, linear.h).
+ * The embedding's partial rows are summed and cut in one step; pictures are merged on tp rank 0 alone, the others add zero there, so only
+ * that rank needs the embeddings and only it returns their gradient. Every rank holds the whole loss; one of them counts.
  */
 #include "language.h"
 
@@ -29,12 +33,12 @@ struct language {
     struct tensor ids, labels;             /* I64 [T] */
     struct tensor mask;                    /* acc [T] */
     struct tensor image_row;               /* I32 [T] */
-    struct tensor x_last;                  /* [T,H] output of the last layer */
-    struct tensor rs, hidden;              /* acc [T], [T,H]: final norm */
-    struct tensor logits;                  /* [T,Vp], in backward their gradient */
+    struct tensor x_last;                  /* [T/t,H] output of the last layer */
+    struct tensor rs, hidden;              /* acc [T/t], [T/t,H]: final norm */
+    struct tensor logits;                  /* [T,Vp/t], in backward their gradient */
     struct tensor mx, se, pl, loss;        /* acc [T] */
     struct tensor loss_sum, metric;        /* acc [1] over micro-batches */
-    struct tensor dx, dhidden;             /* [T,H] */
+    struct tensor dx, dhidden;             /* [T/t,H] */
     struct tensor dimage;                  /* [rows,H] */
     int64_t image_rows;                    /* of the micro-batch in the slot */
     struct tensor host_mask, host_cu;      /* acc [T], I32 [B+1] on the host, for the copies to the device */
@@ -71,7 +75,7 @@ struct language *language_init(struct model *m)
 
 static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens, int64_t sequences)
 {
-    l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, tokens, m->deck->language.hidden_size);
+    l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens), m->deck->language.hidden_size);
     switch (l->kind) {
     case 'M': mamba_plan(m, l->mamba, as, tokens, sequences); break;
     case '*': attention_plan(m, l->attention, as, tokens); break;
@@ -86,17 +90,23 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     const struct deck *deck = m->deck;
     const int64_t b = deck->batch.micro_batch_size, s = deck->language.seq_length, t = b * s;
     const int64_t h = deck->language.hidden_size, vp = deck->derived.padded_vocab / m->topo->language.tp_size;
+    const int64_t local = linear_local_rows(m, t);
     lm->batch = (struct ragged){ .tokens = t, .segments = b, .max_len = s };
     lm->batch.cu = arena_1d(acts, "language.cu", DTYPE_I32, b + 1);
     lm->ids = arena_1d(acts, "language.ids", DTYPE_I64, t);
     lm->labels = arena_1d(acts, "language.labels", DTYPE_I64, t);
     lm->mask = arena_1d(acts, "language.mask", m->acc, t);
     lm->image_row = arena_1d(acts, "language.image_row", DTYPE_I32, t);
+    const size_t mark = arena_mark(work);
+    if (m->topo->language.tp_size > 1) {
+        m->gathered = arena_2d(work, "language.gathered", m->act, t, h);
+        m->partial = arena_2d(work, "language.partial", m->act, t, h);
+    }
     for (int i = 0; i < lm->n_layers; i++)
         plan_layer(m, &lm->layer[i], as, t, b);
-    lm->x_last = arena_2d(acts, "language.x_last", m->act, t, h);
-    lm->rs = arena_1d(acts, "language.rs", m->acc, t);
-    lm->hidden = arena_2d(acts, "language.hidden", m->act, t, h);
+    lm->x_last = arena_2d(acts, "language.x_last", m->act, local, h);
+    lm->rs = arena_1d(acts, "language.rs", m->acc, local);
+    lm->hidden = arena_2d(acts, "language.hidden", m->act, local, h);
     lm->logits = arena_2d(acts, "language.logits", m->act, t, vp);
     lm->mx = arena_1d(acts, "language.loss_max", m->acc, t);
     lm->se = arena_1d(acts, "language.loss_sum_exp", m->acc, t);
@@ -104,10 +114,9 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     lm->loss = arena_1d(acts, "language.loss", m->acc, t);
     lm->loss_sum = arena_1d(acts, "language.total_loss", m->acc, 1);
     lm->metric = arena_1d(acts, "language.balance_metric", m->acc, 1);
-    lm->dx = arena_2d(acts, "language.dx", m->act, t, h);
+    lm->dx = arena_2d(acts, "language.dx", m->act, local, h);
     lm->dimage = arena_2d(acts, "language.dimage", m->act, t, h);
-    const size_t mark = arena_mark(work);
-    lm->dhidden = arena_2d(work, "language.dhidden", m->act, t, h);
+    lm->dhidden = arena_2d(work, "language.dhidden", m->act, local, h);
     arena_rewind(work, mark);
     lm->host_mask = arena_1d(&as->a[ARENA_DATA], "language.host_mask", m->acc, t);
     lm->host_cu = arena_1d(&as->a[ARENA_DATA], "language.host_cu", DTYPE_I32, b + 1);
@@ -172,14 +181,47 @@ static const struct tensor *first_input(const struct language *lm)
     return lm->n_layers > 0 ? &lm->layer[0].x : &lm->x_last;
 }
 
+/* First vocabulary row of this rank's part of embedding and output. */
+static int64_t first_word(const struct model *m)
+{
+    const struct grid *g = &m->topo->language;
+    return g->tp_rank * (m->deck->derived.padded_vocab / g->tp_size);
+}
+
+static void embed(struct model *m, struct language *lm, const struct tensor *image, const struct tensor *x)
+{
+    const bool alone = m->topo->language.tp_size == 1;
+    const struct tensor *whole = alone ? x : &m->partial;
+    m->be->embed_merge_forward(m->compute, &lm->ids, &lm->image_row, &model_param(m, lm->embedding)->value, first_word(m),
+                               m->topo->language.tp_rank == 0 ? image : NULL, whole);
+    linear_reduce(m, whole, x);
+}
+
+/* Loss of every token from the logits of all ranks' words. */
+static void loss(struct model *m, struct language *lm)
+{
+    const struct backend_ops *be = m->be;
+    const struct group *tp = &m->topo->language.tp;
+    struct stream *s = m->compute;
+    be->loss_max(s, &lm->logits, &lm->mx);
+    if (tp->size > 1)
+        m->comm->all_reduce(tp->comm, &lm->mx, COMM_MAX, s);
+    be->loss_sum(s, &lm->logits, &lm->labels, first_word(m), &lm->mx, &lm->se, &lm->pl);
+    if (tp->size > 1) {
+        m->comm->all_reduce(tp->comm, &lm->se, COMM_SUM, s);
+        m->comm->all_reduce(tp->comm, &lm->pl, COMM_SUM, s);
+    }
+    be->loss_finish(s, &lm->se, &lm->pl, &lm->mask, &lm->loss, &lm->loss_sum);
+}
+
 void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train)
 {
     struct language *lm = m->language;
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    ASSERT(slot == 0 && tensor_rows(image) == text->image_rows);
+    ASSERT(slot == 0 && (m->topo->language.tp_rank != 0 || tensor_rows(image) == text->image_rows));
     load_batch(m, lm, text);
-    be->embed_merge_forward(s, &lm->ids, &lm->image_row, &model_param(m, lm->embedding)->value, 0, image, first_input(lm));
+    embed(m, lm, image, first_input(lm));
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
         const struct tensor *y = layer_output(lm, i);
@@ -191,10 +233,8 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
         }
     }
     be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps, &lm->hidden, &lm->rs);
-    linear_forward(m, model_param(m, lm->output), &lm->hidden, NULL, &lm->logits);
-    be->loss_max(s, &lm->logits, &lm->mx);
-    be->loss_sum(s, &lm->logits, &lm->labels, 0, &lm->mx, &lm->se, &lm->pl);
-    be->loss_finish(s, &lm->se, &lm->pl, &lm->mask, &lm->loss, &lm->loss_sum);
+    linear_forward(m, model_param(m, lm->output), linear_gather(m, &lm->hidden, &m->gathered), NULL, &lm->logits);
+    loss(m, lm);
 }
 
 struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient)
@@ -204,8 +244,8 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     struct stream *s = m->compute;
     const struct param *norm = model_param(m, lm->final_norm);
     ASSERT(slot == 0);
-    be->loss_backward(s, &lm->labels, 0, &lm->mx, &lm->se, &lm->mask, &lm->logits);
-    linear_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, 0.0, &lm->dhidden);
+    be->loss_backward(s, &lm->labels, first_word(m), &lm->mx, &lm->se, &lm->mask, &lm->logits);
+    linear_column_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, &lm->dhidden);
     be->fill(s, &lm->dx, 0.0);
     be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx, param_grad(norm));
     for (int i = lm->n_layers - 1; i >= 0; i--) {
@@ -218,10 +258,10 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
         }
     }
     struct tensor dimage = { 0 };
-    if (want_image_gradient)
+    if (want_image_gradient && m->topo->language.tp_rank == 0)
         dimage = tensor_row_range(&lm->dimage, 0, lm->image_rows);
-    be->embed_merge_backward(s, &lm->ids, &lm->image_row, &lm->dx, 0, param_grad(model_param(m, lm->embedding)),
-                             want_image_gradient ? &dimage : NULL);
+    be->embed_merge_backward(s, &lm->ids, &lm->image_row, linear_gather(m, &lm->dx, &m->gathered), first_word(m),
+                             param_grad(model_param(m, lm->embedding)), dimage.data ? &dimage : NULL);
     return dimage;
 }
 

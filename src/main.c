@@ -1,4 +1,5 @@
 /* main.c - prolog, loop, epilog. Every rank takes the same way through main and leaves with the same status. */
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include "backend.h"
@@ -12,6 +13,13 @@
 #include "timer.h"
 #include "tool.h"
 #include "train.h"
+
+/* A closed standard descriptor would be given to the next file that is opened, and be read as the deck or written as the log. */
+static void open_standard_streams(void)
+{
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", O_RDWR) != fd) return;
+}
 
 /* Rank 0 reads the deck's text; every rank gets the same bytes and parses them. NULL: there is none, said in errors. */
 static char *share_deck_text(const struct cli *cli, struct comm *world, size_t *length, struct errors *errors)
@@ -118,6 +126,7 @@ int main(int argc, char **argv)
     int status;
 
     /* 1. command line; what needs one process and no launcher is done at once */
+    open_standard_streams();
     backend_blas_start(argv);
     cli_parse(&cli, argc, argv, &errors);
     if (errors.count == 0 && tool_is_local(&cli)) return tool_run(&cli);

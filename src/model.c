@@ -207,8 +207,7 @@ static int64_t full_row(const struct param *p, int64_t r, int size, int rank)
     FATAL(EXIT_INTERNAL, "parameter %s: row outside its blocks", p->name);
 }
 
-/* Element (row, col) of this rank's shard, rows over dimension 0, as an index of the full tensor. */
-static uint64_t full_index(const struct model *m, const struct param *p, int64_t row, int64_t col, int64_t local_cols)
+uint64_t model_full_index(const struct model *m, const struct param *p, int64_t row, int64_t col)
 {
     const struct grid *g = module_grid(m->topo, p->module);
     int64_t full_cols = 1;
@@ -219,7 +218,7 @@ static uint64_t full_index(const struct model *m, const struct param *p, int64_t
     else if (p->shard == PARAM_SPLIT_ROWS)
         row = full_row(p, row, g->tp_size, g->tp_rank);
     else if (p->shard == PARAM_SPLIT_COLS)
-        col += g->tp_rank * local_cols;
+        col += g->tp_rank * (full_cols / g->tp_size);
     return (uint64_t)(row * full_cols + col);
 }
 
@@ -231,7 +230,7 @@ static void initialise_param(struct model *m, struct param *p, float *host)
     const int64_t rows = p->value.shape[0], cols = tensor_numel(&p->value) / (rows ? rows : 1);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c++)
-            host[r * cols + c] = (float)initial_value(p, key, full_index(m, p, r, c, cols));
+            host[r * cols + c] = (float)initial_value(p, key, model_full_index(m, p, r, c));
     const struct tensor src = tensor_view(host, DTYPE_F32, PLACE_HOST, p->ndim, p->value.shape);
     m->be->cast(m->compute, &src, &p->value);
     m->be->stream_sync(m->compute);

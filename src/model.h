@@ -101,6 +101,9 @@ int model_add_vector(struct model *m, const struct param *base, int64_t n, enum 
 struct param *model_param(struct model *m, int index);
 struct param *model_find_param(struct model *m, enum model_module module, const char *name);   /* NULL when absent */
 
+/* Index in the full tensor of element (row, col) of this rank's shard, rows counted over dimension 0. Local. */
+uint64_t model_full_index(const struct model *m, const struct param *p, int64_t row, int64_t col);
+
 /* ---- one micro-batch ----------------------------------------------------------------------------------------------- */
 
 /* Encoder and projector on pictures; `slot` holds what backward needs. Returns the embeddings [N_img, H], valid until the slot is used
@@ -109,9 +112,11 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
 /* d_embedding [N_img, H] act. Accumulates parameter gradients. Local. */
 void model_encoder_backward(struct model *m, int slot, const struct tensor *d_embedding);
 /* Language module on tokens and picture embeddings [image_rows, H]; adds the micro-batch's loss sum to model_loss_sum. train: counts tokens per
- * expert, computes the auxiliary loss and keeps what backward needs. Local. */
+ * expert, computes the auxiliary loss and keeps what backward needs.
+ * `image` is read on tp rank 0 only. Collective over language tp and ep. */
 void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train);
-/* Returns d of the picture embeddings [image_rows, H] (valid until the next call), data NULL when not wanted. Local. */
+/* Returns d of the picture embeddings [image_rows, H] (valid until the next call); data NULL when not wanted or on tp ranks other than 0.
+ * Collective over language tp and ep. */
 struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient);
 /* Rows of the encoder's output on this rank at most (sizes the bridge's buffers). Local. */
 int64_t model_max_image_rows(const struct model *m);

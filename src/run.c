@@ -152,6 +152,13 @@ static void catch_signals(bool term)
     signal(SIGPIPE, SIG_IGN);
 }
 
+static bool exists(const char *dir, const char *name)
+{
+    char path[PATH_BYTES];
+
+    return access(path_of(dir, name, path), F_OK) == 0;
+}
+
 /* ---- life of a run ------------------------------------------------------------------------------------------------ */
 
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
@@ -170,7 +177,9 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
         }
         if (r->lock >= 0) {
             unlink(path_of(r->dir, "EXIT", path));
-            unlink(path_of(r->dir, "STOP", path));
+            if (exists(r->dir, "STOP"))
+                errors_add(errors, EXIT_DECK, "mimo: error: %s lies there and would end the run at once; remove it first",
+                           path_of(r->dir, "STOP", path));
         }
         ours = r->lock >= 0;
     }
@@ -200,13 +209,6 @@ static void keep_file(const char *dir, const char *name, int number)
     path_of(dir, name, from);
     snprintf(to, sizeof to, "%s.%d", from, number);
     CHECK_SYS(rename(from, to) == 0, EXIT_WRITE, "%s: cannot keep it as %s", from, to);
-}
-
-static bool exists(const char *dir, const char *name)
-{
-    char path[PATH_BYTES];
-
-    return access(path_of(dir, name, path), F_OK) == 0;
 }
 
 /* From the "Starting job" lines of progress.txt: how many there are, and the iteration of the first, where the trace begins. */

@@ -1,4 +1,5 @@
-/* tokenizer.c - see tokenizer.h. Here: opening a file, cutting added tokens out of the text, ids back to text. */
+/* tokenizer.c - see tokenizer.h. Here: opening a file, cutting added tokens out of the text, ids
+ * back to text. */
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -9,7 +10,8 @@
 #include "tokenizer_internal.h"
 
 static char *read_file(const char *path, size_t *n, char *why, size_t why_size);
-static bool encode_with(struct tokenizer *t, int root, const char *text, size_t n, struct token_sink *sink);
+static bool encode_with(struct tokenizer *t, int root, const char *text, size_t n,
+                        struct token_sink *sink);
 static size_t decode_token(const struct tokenizer *t, int64_t id, char *out, size_t size);
 
 struct tokenizer *tokenizer_open(const char *path, char *why, size_t why_size)
@@ -72,8 +74,8 @@ bool tokenizer_is_added(const struct tokenizer *t, int64_t id)
     return id >= 0 && id < t->vocab.ids && t->added_of[id] >= 0;
 }
 
-int64_t tokenizer_encode(struct tokenizer *t, const char *text, size_t n, int64_t **ids, int64_t *capacity, char *why,
-                         size_t why_size)
+int64_t tokenizer_encode(struct tokenizer *t, const char *text, size_t n, int64_t **ids,
+                         int64_t *capacity, char *why, size_t why_size)
 {
     struct token_sink sink = { .ids = ids, .capacity = capacity, .why = why, .why_size = why_size };
     if (n > TOKENIZER_MAX_TEXT) {
@@ -87,11 +89,13 @@ int64_t tokenizer_encode(struct tokenizer *t, const char *text, size_t n, int64_
     return encode_with(t, 0, text, n, &sink) ? sink.count : -1;
 }
 
-size_t tokenizer_decode(const struct tokenizer *t, const int64_t *ids, int64_t n, char *out, size_t size)
+size_t tokenizer_decode(const struct tokenizer *t, const int64_t *ids, int64_t n, char *out,
+                        size_t size)
 {
     size_t used = 0;
     for (int64_t i = 0; i < n; i++)
-        used += decode_token(t, ids[i], used < size ? out + used : NULL, used < size ? size - used : 0);
+        used += decode_token(t, ids[i], used < size ? out + used : NULL,
+                             used < size ? size - used : 0);
     if (size > 0)
         out[used < size ? used : size - 1] = '\0';
     return used;
@@ -113,13 +117,15 @@ static char *read_file(const char *path, size_t *n, char *why, size_t why_size)
     else if (!S_ISREG(st.st_mode))
         snprintf(why, why_size, "%s: not a regular file", shown);
     else if (st.st_size > TOKENIZER_MAX_FILE)
-        snprintf(why, why_size, "%s: %" PRId64 " bytes, more than %d", shown, (int64_t)st.st_size, TOKENIZER_MAX_FILE);
+        snprintf(why, why_size, "%s: %" PRId64 " bytes, more than %d", shown, (int64_t)st.st_size,
+                 TOKENIZER_MAX_FILE);
     else {
         FILE *f = fopen(file, "rb");
         *n = (size_t)st.st_size;
         text = xmalloc(*n + 1, 1);
         if (!f || fread(text, 1, *n, f) != *n) {
-            snprintf(why, why_size, "%s: %s", shown, errno ? strerror(errno) : "it became shorter while it was read");
+            snprintf(why, why_size, "%s: %s", shown,
+                     errno ? strerror(errno) : "it became shorter while it was read");
             free(text);
             text = NULL;
         }
@@ -154,7 +160,8 @@ void tokenizer_trie_add(struct tokenizer *t, int root, const char *text, size_t 
 }
 
 /* The longest added token at the start of the text, or -1; its length in *length. */
-static int32_t longest_token(const struct tokenizer *t, int root, const char *text, size_t n, size_t *length)
+static int32_t longest_token(const struct tokenizer *t, int root, const char *text, size_t n,
+                             size_t *length)
 {
     int32_t at = root, found = -1;
     for (size_t i = 0; i < n; i++) {
@@ -174,8 +181,9 @@ static int32_t longest_token(const struct tokenizer *t, int root, const char *te
 /* Unicode White_Space. */
 static bool is_space(int32_t c)
 {
-    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
 }
 
 /* Start of the last code point before `end` > 0. */
@@ -187,7 +195,8 @@ static size_t previous_start(const char *text, size_t end)
     return end;
 }
 
-static bool stands_alone(const struct tokenizer *t, const char *text, size_t n, size_t start, size_t stop)
+static bool stands_alone(const struct tokenizer *t, const char *text, size_t n, size_t start,
+                         size_t stop)
 {
     if (start > 0) {
         const size_t before = previous_start(text, start);
@@ -197,8 +206,10 @@ static bool stands_alone(const struct tokenizer *t, const char *text, size_t n, 
     return stop == n || !regex_matches(t->word, text + stop, n - stop);
 }
 
-/* Cut the tokens of trie `root` out of the text; what lies between goes to the next trie, then to the pre-tokenizer. */
-static bool encode_with(struct tokenizer *t, int root, const char *text, size_t n, struct token_sink *sink)
+/* Cut the tokens of trie `root` out of the text; what lies between goes to the next trie, then to
+ * the pre-tokenizer. */
+static bool encode_with(struct tokenizer *t, int root, const char *text, size_t n,
+                        struct token_sink *sink)
 {
     if (n == 0)
         return true;
@@ -216,7 +227,7 @@ static bool encode_with(struct tokenizer *t, int root, const char *text, size_t 
         }
         const struct added_token *a = &t->added[index];
         size_t start = at, stop = at + length;
-        at = stop;                    /* the search goes on behind the token itself, whatever is stripped */
+        at = stop; /* the search goes on behind the token itself, whatever is stripped */
         if (start < done || (a->single_word && !stands_alone(t, text, n, start, stop)))
             continue;
         while (a->lstrip && start > done) {
@@ -250,7 +261,7 @@ static size_t decode_token(const struct tokenizer *t, int64_t id, char *out, siz
     const char *text = t->vocab.pool + t->vocab.text[id].at;
     const size_t n = (size_t)t->vocab.text[id].length;
     size_t used = 0, bytes;
-    bool spelled = t->added_of[id] < 0;   /* in the byte-level alphabet, wholly */
+    bool spelled = t->added_of[id] < 0; /* in the byte-level alphabet, wholly */
     for (size_t i = 0; spelled && i < n; i += bytes)
         spelled = bpe_byte(utf8_next(text + i, &bytes)) >= 0;
     for (size_t i = 0; i < n; i += bytes, used++) {

@@ -1,7 +1,8 @@
 /* tokenizer_bpe.c - the byte-level alphabet, hash tables, and the merging of one piece.
  *
- * Merging: symbols in a doubly linked list, candidate pairs in a binary heap by (rank, position), so the lowest rank goes first
- * and of equal ranks the leftmost. Stale candidates are recognised when they come up: O(n log n) for a piece of n bytes.
+ * Merging: symbols in a doubly linked list, candidate pairs in a binary heap by (rank, position),
+ * so the lowest rank goes first and of equal ranks the leftmost. Stale candidates are recognised
+ * when they come up: O(n log n) for a piece of n bytes.
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -26,7 +27,7 @@ int32_t bpe_code_point(uint8_t byte)
 {
     if (byte_is_printable(byte))
         return byte;
-    int32_t code_point = 256;         /* the other 68 in ascending order */
+    int32_t code_point = 256; /* the other 68 in ascending order */
     for (int b = 0; b < byte; b++)
         code_point += !byte_is_printable(b);
     return code_point;
@@ -72,8 +73,8 @@ bool utf8_valid(const char *text, size_t n)
             if ((s[i + k] & 0xc0) != 0x80)
                 return false;
         /* overlong forms, surrogates, beyond U+10FFFF */
-        if ((s[i] == 0xe0 && s[i + 1] < 0xa0) || (s[i] == 0xed && s[i + 1] > 0x9f) || (s[i] == 0xf0 && s[i + 1] < 0x90) ||
-            (s[i] == 0xf4 && s[i + 1] > 0x8f))
+        if ((s[i] == 0xe0 && s[i + 1] < 0xa0) || (s[i] == 0xed && s[i + 1] > 0x9f) ||
+            (s[i] == 0xf0 && s[i + 1] < 0x90) || (s[i] == 0xf4 && s[i + 1] > 0x8f))
             return false;
         i += more + 1;
     }
@@ -125,7 +126,7 @@ bool vocab_add(struct vocab *v, const char *text, size_t n, int64_t id)
     v->pool_used += n;
     v->used++;
     if (2 * v->used > v->slots)
-        vocab_grow(v);                /* places the new one, too */
+        vocab_grow(v); /* places the new one, too */
     else
         vocab_place(v, id);
     return true;
@@ -135,7 +136,8 @@ int64_t vocab_find(const struct vocab *v, const char *text, size_t n)
 {
     if (v->slots == 0)
         return -1;
-    for (size_t s = hash_bytes(text, n) & (v->slots - 1); v->slot[s] >= 0; s = (s + 1) & (v->slots - 1)) {
+    for (size_t s = hash_bytes(text, n) & (v->slots - 1); v->slot[s] >= 0;
+         s = (s + 1) & (v->slots - 1)) {
         const struct vocab_text *t = &v->text[v->slot[s]];
         if ((size_t)t->length == n && !memcmp(v->pool + t->at, text, n))
             return v->slot[s];
@@ -230,7 +232,8 @@ static void reserve_symbols(struct tokenizer *t, int64_t n)
     if (n <= t->symbol_capacity)
         return;
     t->symbol_capacity = 2 * n;
-    t->heap_capacity = 3 * t->symbol_capacity;   /* n - 1 pairs at first, at most two more for each merge */
+    t->heap_capacity =
+        3 * t->symbol_capacity; /* n - 1 pairs at first, at most two more for each merge */
     t->symbol = xrealloc(t->symbol, (size_t)t->symbol_capacity, sizeof *t->symbol);
     t->heap = xrealloc(t->heap, (size_t)t->heap_capacity, sizeof *t->heap);
 }
@@ -257,7 +260,8 @@ bool bpe_encode(struct tokenizer *t, const char *text, size_t n, struct token_si
     for (size_t i = 0; i < n; i++) {
         const int32_t id = t->byte_id[(uint8_t)text[i]];
         if (id < 0) {
-            snprintf(sink->why, sink->why_size, "the tokenizer has no token for the byte 0x%02x", (uint8_t)text[i]);
+            snprintf(sink->why, sink->why_size, "the tokenizer has no token for the byte 0x%02x",
+                     (uint8_t)text[i]);
             return false;
         }
         symbol[i] = (struct symbol){ id, (int32_t)i - 1, i + 1 < n ? (int32_t)i + 1 : -1 };
@@ -273,7 +277,7 @@ bool bpe_encode(struct tokenizer *t, const char *text, size_t n, struct token_si
         struct symbol *right = &symbol[left->next];
         const struct merges_slot *m = merges_find(&t->merges, left->id, right->id);
         if (!m || m->result != c.result)
-            continue;                 /* one of the two has changed since */
+            continue; /* one of the two has changed since */
         left->id = c.result;
         left->next = right->next;
         right->id = -1;

@@ -5,8 +5,9 @@
  *   tokenizer_split.c  the pre-tokenizer: regular expressions (the only file with PCRE2)
  *   tokenizer_bpe.c    strings and pairs in hash tables; merging one piece
  *
- * Everything works on raw UTF-8 bytes. The byte-level alphabet (a printable code point for each byte) appears only where the file
- * spells tokens with it. The file is foreign: its counts, ids and strings are bounded before they size anything.
+ * Everything works on raw UTF-8 bytes. The byte-level alphabet (a printable code point for each
+ * byte) appears only where the file spells tokens with it. The file is foreign: its counts, ids and
+ * strings are bounded before they size anything.
  */
 #ifndef MIMO_TOKENIZER_INTERNAL_H
 #define MIMO_TOKENIZER_INTERNAL_H
@@ -26,7 +27,7 @@ enum {
 struct vocab {
     char *pool;                       /* all strings */
     size_t pool_used, pool_capacity;
-    struct vocab_text { size_t at; int32_t length; } *text;   /* [ids]; length -1 = no token has this id */
+    struct vocab_text { size_t at; int32_t length; } *text;   /* [ids]; length -1 = unused id */
     int64_t ids, id_capacity;         /* largest id plus one */
     int32_t *slot;                    /* [slots] id, -1 = free; slots is a power of two */
     size_t slots, used;
@@ -38,13 +39,14 @@ void vocab_free(struct vocab *v);
 
 /* Pairs of ids to rank and result. */
 struct merges {
-    struct merges_slot { int32_t left, right, rank, result; } *slot;   /* left = -1: free; [slots] */
+    struct merges_slot { int32_t left, right, rank, result; } *slot;   /* [slots]; left -1 = free */
     size_t slots, used;
 };
-void merges_init(struct merges *m, size_t count);                                    /* room for `count`. Local. */
+void merges_init(struct merges *m, size_t count);   /* room for `count`. Local. */
 /* A pair given twice keeps the later rank, as the Hugging Face reader does. Local. */
 void merges_add(struct merges *m, int32_t left, int32_t right, int32_t rank, int32_t result);
-const struct merges_slot *merges_find(const struct merges *m, int32_t left, int32_t right);   /* or NULL. Local. */
+/* NULL if the two do not merge. Local. */
+const struct merges_slot *merges_find(const struct merges *m, int32_t left, int32_t right);
 void merges_free(struct merges *m);
 
 struct added_token {
@@ -52,10 +54,14 @@ struct added_token {
     bool single_word, lstrip, rstrip, normalized;
     bool in_model;                    /* the model's vocabulary has it, too */
 };
-/* Byte tries of the added tokens: root 0 those to be found first (normalized = false), root 1 the others. */
+/* Byte tries of the added tokens: root 0 those to be found first (normalized = false), root 1 the
+ * others. */
 struct trie_node { int32_t child, sibling, token; uint8_t byte; };
 
-enum split_behaviour { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_CONTIGUOUS, SPLIT_MERGED_WITH_PREVIOUS, SPLIT_MERGED_WITH_NEXT };
+enum split_behaviour {
+    SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_CONTIGUOUS, SPLIT_MERGED_WITH_PREVIOUS,
+    SPLIT_MERGED_WITH_NEXT
+};
 struct regex;                         /* tokenizer_split.c */
 struct split_step {
     struct regex *regex;
@@ -102,7 +108,7 @@ struct token_sink {
     char *why;
     size_t why_size;
 };
-void token_push(struct token_sink *sink, int64_t id);                                /* Local. */
+void token_push(struct token_sink *sink, int64_t id);   /* Local. */
 
 /* Fill an empty tokenizer from the file's text; false with `why`. Local. */
 bool tokenizer_parse(struct tokenizer *t, const char *json, size_t n, char *why, size_t why_size);
@@ -113,7 +119,8 @@ void tokenizer_trie_add(struct tokenizer *t, int root, const char *text, size_t 
 bool split_encode(struct tokenizer *t, const char *text, size_t n, struct token_sink *sink);
 /* Compile; `literal` takes the pattern as a plain string. NULL with `why`. Local. */
 struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, size_t why_size);
-bool regex_matches(const struct regex *r, const char *text, size_t n);   /* anywhere in the text. Local. */
+/* Whether it matches anywhere in the text. Local. */
+bool regex_matches(const struct regex *r, const char *text, size_t n);
 void regex_free(struct regex *r);
 
 /* Byte-level alphabet: byte -> code point, and code point -> byte or -1. Local. */

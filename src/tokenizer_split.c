@@ -1,10 +1,12 @@
 /* tokenizer_split.c - the pre-tokenizer: Split steps, then ByteLevel's own expression.
  *
- * The patterns of a tokenizer.json are written for Oniguruma (Ruby syntax). They run here on PCRE2 in UTF mode with Unicode properties.
- * Where the two dialects differ the pattern is rewritten (classes of space, digit, word) or refused by name; nothing is passed on
- * whose meaning could silently change. Patterns come from files of the internet: start-of-pattern verbs are refused, match,
- * depth and heap limits are on, and a match that gives up is an error of the text. Characters newer than PCRE2's Unicode version
- * (14 in 10.42) have no category here and may be split where a newer library would not.
+ * The patterns of a tokenizer.json are written for Oniguruma (Ruby syntax). They run here on PCRE2
+ * in UTF mode with Unicode properties. Where the two dialects differ the pattern is rewritten
+ * (classes of space, digit, word) or refused by name; nothing is passed on whose meaning could
+ * silently change. Patterns come from files of the internet: start-of-pattern verbs are refused,
+ * match, depth and heap limits are on, and a match that gives up is an error of the text.
+ * Characters newer than PCRE2's Unicode version (14 in 10.42) have no category here and may be
+ * split where a newer library would not.
  */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -14,7 +16,13 @@
 #include "check.h"
 #include "tokenizer_internal.h"
 
-enum { PATTERN_BYTES = 32768, MATCH_LIMIT = 10000000, HEAP_KIB = 65536, JIT_STACK_START = 32 << 10, JIT_STACK_MAX = 8 << 20 };
+enum {
+    PATTERN_BYTES = 32768,
+    MATCH_LIMIT = 10000000,
+    HEAP_KIB = 65536,
+    JIT_STACK_START = 32 << 10,
+    JIT_STACK_MAX = 8 << 20
+};
 
 struct regex {
     pcre2_code *code;
@@ -27,7 +35,7 @@ struct regex {
 struct rewriting {
     const char *in;
     size_t n, at;
-    char *out;                        /* [capacity] */
+    char *out; /* [capacity] */
     size_t used, capacity;
     bool in_class;
     char *why;
@@ -35,9 +43,12 @@ struct rewriting {
 };
 
 static bool rewrite(struct rewriting *w);
-static bool split_pieces(struct tokenizer *t, const struct split_step *step, const char *text, struct token_sink *sink);
-static bool find_matches(struct regex *r, const char *text, struct piece whole, struct pieces *out, struct token_sink *sink);
-static bool encode_byte_level(struct tokenizer *t, const char *text, size_t n, struct token_sink *sink);
+static bool split_pieces(struct tokenizer *t, const struct split_step *step, const char *text,
+                         struct token_sink *sink);
+static bool find_matches(struct regex *r, const char *text, struct piece whole, struct pieces *out,
+                         struct token_sink *sink);
+static bool encode_byte_level(struct tokenizer *t, const char *text, size_t n,
+                              struct token_sink *sink);
 static void pieces_push(struct pieces *p, struct piece piece);
 
 struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, size_t why_size)
@@ -46,30 +57,37 @@ struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, 
         snprintf(why, why_size, "a pattern of %zu bytes (1 to %d are accepted)", n, PATTERN_BYTES);
         return NULL;
     }
-    struct rewriting w = { .in = pattern, .n = n, .capacity = 64 * n + 64, .why = why, .why_size = why_size };
+    struct rewriting w = {
+        .in = pattern, .n = n, .capacity = 64 * n + 64, .why = why, .why_size = why_size
+    };
     w.out = xmalloc(w.capacity, 1);
     if (!literal && !rewrite(&w)) {
         free(w.out);
         return NULL;
     }
-    const uint32_t options = literal ? PCRE2_LITERAL | PCRE2_UTF : PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C;
+    const uint32_t options = literal ? PCRE2_LITERAL | PCRE2_UTF
+                                     : PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE |
+                                           PCRE2_NEVER_BACKSLASH_C;
     pcre2_compile_context *compile = pcre2_compile_context_create(NULL);
     ASSERT(compile);
     pcre2_set_newline(compile, PCRE2_NEWLINE_LF);
     int code = 0;
     PCRE2_SIZE offset = 0;
     struct regex *r = xcalloc(1, sizeof *r);
-    r->code = pcre2_compile((PCRE2_SPTR)(literal ? pattern : w.out), literal ? n : w.used, options, &code, &offset, compile);
+    r->code = pcre2_compile((PCRE2_SPTR)(literal ? pattern : w.out), literal ? n : w.used, options,
+                            &code, &offset, compile);
     pcre2_compile_context_free(compile);
     free(w.out);
     if (!r->code) {
         char text[128] = "", shown[160];
         pcre2_get_error_message(code, (PCRE2_UCHAR *)text, sizeof text);
-        snprintf(why, why_size, "the pattern '%s' does not compile: %s", printable(shown, sizeof shown, pattern), text);
+        snprintf(why, why_size, "the pattern '%s' does not compile: %s",
+                 printable(shown, sizeof shown, pattern), text);
         free(r);
         return NULL;
     }
-    pcre2_jit_compile(r->code, PCRE2_JIT_COMPLETE);   /* without it the interpreter runs: slower, same result */
+    pcre2_jit_compile(
+        r->code, PCRE2_JIT_COMPLETE); /* without it the interpreter runs: slower, same result */
     r->match = pcre2_match_data_create_from_pattern(r->code, NULL);
     r->context = pcre2_match_context_create(NULL);
     r->stack = pcre2_jit_stack_create(JIT_STACK_START, JIT_STACK_MAX, NULL);
@@ -83,7 +101,8 @@ struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, 
 
 bool regex_matches(const struct regex *r, const char *text, size_t n)
 {
-    return pcre2_match(r->code, (PCRE2_SPTR)text, n, 0, PCRE2_NO_UTF_CHECK, r->match, r->context) >= 0;
+    return pcre2_match(r->code, (PCRE2_SPTR)text, n, 0, PCRE2_NO_UTF_CHECK, r->match, r->context) >=
+           0;
 }
 
 void regex_free(struct regex *r)
@@ -117,7 +136,8 @@ bool split_encode(struct tokenizer *t, const char *text, size_t n, struct token_
 /* --- steps --- */
 
 /* t->now split into t->next. */
-static bool split_pieces(struct tokenizer *t, const struct split_step *step, const char *text, struct token_sink *sink)
+static bool split_pieces(struct tokenizer *t, const struct split_step *step, const char *text,
+                         struct token_sink *sink)
 {
     struct pieces *m = &t->matches, *out = &t->next;
     out->count = 0;
@@ -154,20 +174,24 @@ static bool split_pieces(struct tokenizer *t, const struct split_step *step, con
     return true;
 }
 
-/* The whole piece as alternating matches and gaps, in order. An empty match counts, except right behind another match. */
-static bool find_matches(struct regex *r, const char *text, struct piece whole, struct pieces *out, struct token_sink *sink)
+/* The whole piece as alternating matches and gaps, in order. An empty match counts, except right
+ * behind another match. */
+static bool find_matches(struct regex *r, const char *text, struct piece whole, struct pieces *out,
+                         struct token_sink *sink)
 {
     const char *base = text + whole.at;
     size_t from = 0, done = 0, last_end = (size_t)-1;
     out->count = 0;
     while (from <= whole.n) {
-        const int code = pcre2_match(r->code, (PCRE2_SPTR)base, whole.n, from, PCRE2_NO_UTF_CHECK, r->match, r->context);
+        const int code = pcre2_match(r->code, (PCRE2_SPTR)base, whole.n, from, PCRE2_NO_UTF_CHECK,
+                                     r->match, r->context);
         if (code == PCRE2_ERROR_NOMATCH)
             break;
         if (code < 0) {
             char reason[128] = "";
             pcre2_get_error_message(code, (PCRE2_UCHAR *)reason, sizeof reason);
-            snprintf(sink->why, sink->why_size, "the tokenizer's pattern gave up on a text of %zu bytes: %s", whole.n, reason);
+            snprintf(sink->why, sink->why_size,
+                     "the tokenizer's pattern gave up on a text of %zu bytes: %s", whole.n, reason);
             return false;
         }
         const PCRE2_SIZE *range = pcre2_get_ovector_pointer(r->match);
@@ -189,7 +213,8 @@ static bool find_matches(struct regex *r, const char *text, struct piece whole, 
     return true;
 }
 
-static bool encode_byte_level(struct tokenizer *t, const char *text, size_t n, struct token_sink *sink)
+static bool encode_byte_level(struct tokenizer *t, const char *text, size_t n,
+                              struct token_sink *sink)
 {
     if (t->add_prefix_space && text[0] != ' ') {
         if (n + 1 > t->prefixed_capacity) {
@@ -251,7 +276,8 @@ static bool rewrite_escape(struct rewriting *w)
         return refuse(w, "a backslash at its end");
     const char c = w->in[w->at];
     /* Oniguruma's table of Latin-1 counts the superscripts and fractions, too */
-    const char *const word = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}";
+    const char *const word =
+        "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}";
     w->at++;
     switch (c) {
     case 's': emit_text(w, "\\p{White_Space}"); return true;
@@ -270,7 +296,9 @@ static bool rewrite_escape(struct rewriting *w)
         emit_text(w, word);
         emit_text(w, w->in_class ? "" : "]");
         return true;
-    case 'p': case 'P': case 'x': {   /* the braces belong to it, they are no counter */
+    case 'p':
+    case 'P':
+    case 'x': { /* the braces belong to it, they are no counter */
         emit(w, w->in + w->at - 2, 2);
         if (w->at < w->n && w->in[w->at] == '{') {
             const char *close = memchr(w->in + w->at, '}', w->n - w->at);
@@ -290,8 +318,16 @@ static bool rewrite_escape(struct rewriting *w)
         emit_text(w, "}");
         w->at += 4;
         return true;
-    case 'r': case 'n': case 't': case 'f': case 'v': case 'e': case 'a': case 'A': case 'z':
-        if (c == 'v') {               /* PCRE2: any vertical space */
+    case 'r':
+    case 'n':
+    case 't':
+    case 'f':
+    case 'v':
+    case 'e':
+    case 'a':
+    case 'A':
+    case 'z':
+        if (c == 'v') { /* PCRE2: any vertical space */
             emit_text(w, "\\x0b");
             return true;
         }
@@ -307,7 +343,9 @@ static bool rewrite_escape(struct rewriting *w)
 
 static bool rewrite_group(struct rewriting *w)
 {
-    static const char *const known[] = { "(?:", "(?i:", "(?i)", "(?=", "(?!", "(?<=", "(?<!", "(?>" };
+    static const char *const known[] = {
+        "(?:", "(?i:", "(?i)", "(?=", "(?!", "(?<=", "(?<!", "(?>"
+    };
     if (w->at + 1 < w->n && w->in[w->at + 1] == '*')
         return refuse(w, "a verb");
     if (w->at + 1 >= w->n || w->in[w->at + 1] != '?') {

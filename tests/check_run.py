@@ -13,7 +13,7 @@ import time
 import h5py
 import numpy as np
 
-from harness import ROOT, Mimo, Tap, differing, everything, wait_for, write_shards, write_tokenizer
+from harness import ROOT, Mimo, Tap, byte_letters, differing, everything, wait_for, write_shards, write_tokenizer
 
 DECK = os.path.join(ROOT, "input", "mock_tiny.nml")
 DISJOINT = "topology.layout=disjoint"
@@ -231,7 +231,9 @@ def kept(r):
                  sorted(os.listdir(r.at("twice"))))
     r.ok("a_third_fresh_start", r.go("twice", iterations=2))
     r.tap.result(os.path.exists(r.at("twice", "trace.h5.2")) and os.path.exists(r.at("twice", "trace.h5.1")), "the_numbers_go_on")
-    r.equal("a_fresh_start_gives_the_same_trace", same_trace(r.at("twice"), r.m.path("twice")) or "")
+    os.makedirs(r.at("once"))
+    shutil.copy(r.at("twice", "trace.h5.1"), r.at("once", "trace.h5"))
+    r.equal("a_fresh_start_of_the_same_deck_gives_the_same_trace", same_trace(r.at("twice"), r.at("once")))
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------------
@@ -299,8 +301,9 @@ def loading(r):
     t = everything(r.at("onward", "trace.h5"))
     r.tap.result(list(t["iteration"][:int(t["rows"])]) == [7, 8], "its_trace_starts_at_the_next_iteration", t["iteration"])
     r.go("eight", iterations=8, save=True)
-    r.tap.result(np.array_equal(everything(r.at("eight", "trace.h5"))["lm_loss"][6:], t["lm_loss"][:2]) and
-                 not same_checkpoint(r.at("eight"), r.at("onward"), 8), "its_rows_are_the_unbroken_ones")
+    fault = same_checkpoint(r.at("eight"), r.at("onward"), 8).replace("state/scheduler/decay", "").replace("state/scheduler/wd_steps", "")
+    r.tap.result(np.array_equal(everything(r.at("eight", "trace.h5"))["lm_loss"][6:], t["lm_loss"][:2]) and not fault.strip(),
+                 "its_rows_are_the_unbroken_ones", fault)
     got = r.go("step2", load, "checkpoint.ckpt_step=2", iterations=4)
     r.ok("ckpt_step", got, 0, "iteration 2")
     t2, six = everything(r.at("step2", "trace.h5")), everything(r.at("six", "trace.h5"))
@@ -366,7 +369,7 @@ def refused_checkpoints(r, load):
     broken("F43_symlink", link, 5, "link")
     broken("only_an_unfinished_one", lambda d, f: (os.rename(os.path.dirname(f), os.path.join(d, ".tmp-iter_0000006-x-1"))), 5, "iter_0000006")
     for title, more, words in (("F17_other_model", ("moe.num_experts=4",), ("num_experts", "8", "4")),
-                               ("F17_other_precision", ("run.precision=fp64",), ("precision",)),
+                               ("F17_other_precision", ("run.precision=fp64",), ("run.precision",)),
                                ("F17_other_lr", ("lr.lr=2e-3",), ("lr", "0.001", "0.002")),
                                ("F17_other_seed", ("run.seed=9",), ("seed", "1234", "9"))):
         r.ok(title, r.go("try", load, *more, iterations=8), 5, "error:", *words)
@@ -449,7 +452,7 @@ def signals(r):
     wait_for(lambda: "start:" in p.text() or p.poll() is not None)
     time.sleep(0.5)
     p.send_signal(signal.SIGTERM)
-    code, seconds = finish(p, 30)
+    code, seconds = finish(p, 15)
     r.tap.result(code == 75, "F22_a_signal_during_validation_is_honoured", "%s after %.1f s" % (code, seconds))
     os.makedirs(r.at("early_stop"))
     open(r.at("early_stop", "STOP"), "w").close()
@@ -499,7 +502,7 @@ def numerics(r):
         text = got[1] + got[2]
         r.tap.result(len([x for x in got[2].splitlines() if "error:" in x]) == 1 and re.search(r"iteration \d+.*\b(nan|inf)\b", got[2]) is not None,
                      tag + "_has_one_error_line_that_names_the_iteration", got[2])
-        r.tap.result(re.search(r"lm loss: (nan|inf|-inf|\d)", text) is not None, tag + "_prints_the_loss_of_that_iteration", text[-1200:])
+        r.tap.result(re.search(r"lm loss[^|]*(nan|inf)\b", text) is not None, tag + "_prints_the_loss_of_that_iteration", text[-1200:])
         r.tap.result(read(r.at("burst%d" % ranks), "EXIT").startswith("7 "), tag + "_writes_EXIT")
         r.tap.result(not os.path.exists(r.at("burst%d" % ranks, "ckpt", "latest_checkpointed_iteration.txt")), tag + "_saves_nothing")
     got = r.go("skipped", "lr.lr=1e3", "language.init_method_std=1e3", "optimizer.clip_grad=0", "optimizer.non_finite_policy=skip",
@@ -527,7 +530,6 @@ def numerics(r):
     r.tap.result(list(t["skipped"]) == [0, 1, 1, 0, 0] and list(t["consumed_samples"]) == [4, 8, 12, 16, 20] and
                  int(state[5]["state/skipped_train_samples"]) == 8 and int(state[5]["state/scheduler/n"]) == 12 and
                  int(state[5]["state/consumed_train_samples"]) == 20, "iterations_to_skip_counts", t["skipped"])
-    r.tap.result(3 in state, "iterations_to_skip_still_saves_on_the_interval", sorted(state))
     whole = r.go("noleap", iterations=5)
     t2 = everything(r.at("noleap", "trace.h5"))
     r.tap.result(whole[0] == 0 and t["num_tokens"][3] == t2["num_tokens"][3] and t["lm_loss"][3] != t2["lm_loss"][3] and
@@ -597,7 +599,8 @@ def same_batches(r, a, b, iterations):
 
 
 def batches(r):
-    more = ("log.dump_batches=2", "stage.training_stage=3", "data.mock_text_only_every=3", "batch.micro_batch_size=2")
+    plain = ("log.dump_batches=2", "batch.micro_batch_size=2", "data.mock_text_only_every=3")
+    more = (*plain, "stage.training_stage=3")
     layouts = (("one", 0, ()), ("two_plus_two", 4, grids(2, 2)), ("one_plus_two", 3, grids(1, 2)))
     for name, ranks, layout in layouts:
         r.ok("batches_" + name, r.go("batches_" + name, *more, *layout, ranks=ranks, batch=8))
@@ -610,7 +613,7 @@ def batches(r):
     r.tap.result(groups == ["iteration_000001", "iteration_000002"], "dump_batches_writes_the_first_n", groups)
     mock_batch(r, dump(r, "batches_one"))
     real_batch(r, dump(r, "real_one"), dump(r, "real_one", 2))
-    r.go("frozen", *more, "data.mock_pixels=zeros", "stage.training_stage=2", "run.precision=fp64", batch=8)
+    r.ok("batches_frozen", r.go("frozen", *plain, "data.mock_pixels=zeros", "run.precision=fp64", batch=8))
     d = dump(r, "frozen")
     r.tap.result(not d["patches"].any() and d["patches"].dtype == np.float64 and "cpe" not in d, "zero_pixels_are_zero_and_fp64_in_an_fp64_run",
                  "%s %s" % (d["patches"].dtype, sorted(d)))
@@ -645,8 +648,6 @@ def real_batch(r, d, second):
     image = 257                                                      # write_tokenizer: </s> 256, <image> 257
     keys = [k.decode() if isinstance(k, bytes) else k for k in d["sample_key"]]
     text = re.compile(r"sample (\d+) of a test")
-    letters = {i: chr(i) for i in range(0)}
-    from harness import byte_letters
     letters = dict(enumerate(byte_letters()))
     words = ["".join(letters.get(int(t), "") for t in row if t < 256).replace("\u0120", " ") for row in ids]
     number = [int(m.group(1)) if (m := text.search(w)) else -1 for w in words]
@@ -740,7 +741,7 @@ def writing(r):
                 got = "hang", "", ""
             r.ok("%s_on_%d_ranks_ends_with_6" % (name, max(ranks, 1)), got, 6)
             r.tap.result(len([x for x in got[2].splitlines() if "error:" in x]) == 1, "%s_on_%d_ranks_is_one_line" % (name, max(ranks, 1)), got[2])
-    p = r.begin("vanish", *grids(1, 1), "checkpoint.save_interval=40", ranks=2, iterations=4000, batch=2, save=True)
+    p = r.begin("vanish", *grids(1, 1), "checkpoint.save_interval=40", ranks=2, iterations=400, batch=2, save=True)
     wait_for(lambda: p.text().count("lm loss:") >= 2 or p.poll() is not None)
     shutil.rmtree(r.at("vanish"))
     code, seconds = finish(p)
@@ -749,10 +750,14 @@ def writing(r):
     victim = r.at("victim")
     with open(victim, "w") as f:
         f.write("precious")
-    for name in ("trace.h5", "run.log", "deck.nml", "progress.txt", "batches.h5", "EXIT", "LOCK"):
+    for name in ("trace.h5", "run.log", "deck.nml", "progress.txt", "batches.h5", "EXIT", "EXIT.tmp", "LOCK"):
+        shutil.rmtree(r.at("links"), ignore_errors=True)
+        os.mkdir(r.at("links"))
         os.symlink(victim, r.at("links", name))
-    got = r.go("links", "log.dump_batches=1")
-    r.tap.result(read(victim) == "precious", "F43_links_in_the_run_directory_are_not_written_through", "%s\n%s" % (got[0], read(victim)[:200]))
+        got = r.go("links", "log.dump_batches=1", iterations=1)
+        r.tap.result(read(victim) == "precious", "F43_a_link_as_%s_is_not_written_through" % name, "%s\n%s" % (got[0], read(victim)[:200]))
+        with open(victim, "w") as f:
+            f.write("precious")
 
 
 def main():

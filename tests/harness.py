@@ -15,9 +15,9 @@ class Tap:
 
     def result(self, ok, name, note=""):
         self.n += 1
-        self.failed += not ok
+        self.failed += not bool(ok)
         print("%s %d - %s" % ("ok" if ok else "not ok", self.n, name.replace("#", "")))
-        if note and not ok:
+        if not ok and str(note):
             for line in str(note).splitlines()[-25:]:
                 print("# " + line)
         sys.stdout.flush()

@@ -1,8 +1,9 @@
 /* test_image.c - decoding, bicubic resize, grid rule, patches: image.h against training.md 6.8.
  *
- * Pictures are encoded here with the libraries' own encoders, then read back, cut short, or changed in single bytes.
- * `test_image --jobs FILE` is the driver of regression/oracle/image_resize.py: each line of FILE is "picture width height out";
- * the picture is decoded, resized (0 0: not at all) and written as raw RGB; "broken: why" or "ok width height" is printed.
+ * Pictures are encoded here with the libraries' own encoders, then read back, cut short, or changed
+ * in single bytes. `test_image --jobs FILE` is the driver of regression/oracle/image_resize.py:
+ * each line of FILE is "picture width height out"; the picture is decoded, resized (0 0: not at
+ * all) and written as raw RGB; "broken: why" or "ok width height" is printed.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -17,7 +18,10 @@
 #include <webp/encode.h>
 #include "image.h"
 
-struct bytes { uint8_t *data; size_t n; };
+struct bytes {
+    uint8_t *data;
+    size_t n;
+};
 
 static int pixel(int x, int y, int c)
 {
@@ -38,7 +42,8 @@ static void fill(struct image *im, int width, int height)
 
 /* --- encoders --- */
 
-static struct bytes make_jpeg(int width, int height, J_COLOR_SPACE space, int components, bool progressive)
+static struct bytes make_jpeg(int width, int height, J_COLOR_SPACE space, int components,
+                              bool progressive)
 {
     struct jpeg_compress_struct c;
     struct jpeg_error_mgr error;
@@ -84,7 +89,8 @@ static void png_flush_nothing(png_structp png)
 }
 
 /* Row bytes come from `row_of`; palette and transparency only for palette pictures. */
-static struct bytes make_png(int width, int height, int depth, int type, bool interlaced, void (*row_of)(int y, uint8_t *row))
+static struct bytes make_png(int width, int height, int depth, int type, bool interlaced,
+                             void (*row_of)(int y, uint8_t *row))
 {
     struct bytes b = { 0 };
     png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
@@ -93,9 +99,12 @@ static struct bytes make_png(int width, int height, int depth, int type, bool in
         abort();
     png_set_write_fn(png, &b, png_append, png_flush_nothing);
     png_set_IHDR(png, info, (png_uint_32)width, (png_uint_32)height, depth, type,
-                 interlaced ? PNG_INTERLACE_ADAM7 : PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+                 interlaced ? PNG_INTERLACE_ADAM7 : PNG_INTERLACE_NONE,
+                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
     if (type == PNG_COLOR_TYPE_PALETTE) {
-        const png_color palette[4] = { { 1, 2, 3 }, { 250, 128, 7 }, { 9, 200, 100 }, { 255, 255, 255 } };
+        const png_color palette[4] = {
+            { 1, 2, 3 }, { 250, 128, 7 }, { 9, 200, 100 }, { 255, 255, 255 }
+        };
         const uint8_t alpha[2] = { 0, 128 };
         png_set_PLTE(png, info, palette, 4);
         png_set_tRNS(png, info, alpha, 2, NULL);
@@ -156,7 +165,7 @@ static void row_grey16(int y, uint8_t *row)
 static void row_packed(int y, uint8_t *row)
 {
     memset(row, 0, 4);
-    for (int x = 0; x < 13; x++)      /* two bits a pixel */
+    for (int x = 0; x < 13; x++) /* two bits a pixel */
         row[x / 4] |= (uint8_t)(((x + y) & 3) << (6 - 2 * (x % 4)));
 }
 
@@ -186,7 +195,7 @@ static void decode_fails(const uint8_t *data, size_t n, const char *part)
 {
     struct image im = { 0 };
     char why[256] = "";
-    uint8_t *copy = malloc(n ? n : 1);   /* exact size, so that a sanitizer sees any read behind it */
+    uint8_t *copy = malloc(n ? n : 1); /* exact size, so that a sanitizer sees any read behind it */
     memcpy(copy, data, n);
     assert_false(image_decode(copy, n, NULL, &im, why, sizeof why));
     if (!*why || !strstr(why, part))
@@ -241,7 +250,9 @@ static void png_16_bit_keeps_the_high_byte(void **state)
 
 static void png_grey_and_palette_become_rgb(void **state)
 {
-    static const uint8_t palette[4][3] = { { 1, 2, 3 }, { 250, 128, 7 }, { 9, 200, 100 }, { 255, 255, 255 } };
+    static const uint8_t palette[4][3] = {
+        { 1, 2, 3 }, { 250, 128, 7 }, { 9, 200, 100 }, { 255, 255, 255 }
+    };
     struct bytes g8 = make_png(13, 9, 8, PNG_COLOR_TYPE_GRAY, false, row_grey);
     struct bytes g2 = make_png(13, 9, 2, PNG_COLOR_TYPE_GRAY, true, row_packed);
     struct bytes p2 = make_png(13, 9, 2, PNG_COLOR_TYPE_PALETTE, false, row_packed);
@@ -263,7 +274,8 @@ static void png_grey_and_palette_become_rgb(void **state)
 
 static void jpeg_colour_grey_and_progressive_are_close(void **state)
 {
-    struct bytes colour = make_jpeg(33, 17, JCS_RGB, 3, false), progressive = make_jpeg(33, 17, JCS_RGB, 3, true);
+    struct bytes colour = make_jpeg(33, 17, JCS_RGB, 3, false),
+                 progressive = make_jpeg(33, 17, JCS_RGB, 3, true);
     struct bytes grey = make_jpeg(33, 17, JCS_GRAYSCALE, 1, false);
     struct image a = { 0 }, b = { 0 };
     decode_ok(colour, &a);
@@ -272,7 +284,7 @@ static void jpeg_colour_grey_and_progressive_are_close(void **state)
     assert_int_equal(a.height, 17);
     for (int i = 0; i < 33 * 17 * 3; i++) {
         assert_in_range(a.rgb[i] + 6 - (40 + 8 * (i % 3) + 2 * (i / 3 % 33) + i / 99), 0, 12);
-        assert_int_equal(a.rgb[i], b.rgb[i]);   /* the same coefficients */
+        assert_int_equal(a.rgb[i], b.rgb[i]); /* the same coefficients */
     }
     decode_ok(grey, &a);
     for (int i = 0; i < 33 * 17 * 3; i++) {
@@ -318,14 +330,16 @@ static void webp_lossless_is_exact_and_lossy_is_close(void **state)
 
 static void probe_reads_sizes_without_pixels(void **state)
 {
-    struct bytes b[3] = { make_jpeg(33, 17, JCS_RGB, 3, true), make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb),
+    struct bytes b[3] = { make_jpeg(33, 17, JCS_RGB, 3, true),
+                          make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb),
                           make_webp(21, 10, true) };
     static const int expected[3][2] = { { 33, 17 }, { 13, 9 }, { 21, 10 } };
     for (int i = 0; i < 3; i++) {
         int width = 0, height = 0;
         char why[128];
         /* half of the file holds the header */
-        assert_true(image_probe(b[i].data, i == 0 ? b[i].n - 50 : b[i].n / 2, &width, &height, why, sizeof why));
+        assert_true(image_probe(b[i].data, i == 0 ? b[i].n - 50 : b[i].n / 2, &width, &height, why,
+                                sizeof why));
         assert_int_equal(width, expected[i][0]);
         assert_int_equal(height, expected[i][1]);
         free(b[i].data);
@@ -334,7 +348,8 @@ static void probe_reads_sizes_without_pixels(void **state)
 
 static void one_buffer_serves_pictures_of_any_size(void **state)
 {
-    struct bytes big = make_webp(40, 30, true), small = make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb);
+    struct bytes big = make_webp(40, 30, true),
+                 small = make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb);
     struct image im = { 0 };
     decode_ok(big, &im);
     const size_t capacity = im.capacity;
@@ -351,11 +366,11 @@ static void one_buffer_serves_pictures_of_any_size(void **state)
 static void every_truncation_is_broken_with_a_reason(void **state)
 {
     struct bytes b[5] = { make_jpeg(33, 17, JCS_RGB, 3, false), make_jpeg(33, 17, JCS_RGB, 3, true),
-                          make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, true, row_rgb), make_webp(21, 10, true),
-                          make_webp(40, 30, false) };
+                          make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, true, row_rgb),
+                          make_webp(21, 10, true), make_webp(40, 30, false) };
     for (int i = 0; i < 5; i++) {
         for (size_t n = 0; n < b[i].n; n++)
-            if (i < 3 || n + 1 < b[i].n || b[i].n % 2 == 0)   /* RIFF pads to even length */
+            if (i < 3 || n + 1 < b[i].n || b[i].n % 2 == 0) /* RIFF pads to even length */
                 decode_fails(b[i].data, n, "");
         free(b[i].data);
     }
@@ -363,9 +378,10 @@ static void every_truncation_is_broken_with_a_reason(void **state)
 
 static void flipped_bytes_never_crash(void **state)
 {
-    struct bytes b[5] = { make_jpeg(33, 17, JCS_RGB, 3, false), make_jpeg(33, 17, JCS_CMYK, 4, true),
-                          make_png(13, 9, 2, PNG_COLOR_TYPE_PALETTE, true, row_packed), make_webp(21, 10, true),
-                          make_webp(40, 30, false) };
+    struct bytes b[5] = { make_jpeg(33, 17, JCS_RGB, 3, false),
+                          make_jpeg(33, 17, JCS_CMYK, 4, true),
+                          make_png(13, 9, 2, PNG_COLOR_TYPE_PALETTE, true, row_packed),
+                          make_webp(21, 10, true), make_webp(40, 30, false) };
     for (int i = 0; i < 5; i++) {
         int broken = 0;
         for (size_t at = 0; at < b[i].n; at++) {
@@ -413,11 +429,14 @@ static void put_big(uint8_t *at, uint32_t value)
         at[i] = (uint8_t)(value >> (24 - 8 * i));
 }
 
-/* A picture of a few hundred bytes whose header claims 60000 x 60000: refused before anything of that size is allocated. */
+/* A picture of a few hundred bytes whose header claims 60000 x 60000: refused before anything of
+ * that size is allocated. */
 static void absurd_sizes_are_refused_before_allocation(void **state)
 {
     struct bytes png = make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb);
-    static const uint32_t claim[][2] = { { 60000, 60000 }, { 70000, 1 }, { 1, 0x7fffffff }, { 0, 9 }, { 16384, 4097 } };
+    static const uint32_t claim[][2] = {
+        { 60000, 60000 }, { 70000, 1 }, { 1, 0x7fffffff }, { 0, 9 }, { 16384, 4097 }
+    };
     for (size_t i = 0; i < sizeof claim / sizeof *claim; i++) {
         put_big(png.data + 16, claim[i][0]);
         put_big(png.data + 20, claim[i][1]);
@@ -444,7 +463,8 @@ static void limits_of_the_caller_hold(void **state)
     struct bytes b = make_webp(40, 30, true);
     struct image im = { 0 };
     char why[256] = "";
-    const struct image_limits side = { 1 << 20, 39, 100 }, pixels = { 1199, 100, 100 }, exact = { 1200, 40, 100 };
+    const struct image_limits side = { 1 << 20, 39, 100 }, pixels = { 1199, 100, 100 },
+                              exact = { 1200, 40, 100 };
     assert_false(image_decode(b.data, b.n, &side, &im, why, sizeof why));
     assert_non_null(strstr(why, "39 a side"));
     assert_false(image_decode(b.data, b.n, &pixels, &im, why, sizeof why));
@@ -483,14 +503,15 @@ static void scans_of_a_progressive_jpeg_are_bounded(void **state)
 static void wrong_checksum_breaks_a_png(void **state)
 {
     struct bytes b = make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb);
-    b.data[b.n - 12 - 1] ^= 1;        /* CRC of the last IDAT */
+    b.data[b.n - 12 - 1] ^= 1; /* CRC of the last IDAT */
     decode_fails(b.data, b.n, "broken PNG");
     free(b.data);
 }
 
 static void animated_webp_is_refused(void **state)
 {
-    static const uint8_t header[] = "RIFF\x2c\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x0f\0\0\x0f\0\0ANIM\x06\0\0\0\xff\xff\xff\xff\0\0ANMF\0\0\0";
+    static const uint8_t header[] = "RIFF\x2c\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x0f\0\0\x0f\0\0ANIM"
+                                    "\x06\0\0\0\xff\xff\xff\xff\0\0ANMF\0\0\0";
     decode_fails(header, sizeof header - 1, "WebP");
 }
 
@@ -518,20 +539,19 @@ static void resize_vectors_of_the_specification(void **state)
     check_row((int[]){ 10, 20, 30, 40, 50 }, 5, (int[]){ 19, 41 }, 2);
 }
 
-/* CRCs of raw pixels made by the Python imaging library 9.4: Image.frombytes('RGB', ...).resize((w, h), Image.BICUBIC). */
+/* CRCs of raw pixels made by the Python imaging library 9.4: Image.frombytes('RGB', ...).resize((w,
+ * h), Image.BICUBIC). */
 static void resize_equals_the_imaging_library(void **state)
 {
-    static const struct { int in_w, in_h, w, h; uint32_t crc; } vector[] = {
-        { 13, 9, 26, 18, 0x1ff0cb7cu },
-        { 13, 9, 7, 5, 0x3ee55740u },
-        { 64, 48, 17, 48, 0x7a2a93b6u },
-        { 64, 48, 64, 11, 0x5d3217e8u },
-        { 100, 3, 30, 40, 0xaf918ed3u },
-        { 200, 150, 33, 25, 0xdcd04a62u },
-        { 5, 200, 60, 10, 0x7fd8ec72u },
-        { 1, 1, 9, 4, 0x84720a72u },
-        { 97, 61, 96, 60, 0x2cf0397fu },
-        { 300, 2, 4, 4, 0xdb9d6c0fu },
+    static const struct {
+        int in_w, in_h, w, h;
+        uint32_t crc;
+    } vector[] = {
+        { 13, 9, 26, 18, 0x1ff0cb7cu },  { 13, 9, 7, 5, 0x3ee55740u },
+        { 64, 48, 17, 48, 0x7a2a93b6u }, { 64, 48, 64, 11, 0x5d3217e8u },
+        { 100, 3, 30, 40, 0xaf918ed3u }, { 200, 150, 33, 25, 0xdcd04a62u },
+        { 5, 200, 60, 10, 0x7fd8ec72u }, { 1, 1, 9, 4, 0x84720a72u },
+        { 97, 61, 96, 60, 0x2cf0397fu }, { 300, 2, 4, 4, 0xdb9d6c0fu },
         { 31, 31, 128, 8, 0x6322b376u },
     };
     for (size_t i = 0; i < sizeof vector / sizeof *vector; i++) {
@@ -540,7 +560,8 @@ static void resize_equals_the_imaging_library(void **state)
         image_resize(&im, vector[i].w, vector[i].h, &out);
         assert_int_equal(out.width, vector[i].w);
         assert_int_equal(out.height, vector[i].h);
-        assert_int_equal(crc_of(out.rgb, (size_t)vector[i].w * (size_t)vector[i].h * 3), vector[i].crc);
+        assert_int_equal(crc_of(out.rgb, (size_t)vector[i].w * (size_t)vector[i].h * 3),
+                         vector[i].crc);
         image_free(&im);
         image_free(&out);
     }
@@ -560,14 +581,27 @@ static void resize_to_the_same_size_copies(void **state)
 
 static void grid_vectors_of_the_specification(void **state)
 {
-    static const struct { int width, height, least, most, tw, th; } v[] = {
-        { 512, 512, 4, 8192, 32, 32 }, { 528, 528, 4, 8192, 34, 34 }, { 800, 600, 4, 8192, 50, 38 },
-        { 1920, 1080, 4, 8192, 120, 68 }, { 4000, 3000, 4, 8192, 104, 78 }, { 40, 1000, 4, 8192, 4, 64 },
-        { 10, 10, 4, 8192, 2, 2 }, { 3000, 20, 4, 8192, 188, 2 }, { 500, 333, 1024, 13312, 40, 26 },
-        { 224, 224, 1024, 13312, 32, 32 }, { 6000, 4000, 1024, 13312, 140, 94 },
+    static const struct {
+        int width, height, least, most, tw, th;
+    } v[] = {
+        { 512, 512, 4, 8192, 32, 32 },
+        { 528, 528, 4, 8192, 34, 34 },
+        { 800, 600, 4, 8192, 50, 38 },
+        { 1920, 1080, 4, 8192, 120, 68 },
+        { 4000, 3000, 4, 8192, 104, 78 },
+        { 40, 1000, 4, 8192, 4, 64 },
+        { 10, 10, 4, 8192, 2, 2 },
+        { 3000, 20, 4, 8192, 188, 2 },
+        { 500, 333, 1024, 13312, 40, 26 },
+        { 224, 224, 1024, 13312, 32, 32 },
+        { 6000, 4000, 1024, 13312, 140, 94 },
         /* embeddings of hf.md 7 times four: 276, 256, 512, 512, 1024, 2304, 2040 */
-        { 64, 32, 1024, 13312, 46, 24 }, { 1000, 500, 1024, 13312, 64, 32 }, { 500, 1000, 1024, 13312, 32, 64 },
-        { 1024, 1024, 1024, 13312, 64, 64 }, { 1536, 1536, 1024, 13312, 96, 96 }, { 1920, 1080, 1024, 13312, 120, 68 },
+        { 64, 32, 1024, 13312, 46, 24 },
+        { 1000, 500, 1024, 13312, 64, 32 },
+        { 500, 1000, 1024, 13312, 32, 64 },
+        { 1024, 1024, 1024, 13312, 64, 64 },
+        { 1536, 1536, 1024, 13312, 96, 96 },
+        { 1920, 1080, 1024, 13312, 120, 68 },
     };
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
         int tw = 0, th = 0;
@@ -580,10 +614,11 @@ static void grid_vectors_of_the_specification(void **state)
 static void grid_without_merge_or_limit(void **state)
 {
     int tw, th;
-    image_grid(33, 16, 16, 1, 0, 1, &tw, &th);   /* 33/16 + .5 = 2.56 -> 3; 16/16 + .5 = 1.5 -> 2 (half to even) */
+    image_grid(33, 16, 16, 1, 0, 1, &tw,
+               &th); /* 33/16 + .5 = 2.56 -> 3; 16/16 + .5 = 1.5 -> 2 (half to even) */
     assert_int_equal(tw, 3);
     assert_int_equal(th, 2);
-    image_grid(60000, 60000, 16, 4, 0, 2, &tw, &th);   /* 3750.5 -> 3750, even */
+    image_grid(60000, 60000, 16, 4, 0, 2, &tw, &th); /* 3750.5 -> 3750, even */
     assert_int_equal(tw, 3750);
     assert_int_equal(th, 3750);
 }
@@ -599,11 +634,14 @@ static void grid_keeps_its_promises_for_any_picture(void **state)
             draw[k] = (int)(r >> 8);
         }
         const int merge = merges[draw[0] % 3], patch = draw[1] % 20 + 1;
-        const int width = draw[2] % (1 << (1 + draw[2] / 7 % 16)) + 1, height = draw[3] % (1 << (1 + draw[3] / 7 % 16)) + 1;
-        const int64_t most = merge * merge + draw[4] % (i % 2 ? 40 : 4000), least = draw[5] % 300 + 1;
+        const int width = draw[2] % (1 << (1 + draw[2] / 7 % 16)) + 1,
+                  height = draw[3] % (1 << (1 + draw[3] / 7 % 16)) + 1;
+        const int64_t most = merge * merge + draw[4] % (i % 2 ? 40 : 4000),
+                      least = draw[5] % 300 + 1;
         int tw = 0, th = 0;
         image_grid(width, height, patch, least, most, merge, &tw, &th);
-        assert_true(tw >= merge && th >= merge && tw % merge == 0 && th % merge == 0 && (int64_t)tw * th <= most);
+        assert_true(tw >= merge && th >= merge && tw % merge == 0 && th % merge == 0 &&
+                    (int64_t)tw * th <= most);
     }
 }
 
@@ -611,7 +649,8 @@ static void grid_keeps_its_promises_for_any_picture(void **state)
 
 static void patches_are_row_major_channel_first_and_normalised(void **state)
 {
-    static const double mean[3] = { .48145466, .4578275, .40821073 }, deviation[3] = { .26862954, .26130258, .27577711 };
+    static const double mean[3] = { .48145466, .4578275, .40821073 },
+                        deviation[3] = { .26862954, .26130258, .27577711 };
     struct image im = { 0 };
     fill(&im, 12, 8);
     static double wide[6 * 48];
@@ -619,7 +658,8 @@ static void patches_are_row_major_channel_first_and_normalised(void **state)
     assert_int_equal(image_patchify_f64(&im, 4, wide), 6);
     assert_int_equal(image_patchify_f32(&im, 4, narrow), 6);
     for (int i = 0; i < 6 * 48; i++) {
-        const int patch = i / 48, c = i / 16 % 3, y = patch / 3 * 4 + i / 4 % 4, x = patch % 3 * 4 + i % 4;
+        const int patch = i / 48, c = i / 16 % 3, y = patch / 3 * 4 + i / 4 % 4,
+                  x = patch % 3 * 4 + i % 4;
         const double expected = (pixel(x, y, c) / 255.0 - mean[c]) / deviation[c];
         assert_true(wide[i] == expected);
         assert_true(narrow[i] == (float)expected);
@@ -657,7 +697,8 @@ static int run_jobs(const char *path)
                 result = &resized;
             }
             f = fopen(out, "wb");
-            if (!f || fwrite(result->rgb, 3, (size_t)result->width * (size_t)result->height, f) == 0)
+            if (!f ||
+                fwrite(result->rgb, 3, (size_t)result->width * (size_t)result->height, f) == 0)
                 return 1;
             fclose(f);
             printf("ok %d %d\n", result->width, result->height);

@@ -1,7 +1,8 @@
 /* test_tokenizer.c - byte-level BPE from small hand-made tokenizer.json files (training.md 6.11).
  *
- * `test_tokenizer --encode TOKENIZER FILE` is the driver of regression/oracle/tokenizer_oracle.py: FILE holds texts as a 4-byte
- * little-endian length and the bytes; one line of ids per text is printed, and to stderr the seconds that loading took.
+ * `test_tokenizer --encode TOKENIZER FILE` is the driver of regression/oracle/tokenizer_oracle.py:
+ * FILE holds texts as a 4-byte little-endian length and the bytes; one line of ids per text is
+ * printed, and to stderr the seconds that loading took.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,14 +17,17 @@
 #include <cmocka.h>
 #include "tokenizer.h"
 
-/* The 256 byte tokens, ids 0..255 in the order of the bytes, then what the test wants; ids of `more` start at 256. */
+/* The 256 byte tokens, ids 0..255 in the order of the bytes, then what the test wants; ids of
+ * `more` start at 256. */
 struct parts {
     const char *more, *merges, *added, *pre, *rest;
 };
 
-static const char *const byte_level = "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}";
+static const char *const byte_level =
+    "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}";
 static const char *const pattern_b =
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*"
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| "
+    "?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*"
     "|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
 
 static void write_byte_tokens(FILE *f)
@@ -44,11 +48,13 @@ static void write_tokenizer(const char *path, const struct parts *p)
 {
     FILE *f = fopen(path, "w");
     assert_non_null(f);
-    fprintf(f, "{\"version\":\"1.0\",\"added_tokens\":[%s],\"normalizer\":null,\"pre_tokenizer\":%s,", p->added ? p->added : "",
-            p->pre ? p->pre : byte_level);
+    fprintf(f,
+            "{\"version\":\"1.0\",\"added_tokens\":[%s],\"normalizer\":null,\"pre_tokenizer\":%s,",
+            p->added ? p->added : "", p->pre ? p->pre : byte_level);
     fprintf(f, "\"model\":{\"type\":\"BPE\",%s\"vocab\":{", p->rest ? p->rest : "");
     write_byte_tokens(f);
-    fprintf(f, "%s%s},\"merges\":[%s]}}", p->more ? "," : "", p->more ? p->more : "", p->merges ? p->merges : "");
+    fprintf(f, "%s%s},\"merges\":[%s]}}", p->more ? "," : "", p->more ? p->more : "",
+            p->merges ? p->merges : "");
     fclose(f);
 }
 
@@ -89,9 +95,9 @@ static void check_ids(struct tokenizer *t, const char *text, size_t n, const int
 static void lowest_rank_goes_first_and_leftmost_of_equals(void **state)
 {
     /* ab < bc: "abc" = ab c; "xbc" = x bc; aaa = aa a; aaaa = aaaa in two rounds */
-    struct tokenizer *t = open_parts((struct parts){
-        .more = "\"ab\":256,\"bc\":257,\"aa\":258,\"aaaa\":259,\"abab\":260",
-        .merges = "\"a b\",\"b c\",\"a a\",\"aa aa\",\"ab ab\"" });
+    struct tokenizer *t = open_parts(
+        (struct parts){ .more = "\"ab\":256,\"bc\":257,\"aa\":258,\"aaaa\":259,\"abab\":260",
+                        .merges = "\"a b\",\"b c\",\"a a\",\"aa aa\",\"ab ab\"" });
     CHECK_IDS(t, "abc", 256, 'c');
     CHECK_IDS(t, "xbc", 'x', 257);
     CHECK_IDS(t, "aaa", 258, 'a');
@@ -104,11 +110,12 @@ static void lowest_rank_goes_first_and_leftmost_of_equals(void **state)
 
 static void both_spellings_of_merges_agree(void **state)
 {
-    struct tokenizer *a = open_parts((struct parts){ .more = "\"ab\":256,\"abc\":257", .merges = "\"a b\",\"ab c\"" });
-    struct tokenizer *b =
-        open_parts((struct parts){ .more = "\"ab\":256,\"abc\":257", .merges = "[\"a\",\"b\"],[\"ab\",\"c\"]" });
-    struct tokenizer *c =
-        open_parts((struct parts){ .more = "\"ab\":256,\"abc\":257", .merges = "\"#version: 0.2\",\"a b\",\"ab c\"" });
+    struct tokenizer *a = open_parts(
+        (struct parts){ .more = "\"ab\":256,\"abc\":257", .merges = "\"a b\",\"ab c\"" });
+    struct tokenizer *b = open_parts((struct parts){ .more = "\"ab\":256,\"abc\":257",
+                                                     .merges = "[\"a\",\"b\"],[\"ab\",\"c\"]" });
+    struct tokenizer *c = open_parts((struct parts){
+        .more = "\"ab\":256,\"abc\":257", .merges = "\"#version: 0.2\",\"a b\",\"ab c\"" });
     struct tokenizer *all[3] = { a, b, c };
     for (int i = 0; i < 3; i++) {
         CHECK_IDS(all[i], "abcab", 257, 256);
@@ -118,8 +125,8 @@ static void both_spellings_of_merges_agree(void **state)
 
 static void a_pair_given_twice_keeps_the_later_rank(void **state)
 {
-    struct tokenizer *t =
-        open_parts((struct parts){ .more = "\"ab\":256,\"bc\":257", .merges = "\"a b\",\"b c\",\"a b\"" });
+    struct tokenizer *t = open_parts(
+        (struct parts){ .more = "\"ab\":256,\"bc\":257", .merges = "\"a b\",\"b c\",\"a b\"" });
     CHECK_IDS(t, "abc", 'a', 257);
     tokenizer_free(t);
 }
@@ -127,7 +134,9 @@ static void a_pair_given_twice_keeps_the_later_rank(void **state)
 static void ignore_merges_takes_whole_pieces(void **state)
 {
     const char *pre = "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":true}";
-    struct parts p = { .more = "\"" BLANK "word\":256,\"wo\":257,\"rd\":258", .merges = "\"w o\",\"r d\"", .pre = pre };
+    struct parts p = { .more = "\"" BLANK "word\":256,\"wo\":257,\"rd\":258",
+                       .merges = "\"w o\",\"r d\"",
+                       .pre = pre };
     struct tokenizer *t = open_parts(p);
     CHECK_IDS(t, "word word", 257, 258, ' ', 257, 258);
     tokenizer_free(t);
@@ -149,12 +158,15 @@ static void every_byte_survives_the_round_trip(void **state)
         text[n++] = (char)(0xc0 | c >> 6);
         text[n++] = (char)(0x80 | (c & 63));
     }
-    memcpy(text + n, "\xf0\x9f\x8d\x92" "ab\xef\xbf\xbd", 9);
+    memcpy(text + n,
+           "\xf0\x9f\x8d\x92"
+           "ab\xef\xbf\xbd",
+           9);
     n += 9;
     int64_t *ids = NULL, capacity = 0;
     char why[128], back[2100];
     const int64_t count = tokenizer_encode(t, text, n, &ids, &capacity, why, sizeof why);
-    assert_int_equal(count, n - 2);          /* "ab" is one token, twice: in ASCII and at the end */
+    assert_int_equal(count, n - 2); /* "ab" is one token, twice: in ASCII and at the end */
     assert_int_equal(tokenizer_decode(t, ids, count, back, sizeof back), n);
     assert_memory_equal(text, back, n);
     /* single tokens are bytes */
@@ -169,8 +181,9 @@ static void every_byte_survives_the_round_trip(void **state)
 
 static void long_pieces_take_no_quadratic_time(void **state)
 {
-    struct tokenizer *t = open_parts((struct parts){
-        .more = "\"aa\":256,\"aaaa\":257,\"aaaaaaaa\":258", .merges = "\"a a\",\"aa aa\",\"aaaa aaaa\"" });
+    struct tokenizer *t = open_parts(
+        (struct parts){ .more = "\"aa\":256,\"aaaa\":257,\"aaaaaaaa\":258",
+                        .merges = "\"a a\",\"aa aa\",\"aaaa aaaa\"" });
     const size_t n = 4 << 20;
     char *text = malloc(n), why[128];
     memset(text, 'a', n);
@@ -186,16 +199,21 @@ static void long_pieces_take_no_quadratic_time(void **state)
 static void pattern_b_splits_as_published(void **state)
 {
     char pre[1024];
-    snprintf(pre, sizeof pre, "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},"
-             "\"behavior\":\"Isolated\",\"invert\":false},%s]}", pattern_b, byte_level);
+    snprintf(pre, sizeof pre,
+             "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":"
+             "\"%s\"},"
+             "\"behavior\":\"Isolated\",\"invert\":false},%s]}",
+             pattern_b, byte_level);
     /* all pairs of neighbours that could merge across a wrong boundary */
     struct tokenizer *t = open_parts((struct parts){
-        .more = "\"12\":256,\"34\":257,\"" BLANK BLANK "\":258,\"'s\":259,\"S'\":260,\"" BLANK "b\":261,\"!" BLANK "\":262,"
+        .more = "\"12\":256,\"34\":257,\"" BLANK BLANK "\":258,\"'s\":259,\"S'\":260,\"" BLANK
+                "b\":261,\"!" BLANK "\":262,"
                 "\"!\\u010a\":263",
-        .merges = "\"1 2\",\"3 4\",\"" BLANK " " BLANK "\",\"' s\",\"S '\",\"" BLANK " b\",\"! " BLANK "\",\"! \\u010a\"",
+        .merges = "\"1 2\",\"3 4\",\"" BLANK " " BLANK "\",\"' s\",\"S '\",\"" BLANK
+                  " b\",\"! " BLANK "\",\"! \\u010a\"",
         .pre = pre });
-    CHECK_IDS(t, "12341", 256, '3', '4', '1');         /* three digits at most */
-    CHECK_IDS(t, "a   b", 'a', 258, 261);              /* the last blank belongs to the word */
+    CHECK_IDS(t, "12341", 256, '3', '4', '1'); /* three digits at most */
+    CHECK_IDS(t, "a   b", 'a', 258, 261);      /* the last blank belongs to the word */
     CHECK_IDS(t, "S's", 'S', 259);
     CHECK_IDS(t, "! b", '!', 261);
     CHECK_IDS(t, "!\n", 263);
@@ -204,7 +222,10 @@ static void pattern_b_splits_as_published(void **state)
 
 static void behaviours_of_split(void **state)
 {
-    static const struct { const char *behaviour, *invert; int64_t expected[12]; } v[] = {
+    static const struct {
+        const char *behaviour, *invert;
+        int64_t expected[12];
+    } v[] = {
         { "Isolated", "false", { 'a', 'b', '-', '-', 'c', -1 } },
         { "Removed", "false", { 'a', 'b', 'c', -1 } },
         { "Removed", "true", { '-', '-', -1 } },
@@ -214,10 +235,14 @@ static void behaviours_of_split(void **state)
     };
     for (size_t i = 0; i < sizeof v / sizeof *v; i++) {
         char pre[512];
-        snprintf(pre, sizeof pre, "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"String\":\"-\"},"
-                 "\"behavior\":\"%s\",\"invert\":%s},%s]}", v[i].behaviour, v[i].invert, byte_level);
-        struct tokenizer *t = open_parts((struct parts){
-            .more = "\"b-\":256,\"--\":257,\"-c\":258", .merges = "\"b -\",\"- -\",\"- c\"", .pre = pre });
+        snprintf(pre, sizeof pre,
+                 "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{"
+                 "\"String\":\"-\"},"
+                 "\"behavior\":\"%s\",\"invert\":%s},%s]}",
+                 v[i].behaviour, v[i].invert, byte_level);
+        struct tokenizer *t = open_parts((struct parts){ .more = "\"b-\":256,\"--\":257,\"-c\":258",
+                                                         .merges = "\"b -\",\"- -\",\"- c\"",
+                                                         .pre = pre });
         check_ids(t, "ab--c", 5, v[i].expected);
         tokenizer_free(t);
     }
@@ -225,10 +250,14 @@ static void behaviours_of_split(void **state)
 
 static void byte_level_prefix_space_and_regex(void **state)
 {
-    const char *pre = "{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":true}";   /* use_regex: true */
-    struct tokenizer *t = open_parts((struct parts){
-        .more = "\"" BLANK "a\":256,\"ab\":257", .merges = "\"" BLANK " a\",\"a b\"", .pre = pre,
-        .added = "{\"id\":300,\"content\":\"<x>\",\"special\":true}" });
+    const char *pre =
+        "{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":true}"; /* use_regex:
+                                                                                       true */
+    struct tokenizer *t = open_parts(
+        (struct parts){ .more = "\"" BLANK "a\":256,\"ab\":257",
+                        .merges = "\"" BLANK " a\",\"a b\"",
+                        .pre = pre,
+                        .added = "{\"id\":300,\"content\":\"<x>\",\"special\":true}" });
     CHECK_IDS(t, "a", 256);
     CHECK_IDS(t, " a", 256);
     CHECK_IDS(t, "a<x>a", 256, 300, 256);
@@ -239,11 +268,19 @@ static void byte_level_prefix_space_and_regex(void **state)
 /* \s is Unicode White_Space: U+180E is none, U+0085 is one. */
 static void space_class_is_white_space(void **state)
 {
-    const char *pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\s+\"},\"behavior\":"
-                      "\"Removed\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}]}";
+    const char *pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{"
+                      "\"Regex\":\"\\\\s+\"},\"behavior\":"
+                      "\"Removed\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":"
+                      "false,\"use_regex\":false}]}";
     struct tokenizer *t = open_parts((struct parts){ .pre = pre });
-    CHECK_IDS(t, "a\xc2\x85" "b", 'a', 'b');
-    CHECK_IDS(t, "a\xe1\xa0\x8e" "b", 'a', 0xe1, 0xa0, 0x8e, 'b');
+    CHECK_IDS(t,
+              "a\xc2\x85"
+              "b",
+              'a', 'b');
+    CHECK_IDS(t,
+              "a\xe1\xa0\x8e"
+              "b",
+              'a', 0xe1, 0xa0, 0x8e, 'b');
     tokenizer_free(t);
 }
 
@@ -252,8 +289,10 @@ static void space_class_is_white_space(void **state)
 static void longest_added_token_wins_and_is_cut_out_verbatim(void **state)
 {
     struct tokenizer *t = open_parts((struct parts){
-        .more = "\"<\\u012a\":256,\"ab\":257", .merges = "\"a b\"",
-        .added = "{\"id\":300,\"content\":\"<im\",\"special\":true},{\"id\":301,\"content\":\"<image>\",\"special\":true},"
+        .more = "\"<\\u012a\":256,\"ab\":257",
+        .merges = "\"a b\"",
+        .added = "{\"id\":300,\"content\":\"<im\",\"special\":true},{\"id\":301,\"content\":\"<"
+                 "image>\",\"special\":true},"
                  "{\"id\":302,\"content\":\"a b\",\"special\":false,\"normalized\":true}" });
     CHECK_IDS(t, "a<image>b", 'a', 301, 'b');
     CHECK_IDS(t, "<imag>", 300, 'a', 'g', '>');
@@ -271,7 +310,8 @@ static void longest_added_token_wins_and_is_cut_out_verbatim(void **state)
     tokenizer_free(t);
 }
 
-/* A token that is not normalized is looked for before any that is, whatever their places and lengths. */
+/* A token that is not normalized is looked for before any that is, whatever their places and
+ * lengths. */
 static void tokens_not_normalized_are_found_first(void **state)
 {
     struct tokenizer *t = open_parts((struct parts){
@@ -293,15 +333,19 @@ static void strip_and_single_word_flags(void **state)
     CHECK_IDS(t, "cat", 302);
     CHECK_IDS(t, "a cat.", 'a', ' ', 302, '.');
     CHECK_IDS(t, "cats", 'c', 'a', 't', 's');
-    CHECK_IDS(t, "\xc3\xa9" "cat", 0xc3, 0xa9, 'c', 'a', 't');
+    CHECK_IDS(t,
+              "\xc3\xa9"
+              "cat",
+              0xc3, 0xa9, 'c', 'a', 't');
     CHECK_IDS(t, "_cat", '_', 'c', 'a', 't');
     tokenizer_free(t);
 }
 
 static void decode_gives_added_tokens_verbatim(void **state)
 {
-    struct tokenizer *t = open_parts((struct parts){
-        .more = "\"" BLANK "a\":256", .added = "{\"id\":300,\"content\":\"<a \xc3\xa9>\",\"special\":true}" });
+    struct tokenizer *t = open_parts(
+        (struct parts){ .more = "\"" BLANK "a\":256",
+                        .added = "{\"id\":300,\"content\":\"<a \xc3\xa9>\",\"special\":true}" });
     char out[32];
     assert_int_equal(tokenizer_decode(t, IDS(256, 300, 298, 999, -5), 5, out, sizeof out), 8);
     assert_string_equal(out, " a<a \xc3\xa9>");
@@ -325,13 +369,16 @@ static void empty_text_has_no_tokens(void **state)
 static void bad_texts_are_errors(void **state)
 {
     struct tokenizer *t = open_parts((struct parts){ 0 });
-    static const char *const bad[] = { "a\xff", "\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xe2\x82", "\x80" };
+    static const char *const bad[] = {
+        "a\xff", "\xc3", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\xe2\x82", "\x80"
+    };
     int64_t *ids = NULL, capacity = 0;
     char why[128] = "";
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         char *exact = malloc(strlen(bad[i]));
         memcpy(exact, bad[i], strlen(bad[i]));
-        assert_int_equal(tokenizer_encode(t, exact, strlen(bad[i]), &ids, &capacity, why, sizeof why), -1);
+        assert_int_equal(
+            tokenizer_encode(t, exact, strlen(bad[i]), &ids, &capacity, why, sizeof why), -1);
         assert_string_equal(why, "the text is not UTF-8");
         free(exact);
     }
@@ -341,8 +388,10 @@ static void bad_texts_are_errors(void **state)
 
 static void expensive_patterns_give_up_with_a_sentence(void **state)
 {
-    const char *pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(?:a+)+b\"},\"behavior\":"
-                      "\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}]}";
+    const char *pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{"
+                      "\"Regex\":\"(?:a+)+b\"},\"behavior\":"
+                      "\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":"
+                      "false,\"use_regex\":false}]}";
     struct tokenizer *t = open_parts((struct parts){ .pre = pre });
     int64_t *ids = NULL, capacity = 0;
     char why[256] = "", text[64];
@@ -359,7 +408,10 @@ static void expensive_patterns_give_up_with_a_sentence(void **state)
 /* Each broken in one way; the sentence must name it. */
 static void malformed_files_are_refused_with_their_place(void **state)
 {
-    static const struct { struct parts p; const char *part; } v[] = {
+    static const struct {
+        struct parts p;
+        const char *part;
+    } v[] = {
         { { .rest = "\"byte_fallback\":true," }, "byte_fallback" },
         { { .rest = "\"dropout\":0.1," }, "dropout" },
         { { .rest = "\"end_of_word_suffix\":\"</w>\"," }, "end_of_word_suffix" },
@@ -379,21 +431,39 @@ static void malformed_files_are_refused_with_their_place(void **state)
         { { .added = "{\"id\":-1,\"content\":\"<x>\"}" }, "added_tokens[0]" },
         { { .added = "{\"id\":300,\"content\":\"a\"}" }, "'a' has id 300 here and 97 before" },
         { { .added = "{\"id\":97,\"content\":\"<x>\"}" }, "another token's" },
-        { { .added = "{\"id\":300,\"content\":\"<x>\",\"lstrip\":\"yes\"}" }, "added_tokens[0].lstrip" },
+        { { .added = "{\"id\":300,\"content\":\"<x>\",\"lstrip\":\"yes\"}" },
+          "added_tokens[0].lstrip" },
         { { .added = "7" }, "added_tokens[0]" },
         { { .pre = "null" }, "pre_tokenizer" },
         { { .pre = "{\"type\":\"Metaspace\"}" }, "'Metaspace' is not supported" },
         { { .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[]}" }, "no ByteLevel" },
-        { { .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"ByteLevel\"},{\"type\":\"ByteLevel\"}]}" }, "after ByteLevel" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\"}" }, "does not compile" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(*UTF)a\"},\"behavior\":\"Isolated\"}" }, "a verb" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a&&b]\"},\"behavior\":\"Isolated\"}" }, "intersection" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a[b]]\"},\"behavior\":\"Isolated\"}" }, "class inside a class" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a{2}+\"},\"behavior\":\"Isolated\"}" }, "counter" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\h\"},\"behavior\":\"Isolated\"}" }, "escape" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a\"},\"behavior\":\"Sideways\"}" }, "'Sideways'" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":\"a\",\"behavior\":\"Isolated\"}" }, "Split.pattern" },
-        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\"},\"behavior\":\"Isolated\"}" }, "0 bytes" },
+        { { .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"ByteLevel\"},{\"type\":"
+                   "\"ByteLevel\"}]}" },
+          "after ByteLevel" },
+        { { .pre =
+                "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\"}" },
+          "does not compile" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(*UTF)a\"},\"behavior\":"
+                   "\"Isolated\"}" },
+          "a verb" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a&&b]\"},\"behavior\":"
+                   "\"Isolated\"}" },
+          "intersection" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"[a[b]]\"},\"behavior\":"
+                   "\"Isolated\"}" },
+          "class inside a class" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a{2}+\"},\"behavior\":"
+                   "\"Isolated\"}" },
+          "counter" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\h\"},\"behavior\":"
+                   "\"Isolated\"}" },
+          "escape" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"a\"},\"behavior\":\"Sideways\"}" },
+          "'Sideways'" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":\"a\",\"behavior\":\"Isolated\"}" },
+          "Split.pattern" },
+        { { .pre = "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\"},\"behavior\":\"Isolated\"}" },
+          "0 bytes" },
     };
     char path[64];
     path_of(path, ".json");
@@ -430,7 +500,8 @@ static void foreign_files_are_refused(void **state)
     check_text_refused(path, "{\"model\":{\"type\":\"Unigram\"}}", 28, "'Unigram'");
     check_text_refused(path, "{\"model\":{\"vocab\":[]}}", 22, "model.vocab");
     check_text_refused(path, "{\"model\":{\"vocab\":{\"a\":0}}}", 27, "model.merges");
-    check_text_refused(path, "{\"normalizer\":{\"type\":\"NFC\"},\"model\":{}}", 40, "normalizer 'NFC'");
+    check_text_refused(path, "{\"normalizer\":{\"type\":\"NFC\"},\"model\":{}}", 40,
+                       "normalizer 'NFC'");
     char *deep = malloc(200000);
     memset(deep, '[', 200000);
     check_text_refused(path, deep, 200000, "line 1");
@@ -448,10 +519,16 @@ static void damaged_files_never_crash(void **state)
     char path[64], why[512];
     path_of(path, ".json");
     char pre[1024];
-    snprintf(pre, sizeof pre, "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},"
-             "\"behavior\":\"Isolated\",\"invert\":false},%s]}", pattern_b, byte_level);
-    write_tokenizer(path, &(struct parts){ .more = "\"ab\":256", .merges = "\"a b\"", .pre = pre,
-                                           .added = "{\"id\":300,\"content\":\"<x>\",\"single_word\":true}" });
+    snprintf(pre, sizeof pre,
+             "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":"
+             "\"%s\"},"
+             "\"behavior\":\"Isolated\",\"invert\":false},%s]}",
+             pattern_b, byte_level);
+    write_tokenizer(
+        path, &(struct parts){ .more = "\"ab\":256",
+                               .merges = "\"a b\"",
+                               .pre = pre,
+                               .added = "{\"id\":300,\"content\":\"<x>\",\"single_word\":true}" });
     static char text[16384];
     FILE *f = fopen(path, "r");
     const size_t n = fread(text, 1, sizeof text, f);
@@ -500,7 +577,10 @@ static void unknown_bytes_become_unk_or_an_error(void **state)
     char path[64], why[512] = "";
     path_of(path, ".json");
     FILE *f = fopen(path, "w");
-    fprintf(f, "{\"pre_tokenizer\":%s,\"model\":{\"vocab\":{\"a\":0,\"?\":1},\"merges\":[],\"unk_token\":\"?\"}}", byte_level);
+    fprintf(f,
+            "{\"pre_tokenizer\":%s,\"model\":{\"vocab\":{\"a\":0,\"?\":1},\"merges\":[],\"unk_"
+            "token\":\"?\"}}",
+            byte_level);
     fclose(f);
     struct tokenizer *t = tokenizer_open(path, why, sizeof why);
     assert_non_null(t);
@@ -532,7 +612,8 @@ static int encode_file(const char *tokenizer, const char *path)
         fprintf(stderr, "%s\n", why);
         return 1;
     }
-    fprintf(stderr, "loaded in %.3f s\n", (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec));
+    fprintf(stderr, "loaded in %.3f s\n",
+            (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec));
     FILE *f = fopen(path, "rb");
     if (!f)
         return 1;

@@ -1,21 +1,26 @@
 #!/usr/bin/python3
 """Make image-text shards and a small tokenizer for mimo.
 
-Without --images: the demo's data set. Pictures are the colour emoji of Debian's fonts-noto-color-emoji, alone or in strips of two to
-four, scaled to several heights, on white. A caption begins with the picture's dominant colour, counted over its opaque pixels;
-then come the names (Unicode's), in a strip each with its own colour:
+Without --images: the demo's data set. Pictures are the colour emoji of Debian's
+fonts-noto-color-emoji, alone or in strips of two to four, scaled to several heights, on white. A
+caption begins with the picture's dominant colour, counted over its opaque pixels; then come the
+names (Unicode's), in a strip each with its own colour:
 
     red: cherries                 blue: blue whale, grey hammer, blue jeans
 
-so that a model must look to know the colours. A third of the shards each holds PNG, JPEG and WebP; besides captions there are
-samples of several pictures, interleaved documents, conversations and plain texts. No sample of valid/ has the emoji, in their order, of
-one in train/. Same arguments, same bytes.
+so that a model must look to know the colours. A third of the shards each holds PNG, JPEG and WebP;
+besides captions there are samples of several pictures, interleaved documents, conversations and
+plain texts. No sample of valid/ has the emoji, in their order, of one in train/. Same arguments,
+same bytes.
 
-With --images DIR --captions FILE: your own pictures (jpg, jpeg, png, webp; copied as they are). FILE has one sample a line, either
-name<TAB>caption or a JSON object {"image": "name" or ["name", ...], "caption": "..."}; names are relative to DIR.
+With --images DIR --captions FILE: your own pictures (jpg, jpeg, png, webp; copied as they are).
+FILE has one sample a line, either name<TAB>caption or a JSON object
+{"image": "name" or ["name", ...], "caption": "..."}; names are relative to DIR.
 
-Written: OUT/train/*.tar, OUT/valid/*.tar (plain USTAR) and OUT/tokenizer.json (byte-level BPE trained on the captions).
+Written: OUT/train/*.tar, OUT/valid/*.tar (plain USTAR) and OUT/tokenizer.json (byte-level BPE
+trained on the captions).
 """
+
 import argparse
 import collections
 import colorsys
@@ -51,6 +56,7 @@ def progress(text):
 
 
 # --- emoji ---
+
 
 def colour_of(r, g, b):
     """One of eleven colour words."""
@@ -102,7 +108,7 @@ def dominant(emoji):
 
 
 def read_emoji(path, image_module):
-    """Those with a short name and one colour on at least half of them: what a tiny model can learn in minutes."""
+    """Those with a short name and one colour on at least half of them: a tiny model has minutes."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError:
@@ -132,15 +138,21 @@ class Demo:
     def __init__(self, emoji, image_module, seed):
         self.emoji, self.image_module, self.random = emoji, image_module, random.Random(seed)
         self.seen = {"train": set(), "valid": set()}
-        frequency = collections.Counter(e.colour for e in emoji)   # rare colours are drawn more often, so that guessing costs more
+        frequency = collections.Counter(
+            e.colour for e in emoji
+        )  # rare colours are drawn more often, so that guessing costs more
         self.weights = list(itertools.accumulate(frequency[e.colour] ** -0.5 for e in emoji))
-        self.held_out = set(self.random.sample(range(len(emoji)), len(emoji) // 8))   # alone only in valid
+        self.held_out = set(
+            self.random.sample(range(len(emoji)), len(emoji) // 8)
+        )  # alone only in valid
 
     def draw(self, split, count):
         """`count` emoji in an order that the other split does not have."""
         other = self.seen["valid" if split == "train" else "train"]
         while True:
-            picks = tuple(self.random.choices(range(len(self.emoji)), cum_weights=self.weights, k=count))
+            picks = tuple(
+                self.random.choices(range(len(self.emoji)), cum_weights=self.weights, k=count)
+            )
             if count == 1 and (picks[0] in self.held_out) != (split == "valid"):
                 continue
             if picks not in other:
@@ -156,7 +168,11 @@ class Demo:
             strip.paste(tile, (x, 0))
             x += tile.width
         out = io.BytesIO()
-        options = {"png": {"compress_level": 6}, "jpg": {"quality": 90}, "webp": {"quality": 90, "method": 0}}[kind]
+        options = {
+            "png": {"compress_level": 6},
+            "jpg": {"quality": 90},
+            "webp": {"quality": 90, "method": 0},
+        }[kind]
         strip.save(out, {"jpg": "JPEG"}.get(kind, kind.upper()), **options)
         return out.getvalue()
 
@@ -172,12 +188,12 @@ class Demo:
             e = self.draw(split, 2)
             text = "%s is %s, %s is %s." % (e[0].name, e[0].colour, e[1].name, e[1].colour)
             return [("txt", text.encode())], [text]
-        if dice < 0.17:                                       # several pictures, one caption
+        if dice < 0.17:  # several pictures, one caption
             groups = [self.draw(split, 1) for _ in range(self.random.randint(2, 3))]
             parts = [("%d.%s" % (i, kind), self.picture(g, kind)) for i, g in enumerate(groups)]
             record = {"caption": ", ".join("%s %s" % (g[0].colour, g[0].name) for g in groups)}
             return parts + [("json", pack(record))], [record["caption"]]
-        if dice < 0.25:                                       # interleaved
+        if dice < 0.25:  # interleaved
             groups = [self.draw(split, 1) for _ in range(self.random.randint(2, 3))]
             parts, texts, images = [], [], []
             for i, group in enumerate(groups):
@@ -185,14 +201,20 @@ class Demo:
                 parts.append((name, self.picture(group, kind)))
                 texts += [None, self.caption(group) + ("; " if i + 1 < len(groups) else "")]
                 images += [name, None]
-            return parts + [("json", pack({"texts": texts, "images": images}))], [t for t in texts if t]
+            return parts + [("json", pack({"texts": texts, "images": images}))], [
+                t for t in texts if t
+            ]
         if dice < 0.30:
             group = self.draw(split, 1)
-            turns = [("user", [{"t": "image", "value": kind}, {"t": "text", "value": "what is it?"}]),
-                     ("assistant", [{"t": "text", "value": self.caption(group)}])]
+            turns = [
+                ("user", [{"t": "image", "value": kind}, {"t": "text", "value": "what is it?"}]),
+                ("assistant", [{"t": "text", "value": self.caption(group)}]),
+            ]
             record = {"conversation": [{"sender": s, "fragments": f} for s, f in turns]}
-            return ([(kind, self.picture(group, kind)), ("json", pack(record))],
-                    ["user: what is it?\nassistant: %s\n" % self.caption(group)])
+            return (
+                [(kind, self.picture(group, kind)), ("json", pack(record))],
+                ["user: what is it?\nassistant: %s\n" % self.caption(group)],
+            )
         group = self.draw(split, self.random.choices([1, 2, 3, 4], [45, 25, 18, 12])[0])
         caption = self.caption(group)
         return [(kind, self.picture(group, kind)), ("json", pack({"caption": caption}))], [caption]
@@ -204,8 +226,14 @@ def pack(record):
 
 def demo_splits(arguments, image_module):
     demo = Demo(read_emoji(arguments.font, image_module), image_module, arguments.seed)
-    for split, samples, shards in (("valid", VALID_SAMPLES, VALID_SHARDS), ("train", TRAIN_SAMPLES, TRAIN_SHARDS)):
-        yield split, [[demo_sample(demo, split, list(TYPES)[shard % 3]) for _ in range(samples // shards)] for shard in range(shards)]
+    for split, samples, shards in (
+        ("valid", VALID_SAMPLES, VALID_SHARDS),
+        ("train", TRAIN_SAMPLES, TRAIN_SHARDS),
+    ):
+        yield split, [
+            [demo_sample(demo, split, list(TYPES)[shard % 3]) for _ in range(samples // shards)]
+            for shard in range(shards)
+        ]
 
 
 def demo_sample(demo, split, kind):
@@ -215,6 +243,7 @@ def demo_sample(demo, split, kind):
 
 
 # --- a user's own files ---
+
 
 def read_captions(path):
     """[(line number, [picture names], caption)]"""
@@ -235,7 +264,12 @@ def read_captions(path):
             else:
                 name, caption = line.rstrip("\r").split("\t", 1)
                 names = [name]
-            if not names or not all(isinstance(n, str) for n in names) or not isinstance(caption, str) or not caption.strip():
+            if (
+                not names
+                or not all(isinstance(n, str) for n in names)
+                or not isinstance(caption, str)
+                or not caption.strip()
+            ):
                 raise ValueError("a picture name and a caption that is not empty are needed")
             samples.append((number, names, caption.strip()))
         except (ValueError, KeyError, TypeError) as error:
@@ -266,16 +300,22 @@ def own_splits(arguments, image_module):
         progress("%d samples read" % len(samples))
     if mistakes:
         shown = "\n".join("  " + m for m in mistakes[:20])
-        fail("%d mistakes; nothing was written\n%s%s" % (len(mistakes), shown, "\n  ..." if len(mistakes) > 20 else ""))
+        fail(
+            "%d mistakes; nothing was written\n%s%s"
+            % (len(mistakes), shown, "\n  ..." if len(mistakes) > 20 else "")
+        )
     if len(samples) < 2:
         fail("%s: at least two samples are needed, one of them held out" % arguments.captions)
     random.Random(arguments.seed).shuffle(samples)
     held_out = min(len(samples) - 1, max(1, round(arguments.valid_fraction * len(samples))))
     for split, part in (("valid", samples[:held_out]), ("train", samples[held_out:])):
-        yield split, [part[i:i + arguments.shard_size] for i in range(0, len(part), arguments.shard_size)]
+        yield split, [
+            part[i : i + arguments.shard_size] for i in range(0, len(part), arguments.shard_size)
+        ]
 
 
 # --- tokenizer ---
+
 
 def byte_alphabet():
     """The printable code point of every byte."""
@@ -285,7 +325,7 @@ def byte_alphabet():
 
 
 def train_bpe(texts, count):
-    """At most `count` merges; ties go to the pair that sorts first. Counts are kept up to date word by word."""
+    """At most `count` merges; ties go to the pair that sorts first. Counts follow word by word."""
     alphabet = byte_alphabet()
     frequency = collections.Counter(piece for text in texts for piece in re.findall(PATTERN, text))
     words = [([alphabet[b] for b in word.encode()], n) for word, n in sorted(frequency.items())]
@@ -306,7 +346,7 @@ def train_bpe(texts, count):
                 pairs[pair] -= n
             joined, at = [], 0
             while at < len(symbols):
-                two = tuple(symbols[at:at + 2]) == best
+                two = tuple(symbols[at : at + 2]) == best
                 joined.append(symbols[at] + symbols[at + 1] if two else symbols[at])
                 at += 2 if two else 1
             words[i] = (joined, n)
@@ -324,20 +364,63 @@ def tokenizer_json(texts, size):
     for left, right in merges:
         if left + right not in tokens:
             tokens.append(left + right)
-    added = [{"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for i, s in enumerate(SPECIAL)]
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-             "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [list(m) for m in merges]}
-    record = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-              "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}, "post_processor": None,
-              "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}, "model": model}
+    added = [
+        {
+            "id": i,
+            "content": s,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for i, s in enumerate(SPECIAL)
+    ]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {t: i for i, t in enumerate(tokens)},
+        "merges": [list(m) for m in merges],
+    }
+    record = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": model,
+    }
     return json.dumps(record, ensure_ascii=False, indent=1) + "\n", len(tokens)
 
 
 # --- writing ---
+
 
 def write_shard(path, samples, first):
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -359,9 +442,16 @@ def check_output(out):
     """Only what this program wrote is ever replaced."""
     for split in ("train", "valid"):
         folder = os.path.join(out, split)
-        strange = [n for n in (os.listdir(folder) if os.path.isdir(folder) else []) if not re.fullmatch(split + r"-\d{6}\.tar", n)]
+        strange = [
+            n
+            for n in (os.listdir(folder) if os.path.isdir(folder) else [])
+            if not re.fullmatch(split + r"-\d{6}\.tar", n)
+        ]
         if strange:
-            fail("%s holds files that this program did not write (%s); choose another --out" % (folder, strange[0]))
+            fail(
+                "%s holds files that this program did not write (%s); choose another --out"
+                % (folder, strange[0])
+            )
 
 
 def write_all(arguments, splits, staging):
@@ -375,7 +465,10 @@ def write_all(arguments, splits, staging):
             texts += [t for _, learn in samples for t in learn] if split == "train" else []
             progress("%s: shard %d of %d written" % (split, i + 1, len(shards)))
         size = sum(os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder))
-        report.append("%s: %d samples in %d shards, %.1f MB" % (split, sum(map(len, shards)), len(shards), size / 1e6))
+        report.append(
+            "%s: %d samples in %d shards, %.1f MB"
+            % (split, sum(map(len, shards)), len(shards), size / 1e6)
+        )
     target = os.path.join(staging, "tokenizer.json")
     if arguments.tokenizer:
         shutil.copyfile(arguments.tokenizer, target)
@@ -389,21 +482,38 @@ def write_all(arguments, splits, staging):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="data/demo", help="folder to write (default data/demo)")
-    parser.add_argument("--seed", type=int, default=1234, help="of every random choice (default 1234)")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of every random choice (default 1234)"
+    )
     parser.add_argument("--font", default=FONT, help="colour emoji font (default %s)" % FONT)
     parser.add_argument("--images", metavar="DIR", help="folder of your pictures")
     parser.add_argument("--captions", metavar="FILE", help="their captions")
-    parser.add_argument("--valid-fraction", type=float, default=0.05, help="held out of your samples (default 0.05)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="samples of a shard of your files (default 1000)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
-    parser.add_argument("--vocab-size", type=int, default=490, help="of the trained tokenizer (default 490)")
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, help="held out of your samples (default 0.05)"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=1000,
+        help="samples of a shard of your files (default 1000)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=490, help="of the trained tokenizer (default 490)"
+    )
     arguments = parser.parse_args()
     if bool(arguments.images) != bool(arguments.captions):
         parser.error("--images and --captions belong together")
     if arguments.vocab_size < 262:
-        parser.error("--vocab-size must be at least 262: 256 bytes and %d special tokens" % len(SPECIAL))
+        parser.error(
+            "--vocab-size must be at least 262: 256 bytes and %d special tokens" % len(SPECIAL)
+        )
     if not 0 < arguments.valid_fraction < 1 or arguments.shard_size < 1:
         parser.error("--valid-fraction must lie between 0 and 1, --shard-size be at least 1")
     if arguments.images and not os.path.isdir(arguments.images):
@@ -423,9 +533,15 @@ def main():
     try:
         os.makedirs(arguments.out, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=arguments.out, prefix=".making-") as staging:
-            splits = own_splits(arguments, Image) if arguments.images else demo_splits(arguments, Image)
+            splits = (
+                own_splits(arguments, Image) if arguments.images else demo_splits(arguments, Image)
+            )
             report = write_all(arguments, splits, staging)
-            for name in ("tokenizer.json", "valid", "train"):     # train last: its presence says that all is there
+            for name in (
+                "tokenizer.json",
+                "valid",
+                "train",
+            ):  # train last: its presence says that all is there
                 replace(os.path.join(staging, name), os.path.join(arguments.out, name))
     except OSError as error:
         fail(str(error))

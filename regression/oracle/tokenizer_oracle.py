@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Token ids against the `tokenizers` package (pip install tokenizers; any interpreter that has it).
 
-Usage: tokenizer_oracle.py TEST_TOKENIZER [COUNT]     TEST_TOKENIZER = the built tests/test_tokenizer; COUNT texts (default 12000)
+Usage: tokenizer_oracle.py TEST_TOKENIZER [COUNT]
+TEST_TOKENIZER = the built tests/test_tokenizer; COUNT texts (default 12000)
 
-Builds byte-level BPE tokenizers with the pre-tokenizers in use (patterns A and B of training.md 6.11, GPT-2's own, literal splits, every
-behaviour), added tokens with all flags, ignore_merges on and off; encodes texts from every Unicode block, emoji, runs of
-white space, digits, contractions and special tokens with both programs; also times loading at the published size
-(131072 tokens, 269443 merges).
+Builds byte-level BPE tokenizers with the pre-tokenizers in use (patterns A and B of training.md
+6.11, GPT-2's own, literal splits, every behaviour), added tokens with all flags, ignore_merges on
+and off; encodes texts from every Unicode block, emoji, runs of white space, digits, contractions
+and special tokens with both programs; also times loading at the published size (131072 tokens,
+269443 merges).
 """
+
 import json
 import os
 import random
@@ -19,21 +22,42 @@ import unicodedata
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-PATTERN_A = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-             r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-PATTERN_B = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERN_A = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERN_B = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<img>", "</img>", "<|im_start|>", "<|im_end|>"]
-WORDS = ("the and of red blue don't I'll WE'VE it's cherries whale-like CamelCase snake_case 3.14159 2026-11-21 naïve Straße "
-         "ﬁ ſ K I'M x² ½ Ⅷ ٣٤ हिन्दी ไทย 한국어 日本語 中文字符 عربى עברית 👩‍👩‍👧‍👦 🇫🇷 ❤️ \u200d \u180e \u0085 \u2028 \u00a0 \ufeff e\u0301").split(" ")
+WORDS = (
+    "the and of red blue don't I'll WE'VE it's cherries whale-like CamelCase snake_case 3.14159 2026-11-21 naïve Straße "
+    "ﬁ ſ K I'M x² ½ Ⅷ ٣٤ हिन्दी ไทย 한국어 日本語 中文字符 عربى עברית 👩‍👩‍👧‍👦 🇫🇷 ❤️ \u200d \u180e \u0085 \u2028 \u00a0 \ufeff e\u0301"
+).split(" ")
 
 
 def texts(rng, count):
     out = []
-    for start in range(0, 0x110000, 128):                     # every block, a stretch of 40 each
+    for start in range(0, 0x110000, 128):  # every block, a stretch of 40 each
         chars = [chr(c) for c in range(start, start + 128) if not 0xD800 <= c <= 0xDFFF]
         if chars:
             out.append("".join(rng.choice(chars) for _ in range(40)))
-    spaces = [" ", "  ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u3000", "\u2009", "\u0085", "\u180e", "\u2028", "\x0b", "\x1c", "\x00", "   "]
+    spaces = [
+        " ",
+        "  ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\n\n",
+        "\u00a0",
+        "\u3000",
+        "\u2009",
+        "\u0085",
+        "\u180e",
+        "\u2028",
+        "\x0b",
+        "\x1c",
+        "\x00",
+        "   ",
+    ]
     while len(out) < count:
         parts = []
         for _ in range(rng.randint(1, 14)):
@@ -47,9 +71,21 @@ def texts(rng, count):
             elif kind < 0.8:
                 parts.append(str(rng.randint(0, 10 ** rng.randint(1, 9))))
             elif kind < 0.9:
-                parts.append(chr(rng.choice([rng.randint(0x20, 0x7e), rng.randint(0xa0, 0x2fff), rng.randint(0x1f300, 0x1faff)])))
+                parts.append(
+                    chr(
+                        rng.choice(
+                            [
+                                rng.randint(0x20, 0x7E),
+                                rng.randint(0xA0, 0x2FFF),
+                                rng.randint(0x1F300, 0x1FAFF),
+                            ]
+                        )
+                    )
+                )
             else:
-                parts.append("".join(rng.choice("aAbB'/!?.,-_()[]{}#\n ") for _ in range(rng.randint(1, 12))))
+                parts.append(
+                    "".join(rng.choice("aAbB'/!?.,-_()[]{}#\n ") for _ in range(rng.randint(1, 12)))
+                )
         out.append(rng.choice(["", " "]).join(parts))
     return out
 
@@ -58,12 +94,23 @@ def build(pre, corpus, size, ignore_merges, flags):
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=SPECIAL,
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     if flags:
-        tokenizer.add_tokens([AddedToken("word", single_word=True), AddedToken("strip", lstrip=True, rstrip=True),
-                              AddedToken("the re", normalized=True), AddedToken("日本", normalized=False), AddedToken("日本語", normalized=True)])
+        tokenizer.add_tokens(
+            [
+                AddedToken("word", single_word=True),
+                AddedToken("strip", lstrip=True, rstrip=True),
+                AddedToken("the re", normalized=True),
+                AddedToken("日本", normalized=False),
+                AddedToken("日本語", normalized=True),
+            ]
+        )
         tokenizer.add_special_tokens([AddedToken("<|im_end|>", rstrip=True, special=True)])
     return tokenizer
 
@@ -74,7 +121,9 @@ def compare(program, tokenizer, path, corpus, name, folder):
         for text in corpus:
             raw = text.encode()
             f.write(struct.pack("<I", len(raw)) + raw)
-    run = subprocess.run([program, "--encode", path, data], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.run(
+        [program, "--encode", path, data], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     if run.returncode:
         print("%s: %s" % (name, run.stderr.strip()))
         return 1
@@ -84,13 +133,16 @@ def compare(program, tokenizer, path, corpus, name, folder):
         if line != " ".join(map(str, want.ids)):
             wrong += 1
             if wrong <= 5:
-                print("%s: %r\n  ours   %s\n  theirs %s" % (name, text, line, " ".join(map(str, want.ids))))
+                print(
+                    "%s: %r\n  ours   %s\n  theirs %s"
+                    % (name, text, line, " ".join(map(str, want.ids)))
+                )
     print("%-44s %d texts, %d differ; %s" % (name, len(corpus), wrong, run.stderr.strip()))
     return wrong
 
 
 def published_size(folder):
-    """A file of the published size: two-letter, three-letter, ... tokens until both counts are reached."""
+    """A file of the published size: two letters, three, ... until both counts are reached."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     base = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(base)}
@@ -113,9 +165,22 @@ def published_size(folder):
                 merges.append(list(pair))
     path = os.path.join(folder, "big.json")
     with open(path, "w", encoding="utf-8") as f:
-        json.dump({"version": "1.0", "added_tokens": [], "normalizer": None,
-                   "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-                   "model": {"type": "BPE", "vocab": vocab, "merges": merges}}, f, ensure_ascii=False)
+        json.dump(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                },
+                "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            },
+            f,
+            ensure_ascii=False,
+        )
     return path, len(vocab), len(merges)
 
 
@@ -124,22 +189,50 @@ def main():
         sys.exit(__doc__)
     count = int(sys.argv[2]) if len(sys.argv) > 2 else 12000
     rng = random.Random(11)
-    # Characters that this Python's Unicode (and the PCRE2 of the same age) does not know yet may have categories in the package.
-    corpus = ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in texts(rng, count)]
+    # Characters that this Python's Unicode (and the PCRE2 of the same age) does not know yet may
+    # have categories in the package.
+    corpus = [
+        "".join(c for c in text if unicodedata.category(c) != "Cn") for text in texts(rng, count)
+    ]
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
     def split(pattern, behaviour="isolated", invert=False):
         return pre_tokenizers.Split(pattern, behaviour, invert)
+
     variants = [
         ("pattern A", [split(Regex(PATTERN_A)), plain], False, False),
         ("pattern A, flags, ignore_merges", [split(Regex(PATTERN_A)), plain], True, True),
         ("pattern B, flags", [split(Regex(PATTERN_B)), plain], False, True),
-        ("pattern B removed + inverted, ignore_merges", [split(Regex(PATTERN_B), "removed", True), plain], True, False),
+        (
+            "pattern B removed + inverted, ignore_merges",
+            [split(Regex(PATTERN_B), "removed", True), plain],
+            True,
+            False,
+        ),
         ("GPT-2", [pre_tokenizers.ByteLevel(add_prefix_space=False)], False, True),
         ("GPT-2, prefix space", [pre_tokenizers.ByteLevel(add_prefix_space=True)], False, True),
-        ("digits, then GPT-2", [split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)], False, False),
-        ("blank merged with next, words contiguous", [split(" ", "merged_with_next"), split(Regex(r"\w"), "contiguous"), plain], False, False),
-        ("space merged with previous, \\W removed", [split(Regex(r"\s"), "merged_with_previous"), split(Regex(r"\W{2,}"), "removed"), plain], False, False),
+        (
+            "digits, then GPT-2",
+            [split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+            False,
+            False,
+        ),
+        (
+            "blank merged with next, words contiguous",
+            [split(" ", "merged_with_next"), split(Regex(r"\w"), "contiguous"), plain],
+            False,
+            False,
+        ),
+        (
+            "space merged with previous, \\W removed",
+            [
+                split(Regex(r"\s"), "merged_with_previous"),
+                split(Regex(r"\W{2,}"), "removed"),
+                plain,
+            ],
+            False,
+            False,
+        ),
         ("empty matches", [split(Regex(r"x*"), "isolated"), plain], False, False),
     ]
     wrong = 0
@@ -150,8 +243,18 @@ def main():
             tokenizer.save(path)
             wrong += compare(sys.argv[1], tokenizer, path, corpus, name, folder)
         path, tokens, merges = published_size(folder)
-        big = ["".join(rng.choice("abcdefghij") for _ in range(rng.randint(1, 30))) for _ in range(2000)] + ["abcdefghij" * 20000]
-        wrong += compare(sys.argv[1], Tokenizer.from_file(path), path, big, "%d tokens, %d merges" % (tokens, merges), folder)
+        big = [
+            "".join(rng.choice("abcdefghij") for _ in range(rng.randint(1, 30)))
+            for _ in range(2000)
+        ] + ["abcdefghij" * 20000]
+        wrong += compare(
+            sys.argv[1],
+            Tokenizer.from_file(path),
+            path,
+            big,
+            "%d tokens, %d merges" % (tokens, merges),
+            folder,
+        )
     return 1 if wrong else 0
 
 

@@ -63,10 +63,10 @@ void REF(embed_merge_forward)(struct stream *s, in_t ids, in_t image_row, in_t t
         ref_expect(image, images, cols);
     for (int64_t t = 0; t < rows; t++) {
         real *to = ref_row(out, t);
-        ASSERT(picture[t] < images);
-        if (picture[t] >= 0)
+        ASSERT(image == NULL || picture[t] < images);
+        if (picture[t] >= 0 && image != NULL)
             memcpy(to, ref_row(image, picture[t]), (size_t)cols * sizeof(real));
-        else if (id[t] >= first && id[t] - first < table_rows)
+        else if (picture[t] < 0 && id[t] >= first && id[t] - first < table_rows)
             memcpy(to, ref_row(table, id[t] - first), (size_t)cols * sizeof(real));
         else
             memset(to, 0, (size_t)cols * sizeof(real));
