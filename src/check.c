@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 #include "log.h"
 
@@ -203,6 +204,10 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
 #undef PUT
         const ssize_t ignored = write(STDERR_FILENO, out, n);
         (void)ignored;
+        /* A launcher that is told to end the job may do so before it has read this rank's pipe. */
+        for (int i = 0, waiting = 0; i < 100 && ioctl(STDERR_FILENO, FIONREAD, &waiting) == 0 && waiting > 0; i++)
+            nanosleep(&(struct timespec){ .tv_nsec = 10000000 }, NULL);
+        nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
     } else {
         /* Aborting at once could end the other rank before its line is out. */
         nanosleep(&(struct timespec){ .tv_sec = 2 }, NULL);

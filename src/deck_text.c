@@ -58,7 +58,7 @@ const char *deck_text_shown(char out[DECK_SHOWN], const char *text, size_t lengt
     size_t n = length < DECK_SHOWN_MAX ? length : DECK_SHOWN_MAX;
     while (n < length && n > 0 && ((unsigned char)text[n] & 0xC0) == 0x80) n--;
     memcpy(out, text, n);
-    strcpy(out + n, n < length ? "..." : "");
+    memcpy(out + n, n < length ? "..." : "", n < length ? sizeof "..." : 1);
     return out;
 }
 

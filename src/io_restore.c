@@ -25,6 +25,7 @@ struct audit { /* rank 0's look at one file */
  * Widths that shapes show are named here too, because a sentence about the deck is clearer than
  * thirty about shapes. */
 static const char *const structural_keys[] = {
+    "run.precision",
     "language.hybrid_layer_pattern",
     "language.hidden_size",
     "language.num_attention_heads",
@@ -180,6 +181,7 @@ struct deck_audit {
     struct audit *a;
     hid_t group;
     const struct deck *deck;
+    bool same_run;
 };
 
 static void audit_key(void *ctx, const char *group, const char *key, const char *value,
@@ -191,6 +193,8 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     snprintf(name, sizeof name, "%s.%s", group, key);
     for (size_t i = 0; i < sizeof structural_keys / sizeof structural_keys[0]; i++)
         structural = structural || strcmp(name, structural_keys[i]) == 0;
+    /* Every random draw and the sample order follow from the seed: a resumed run keeps it, a fine-tuning need not. */
+    structural = structural || (strcmp(name, "run.seed") == 0 && d->same_run);
     if (!structural) return;
     if (!io_get_attr_string(d->group, name, then, sizeof then))
         errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: error: /deck does not tell %s", d->a->path,
@@ -203,9 +207,9 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     }
 }
 
-static void audit_deck(struct audit *a, const struct deck *deck)
+static void audit_deck(struct audit *a, const struct deck *deck, bool same_run)
 {
-    struct deck_audit d = { a, H5Gopen2(a->file, "/deck", H5P_DEFAULT), deck };
+    struct deck_audit d = { a, H5Gopen2(a->file, "/deck", H5P_DEFAULT), deck, same_run };
     if (d.group < 0) {
         errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: /deck is missing", a->path);
         return;
@@ -277,7 +281,12 @@ static void audit_file(struct audit *a, const struct deck *deck, const struct to
         errors_add(a->errors, EXIT_CHECKPOINT,
                    "%s: error: is incomplete: its writer was killed before it was done", a->path);
     else {
-        audit_deck(a, deck);
+        audit_deck(a, deck, !options->finetune && !options->model_only);
+        if (a->errors->count > 0) {   /* another model: its tensors need no line each */
+            H5Fclose(a->file);
+            a->file = -1;
+            return;
+        }
         if (io_state_get(a->file, stored, layout, sizeof layout))
             audit_state(a, stored, layout, topo, state, iteration, options);
         else

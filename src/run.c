@@ -70,7 +70,7 @@ static bool read_owner(int fd, char host[256], long *pid, char job[128])
 }
 
 /* Take <dir>/LOCK. Returns its descriptor, or -1 with one sentence in `why`. */
-static int take_lock(const char *dir, char *why, size_t size)
+static int take_lock(const char *dir, bool *cannot_write, char *why, size_t size)
 {
     char path[PATH_BYTES], own[256] = "", host[256] = "", job[128] = "", text[512];
     struct stat by_name, by_fd;
@@ -80,8 +80,9 @@ static int take_lock(const char *dir, char *why, size_t size)
     path_of(dir, "LOCK", path);
     if (gethostname(own, sizeof own - 1) != 0) snprintf(own, sizeof own, "unknown");
     for (;;) {
-        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
         if (fd < 0) {
+            *cannot_write = true;
             snprintf(why, size, "%s: %s", path, strerror(errno));
             return -1;
         }
@@ -106,6 +107,7 @@ static int take_lock(const char *dir, char *why, size_t size)
     }
     int n = snprintf(text, sizeof text, "host: %s\npid: %ld\njob: %s\n", own, (long)getpid(), job_id());
     if (ftruncate(fd, 0) != 0 || pwrite(fd, text, (size_t)n, 0) != n) {
+        *cannot_write = true;
         snprintf(why, size, "%s: %s", path, strerror(errno));
         close(fd);
         return -1;
@@ -159,12 +161,24 @@ static bool exists(const char *dir, const char *name)
     return access(path_of(dir, name, path), F_OK) == 0;
 }
 
+/* A new file of that name, whatever lay or pointed there before. */
+static FILE *create(const char *path)
+{
+    unlink(path);
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    FILE *f = fd >= 0 ? fdopen(fd, "w") : NULL;
+
+    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", path);
+    return f;
+}
+
 /* ---- life of a run ------------------------------------------------------------------------------------------------ */
 
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
 {
     char why[PATH_BYTES + 256] = "", path[PATH_BYTES];
     int64_t ours = 1;
+    bool cannot_write = false;
 
     *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now()};
     catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
@@ -172,8 +186,8 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
         if (!make_directories(r->dir)) {
             errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s", deck_where(deck, "run", "output_dir"), r->dir,
                        strerror(errno));
-        } else if ((r->lock = take_lock(r->dir, why, sizeof why)) < 0) {
-            errors_add(errors, EXIT_ENVIRONMENT, "mimo: error: %s", why);
+        } else if ((r->lock = take_lock(r->dir, &cannot_write, why, sizeof why)) < 0) {
+            errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s", why);
         }
         if (r->lock >= 0) {
             unlink(path_of(r->dir, "EXIT", path));
@@ -269,8 +283,7 @@ static void write_echo(const struct run *r, int number)
     text = echo_text(r->deck, &bytes);
     path_of(r->dir, "deck.nml", path);
     path_of(r->dir, "deck.nml.tmp", temporary);
-    f = fopen(temporary, "we");
-    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", temporary);
+    f = create(temporary);
     CHECK_SYS(fwrite(text, 1, bytes, f) == bytes && fclose(f) == 0, EXIT_WRITE, "%s", temporary);
     CHECK_SYS(rename(temporary, path) == 0, EXIT_WRITE, "%s", path);
     free(text);
@@ -333,6 +346,16 @@ void run_save_served(struct run *r)
     if (r->world->rank == 0) unlink(path_of(r->dir, "SAVE", path));
 }
 
+/* On rank 0: a run whose directory has been taken away ends instead of writing to nowhere. */
+static void check_directory(const struct run *r)
+{
+    char path[PATH_BYTES];
+    struct stat by_name, by_fd;
+
+    if (fstat(r->lock, &by_fd) == 0 && stat(path_of(r->dir, "LOCK", path), &by_name) == 0 && by_fd.st_ino == by_name.st_ino) return;
+    FATAL(EXIT_WRITE, "%s: the run directory or its lock was removed while the run was live", path);
+}
+
 void run_progress(const struct run *r, const char *fmt, ...)
 {
     char path[PATH_BYTES], stamp[32];
@@ -342,6 +365,7 @@ void run_progress(const struct run *r, const char *fmt, ...)
     FILE *f;
 
     if (r->world->rank != 0) return;
+    check_directory(r);
     f = fopen(path_of(r->dir, "progress.txt", path), "ae");
     CHECK_SYS(f != NULL, EXIT_WRITE, "%s", path);
     strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
@@ -356,9 +380,8 @@ void run_progress(const struct run *r, const char *fmt, ...)
 static void write_exit(const char *dir, int code, int64_t iteration, const char *text)
 {
     char path[PATH_BYTES], temporary[PATH_BYTES];
-    FILE *f = fopen(path_of(dir, "EXIT.tmp", temporary), "we");
+    FILE *f = create(path_of(dir, "EXIT.tmp", temporary));
 
-    CHECK_SYS(f != NULL, EXIT_WRITE, "%s", temporary);
     fprintf(f, "%d 0 - %lld %s\n", code, (long long)iteration, text);
     CHECK_SYS(fclose(f) == 0, EXIT_WRITE, "%s", temporary);
     CHECK_SYS(rename(temporary, path_of(dir, "EXIT", path)) == 0, EXIT_WRITE, "%s", path);
@@ -371,6 +394,7 @@ int run_finish(struct run *r, int code, int64_t iteration, const char *text)
     /* Nobody may still be writing when the directory is declared finished. */
     comm_host_barrier(r->world);
     if (r->lock >= 0) {
+        check_directory(r);
         unlink(path_of(r->dir, "STOP", path));
         write_exit(r->dir, code, iteration, text);
         drop_lock(r->dir, r->lock);
@@ -384,9 +408,10 @@ void run_refuse(const char *dir, int code, const char *text)
     char why[PATH_BYTES + 256];
     struct stat st;
     int fd;
+    bool cannot_write;
 
     if (stat(dir, &st) != 0 || !S_ISDIR(st.st_mode)) return;
-    fd = take_lock(dir, why, sizeof why);
+    fd = take_lock(dir, &cannot_write, why, sizeof why);
     if (fd < 0) return;
     write_exit(dir, code, -1, text);
     drop_lock(dir, fd);

@@ -41,7 +41,10 @@ class Outcome:
         self.status, self.stdout, self.stderr = k.m.run(DECK, *base, *out, *arguments, ranks=ranks, limit=120)
         trace = os.path.join(self.directory, "trace.h5")
         self.trace = everything(trace) if os.path.exists(trace) else {}
-        self.rows = int(self.trace.get("rows", -1))
+        self.rows, validations = int(self.trace.get("rows", -1)), int(self.trace.get("eval/rows", -1))
+        for name, v in self.trace.items():
+            if v.ndim and name != "ranks/arena_bytes":
+                self.trace[name] = v[:validations if name.startswith("eval/") else self.rows]
 
     def table(self, name):
         """The lines of a table of --check, without the echo."""
@@ -246,11 +249,11 @@ KEYS = {
     "optimizer.adam_eps": Probe("0.01", changes("lm_loss")),
     "optimizer.weight_decay": Probe("10", changes("lm_loss", "weight_decay")),
     "optimizer.clip_grad": Probe("1e-7", changes("lm_loss")),
-    "optimizer.overlap_grad_reduce": refused("T"),
-    "optimizer.overlap_param_gather": refused("T"),
-    "optimizer.ddp_bucket_size": refused("1000"),
-    "optimizer.ddp_num_buckets": refused("2"),
-    "optimizer.encoder_ddp_overlap": refused("T", "optimizer.overlap_grad_reduce=T"),
+    "optimizer.overlap_grad_reduce": Probe("T", table("memory")),
+    "optimizer.overlap_param_gather": Probe("T", table("memory")),
+    "optimizer.ddp_bucket_size": Probe("1000", table("memory"), "optimizer.overlap_grad_reduce=T"),
+    "optimizer.ddp_num_buckets": Probe("2", table("memory"), "optimizer.overlap_grad_reduce=T"),
+    "optimizer.encoder_ddp_overlap": Probe("T", table("memory"), "optimizer.overlap_grad_reduce=T", "stage.training_stage=3"),
     "optimizer.correct_encoder_grad_for_partial_participation":
         Probe("T", changes("grad_norm"), "topology.layout=disjoint", "topology.encoder_dp=2", "topology.llm_dp=1",
               "batch.micro_batch_size=2", "data.mock_text_only_every=2", "stage.training_stage=3", ranks=3),

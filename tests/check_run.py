@@ -3,6 +3,7 @@
 
 Every case is a tiny run of input/mock_tiny.nml or of shards written here. -k WORD picks groups by name.
 """
+import gzip
 import os
 import re
 import shutil
@@ -714,6 +715,50 @@ def layouts(r):
     r.ok("the_deck_on_stdin_of_mpiexec", got)
 
 
+def samples(r):
+    """Shards that are not as they should be, and the two commands that look at data."""
+    more = (*r.real(), "log.dump_batches=3", "batch.micro_batch_size=2")
+    write_shards(r.at("data", "torn"), 21, seed=3, broken=(5, 6))
+    torn = [x.replace(r.at("data", "train"), r.at("data", "torn")) for x in more]
+    for name, ranks, layout in (("one", 0, ()), ("two_plus_two", 4, grids(2, 2)), ("two_plus_one", 3, grids(2, 1))):
+        got = r.go("torn_" + name, *torn, *layout, ranks=ranks, batch=8)
+        r.ok("a_broken_sample_on_%s_is_named_and_skipped" % name, got, 0, "0005", "0006")
+        if name != "one":
+            r.equal("a_broken_sample_on_%s_leaves_the_same_batches" % name, same_batches(r, "torn_one", "torn_" + name, 3))
+    resume_case(r, "torn_data", 4, *[x for x in torn if x[:5] not in ("batch", "log.d")], *grids(2, 2))
+    write_shards(r.at("data", "ruined"), 150, seed=3, broken=range(150), text_every=1000)
+    ruined = [x.replace(r.at("data", "train"), r.at("data", "ruined")) for x in more]
+    for ranks in (0, 2):
+        r.ok("a_hundred_broken_samples_in_a_row_end_with_4_on_%d_ranks" % max(ranks, 1),
+             r.go("ruined%d" % ranks, *ruined, ranks=ranks, iterations=40, batch=8), 4, "error:", "100")
+    for title, change in (("a_missing_shard_directory", "data.train_data_path=" + r.at("data", "absent")),
+                          ("an_empty_shard_directory", "data.train_data_path=" + r.at("empty_shards")),
+                          ("a_missing_tokenizer", "data.tokenizer=" + r.at("data", "absent.json")),
+                          ("a_tar_as_tokenizer", "data.tokenizer=" + r.at("data", "train", "000000.tar")),
+                          ("a_tokenizer_as_shard", "data.train_data_path=" + r.at("data", "tokenizer.json")),
+                          ("a_compressed_shard", "data.train_data_path=" + r.at("packed.tar.gz"))):
+        os.makedirs(r.at("empty_shards"), exist_ok=True)
+        if not os.path.exists(r.at("packed.tar.gz")):
+            with open(r.at("data", "train", "000000.tar"), "rb") as f, gzip.open(r.at("packed.tar.gz"), "wb") as g:
+                g.write(f.read())
+        key = change.split("=")[0]
+        given = [x for x in more if x.split("=")[0] != key] + [change]
+        got = r.go("nodata", *given, ranks=2, batch=8)
+        r.ok(title + "_ends_with_4", got, 4, "error:", change.split("=")[1])
+    deck = [x for x in more if not x.startswith("log.")]
+    got = r.m.run("--check-data", DECK, *deck)
+    r.ok("check_data", got, 0)
+    counts = [int(x) for x in re.findall(r"\b\d+\b", got[1])]
+    r.tap.result(21 in counts and 9 in counts, "check_data_counts_both_splits", got[1])
+    got = r.m.run("--check-data", DECK, *[x.replace(r.at("data", "train"), r.at("data", "torn")) for x in deck])
+    r.tap.result(got[0] == 0 and "0005" in got[1] + got[2] and "0006" in got[1] + got[2], "check_data_names_the_broken_samples", got[1] + got[2])
+    os.makedirs(r.at("shown"))
+    got = r.m.run("--show-sample", "1", DECK, *deck, cwd=r.at("shown"))
+    pictures = [os.path.join(d, f) for d, _, names in os.walk(r.at("shown")) for f in names if f.endswith(".png")]
+    r.ok("show_sample", got, 0, "image")
+    r.tap.result(len(pictures) == 1, "show_sample_writes_the_picture", pictures)
+
+
 # ---- writing fails -----------------------------------------------------------------------------------------------------------
 
 def writing(r):
@@ -750,7 +795,7 @@ def writing(r):
     victim = r.at("victim")
     with open(victim, "w") as f:
         f.write("precious")
-    for name in ("trace.h5", "run.log", "deck.nml", "progress.txt", "batches.h5", "EXIT", "EXIT.tmp", "LOCK"):
+    for name in ("trace.h5", "run.log", "deck.nml", "progress.txt", "batches.h5", "EXIT", "EXIT.tmp", "deck.nml.tmp", "LOCK"):
         shutil.rmtree(r.at("links"), ignore_errors=True)
         os.mkdir(r.at("links"))
         os.symlink(victim, r.at("links", name))
@@ -762,7 +807,7 @@ def writing(r):
 
 def main():
     r = Runs()
-    for group in (files, kept, resume, loading, stopping, signals, locks, numerics, validation, batches, stages, layouts, writing):
+    for group in (files, kept, resume, loading, stopping, signals, locks, numerics, validation, batches, samples, stages, layouts, writing):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()

@@ -175,8 +175,9 @@ def write_tokenizer(name, specials=("</s>", "<image>", "<|endoftext|>", "<img>",
                              "merges": []}}, f)
 
 
-def write_shards(directory, samples, shards=2, seed=0):
-    """Tar shards of pictures (png, sizes 8..40 pixels, three of four samples) with captions, and plain texts."""
+def write_shards(directory, samples, shards=2, seed=0, broken=(), text_every=4):
+    """Tar shards of pictures (png, sizes 8..40 pixels) with captions, every `text_every`-th sample a plain text; the pictures
+    of the samples in `broken` end too early."""
     from PIL import Image
     os.makedirs(directory)
     rng = np.random.default_rng(seed)
@@ -184,11 +185,11 @@ def write_shards(directory, samples, shards=2, seed=0):
         with tarfile.open(os.path.join(directory, "%06d.tar" % s), "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(s, samples, shards):
                 parts = {"txt": ("sample %d of a test" % i).encode()}
-                if i % 4:
+                if i % text_every:
                     h, w = (int(x) for x in rng.integers(8, 41, 2))
                     png = io.BytesIO()
                     Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(png, "PNG")
-                    parts["png"] = png.getvalue()
+                    parts["png"] = png.getvalue()[:40 if i in broken else None]
                 for ext, data in sorted(parts.items()):
                     info = tarfile.TarInfo("%04d.%s" % (i, ext))
                     info.size = len(data)

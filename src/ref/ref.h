@@ -1,6 +1,6 @@
 /* ref.h - the reference backend's inner header. Every file of this folder but backend_ref.c is compiled twice, with
  * `real` = float (suffix f32) and `real` = double (suffix f64); REF(name) is the symbol of this compilation. Plain loops,
- * GEMM through CBLAS; sums accumulate in double. No pragmas, no intrinsics.
+ * GEMM through CBLAS; sums accumulate in double. No pragmas, no intrinsics. Local, all.
  */
 #ifndef MIMO_REF_H
 #define MIMO_REF_H
