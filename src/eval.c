@@ -174,7 +174,23 @@ static void close_album(struct ablation *a)
 /* ---- one validation ----------------------------------------------------------------------------------------------- */
 
 /* Mean loss per token over all batches; `kind` is one of DECK_ABLATION_*. */
-static double pass(struct eval *e, struct step *step, int kind)
+/* Why the run is asked to stop, the same on every rank, or NULL. Collective over the world. */
+static const char *asked_to_stop(const struct eval *e, const struct step *step)
+{
+    static const char *const why[] = {[STEP_STOP_SIGNAL] = "stopped by a signal", [STEP_STOP_FILE] = "stopped by the file STOP",
+                                      [STEP_STOP_TIME] = "stopped by run.exit_duration_in_mins"};
+    bool request[STEP_REQUESTS] = {false};
+    int64_t asked[STEP_SAVE_FILE];
+
+    if (step->poll.poll) step->poll.poll(step->poll.ctx, request);
+    for (int i = 0; i < STEP_SAVE_FILE; i++) asked[i] = request[i];
+    comm_host_reduce_i64(e->topo->world, asked, STEP_SAVE_FILE, COMM_MAX);
+    for (int i = 0; i < STEP_SAVE_FILE; i++)
+        if (asked[i]) return why[i];
+    return NULL;
+}
+
+static double pass(struct eval *e, struct step *step, int kind, const char **stop)
 {
     struct ablation a = {.deck = e->deck};
     struct step_pictures change = {.ctx = &a, .change = kind == DECK_ABLATION_ROTATE ? rotate_pictures : zero_pictures};
@@ -183,7 +199,7 @@ static double pass(struct eval *e, struct step *step, int kind)
 
     rewind_streams(&e->data);
     rewind_streams(&e->whole);
-    for (int64_t i = 0; i < e->iters; i++) {
+    for (int64_t i = 0; i < e->iters && !(*stop = asked_to_stop(e, step)); i++) {
         if (rotate) open_album(&a, e, i);
         step_forward(step, &e->data, i, kind == DECK_ABLATION_NONE ? NULL : &change, &sum[0], &sum[1]);
         if (rotate) close_album(&a);
@@ -221,13 +237,13 @@ struct eval_result eval_run(struct eval *e, struct step *step, const char *prefi
     int kind = e->deck->eval.eval_picture_ablation;
 
     timer_start(TIMER_EVAL);
-    r.lm_loss = pass(e, step, DECK_ABLATION_NONE);
-    print_result(prefix, "", r.lm_loss);
-    if (kind != DECK_ABLATION_NONE && e->topo->encoder.present) {
-        r.lm_loss_ablated = pass(e, step, kind);
-        print_result(prefix, kind == DECK_ABLATION_ROTATE ? " with rotated pictures" : " with zeroed pictures", r.lm_loss_ablated);
+    r.lm_loss = pass(e, step, DECK_ABLATION_NONE, &r.stop);
+    if (!r.stop) print_result(prefix, "", r.lm_loss);
+    if (!r.stop && kind != DECK_ABLATION_NONE && e->topo->encoder.present) {
+        r.lm_loss_ablated = pass(e, step, kind, &r.stop);
+        if (!r.stop) print_result(prefix, kind == DECK_ABLATION_ROTATE ? " with rotated pictures" : " with zeroed pictures", r.lm_loss_ablated);
     }
-    e->consumed += e->iters * e->deck->batch.global_batch_size;
+    if (!r.stop) e->consumed += e->iters * e->deck->batch.global_batch_size;
     timer_stop(TIMER_EVAL);
     return r;
 }

@@ -20,7 +20,8 @@ struct eval {
     int64_t consumed;             /* samples of all validations so far */
 };
 
-struct eval_result { double lm_loss, lm_loss_ablated; };   /* NaN: not asked, or not finite */
+/* NaN: not asked, or not finite. stop: the validation was left unfinished because the run is asked to stop, and says why; else NULL. */
+struct eval_result { double lm_loss, lm_loss_ablated; const char *stop; };
 
 /* Opens the validation data when the deck asks for validation; mistakes are collected (EXIT_DATA). Local. */
 void eval_init(struct eval *e, const struct deck *deck, const struct topology *topo, struct errors *errors);

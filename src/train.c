@@ -212,6 +212,8 @@ static void save(struct train *t)
     t->interval_start += timer_now() - start;
 }
 
+static void stop(struct train *t, const char *why);
+
 static void validate(struct train *t, const char *suffix)
 {
     char prefix[128];
@@ -220,6 +222,11 @@ static void validate(struct train *t, const char *suffix)
     if (!t->eval.active || t->last_validated == t->state.iteration) return;
     snprintf(prefix, sizeof prefix, "iteration %lld%s", (long long)t->state.iteration, suffix);
     struct eval_result r = eval_run(&t->eval, &t->step, prefix);
+    if (r.stop) {
+        log_line("validation at %s left unfinished: %s", prefix, r.stop);
+        stop(t, r.stop);
+        return;
+    }
     trace_write_eval(t->trace, t->state.iteration, r.lm_loss, r.lm_loss_ablated);
     t->last_validated = t->state.iteration;
     t->interval_start += timer_now() - start;
@@ -352,8 +359,8 @@ static void skip_iteration(struct train *t)
 /* Stop with a checkpoint; the text goes to the EXIT file. */
 static void stop(struct train *t, const char *why)
 {
-    save(t);
-    if (t->stop || t->state.iteration >= t->deck->derived.train_iterations) return;
+    if (t->has_data) save(t);
+    if (t->stop || (t->has_data && t->state.iteration >= t->deck->derived.train_iterations)) return;
     t->stop = true;
     t->why = why;
 }
@@ -405,7 +412,7 @@ void train_iterate(struct train *t)
     }
     print_iteration(t, &row);
     if (eval_due(&t->eval, t->state.iteration)) validate(t, "");
-    save_and_decide(t, &r);
+    if (!t->stop) save_and_decide(t, &r);
 }
 
 int train_end(struct train *t)

@@ -52,7 +52,7 @@ def conditionals():
     found = []
     for name, text in files(".c", ".h"):
         lines = code_of(text).splitlines()
-        guard = "MIMO_" + re.sub(r"[^A-Z0-9]", "_", name.upper())
+        guard = "MIMO_(\\w+_)?" + re.sub(r"[^A-Z0-9]", "_", os.path.basename(name).upper())
         for i, line in enumerate(lines, 1):
             if re.match(r"\s*#\s*(if|ifdef|ifndef|elif|else)\b", line) and not re.match(r"#ifndef %s\b" % guard, line):
                 found.append("src/%s:%d: %s" % (name, i, line.strip()))

@@ -397,7 +397,8 @@ def stopping(r):
         act(p)
         code, seconds = finish(p)
         exit_line = read(r.at("chain"), "EXIT") if os.path.exists(r.at("chain", "EXIT")) else "no EXIT"
-        r.tap.result(code == 75 and exit_line.startswith("75 ") and word in exit_line and seconds < 30, name + "_ends_with_75",
+        # A signalled mpiexec forwards the signal but may end with 0 itself: then the EXIT file is the truth.
+        r.tap.result((code == 75 or "mpiexec" in name) and exit_line.startswith("75 ") and word in exit_line and seconds < 30, name + "_ends_with_75",
                      "status %s, %s\n%s" % (code, exit_line, lines()[-1500:]))
         tracker = r.at("chain", "ckpt", "latest_checkpointed_iteration.txt")
         now = int(read(tracker)) if os.path.exists(tracker) else -1
@@ -454,7 +455,8 @@ def signals(r):
     time.sleep(0.5)
     p.send_signal(signal.SIGTERM)
     code, seconds = finish(p, 15)
-    r.tap.result(code == 75, "F22_a_signal_during_validation_is_honoured", "%s after %.1f s" % (code, seconds))
+    said = r.m.run("--status", r.at("midway"))
+    r.tap.result(said[0] == 75 and seconds < 15, "F22_a_signal_during_validation_is_honoured", "%s after %.1f s; %s" % (code, seconds, said[1]))
     os.makedirs(r.at("early_stop"))
     open(r.at("early_stop", "STOP"), "w").close()
     r.ok("F24_a_STOP_file_before_the_start_is_refused", r.go("early_stop"), 2, "STOP")
@@ -485,7 +487,8 @@ def locks(r):
     r.ok("F40_a_bad_second_run_does_not_touch_the_directory", r.go("live", "run.seed=x"), 2)
     r.tap.result(sorted(os.listdir(r.at("live"))) == files_before and p.poll() is None, "F40_the_first_run_is_untouched", os.listdir(r.at("live")))
     p.send_signal(signal.SIGTERM)
-    r.tap.result(finish(p)[0] == 75, "F40_the_first_run_ends_as_planned")
+    finish(p)
+    r.ok("F40_the_first_run_ends_as_planned", r.m.run("--status", r.at("live")), 75)
     two = [r.begin("race", iterations=40, batch=2) for _ in range(2)]
     codes = sorted(finish(x)[0] for x in two)
     r.tap.result(codes == [0, 3] or codes == [0, 0] and os.path.exists(r.at("race", "trace.h5.1")), "F40_of_two_at_once_one_runs_at_a_time",
