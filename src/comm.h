@@ -1,8 +1,8 @@
 /* comm.h - collectives and point-to-point messages behind one struct of function pointers.
  *
  * Two planes. The DEVICE plane (struct comm_ops) moves tensors that lie where the backend computes; its calls are ordered
- * by a stream like kernels are and may return before they are done (comm_mpi completes them on the host when the
- * stream is next waited for; a NCCL implementation enqueues them). The HOST plane (comm_host_*) moves small host
+ * by a stream like kernels are and may return before they are done (comm_mpi does so for reduce_scatter and all_gather on a stream that is
+ * marked `deferred`, and completes them in drain; a NCCL implementation enqueues everything). Until then their memory is theirs. The HOST plane (comm_host_*) moves small host
  * metadata (shapes, counts, status) over MPI at any time; it blocks.
  * Every call names the order rule: all ranks of a communicator make the same calls in the same order.
  * A failed message is fatal (check.h), never a status.
@@ -44,7 +44,7 @@ struct comm_ops {
     void (*send)(struct comm *c, const struct tensor *buf, int peer, struct stream *s);
     void (*recv)(struct comm *c, const struct tensor *buf, int peer, struct stream *s);
     void (*group_end)(struct comm *c, struct stream *s);
-    /* Complete everything that was started on s. Local. */
+    /* Complete everything that was started on s, in the order of starting. Local, but waits for the other ranks. */
     void (*drain)(struct stream *s);
 };
 
@@ -71,6 +71,10 @@ void comm_host_broadcast(struct comm *c, void *buf, size_t bytes, int root);
 void comm_host_reduce_i64(struct comm *c, int64_t *v, int n, enum comm_op op);     /* all-reduce, in place */
 void comm_host_reduce_f64(struct comm *c, double *v, int n, enum comm_op op);      /* all-reduce, in place */
 void comm_host_gather(struct comm *c, const void *send, size_t bytes, void *recv, int root);   /* recv [size*bytes] on root */
+/* Point to point: `bytes` at send + i*bytes go to send_peer[i], those from recv_peer[i] to recv + i*bytes; all are started before any is waited
+ * for. Local to the ranks that name each other. */
+void comm_host_exchange(struct comm *c, int n_send, const int *send_peer, const void *send, int n_recv, const int *recv_peer,
+                        void *recv, size_t bytes);
 /* Errors found by any rank reach every rank: returns the number of lines over all ranks, and on rank 0 `e` holds them all, in
  * rank order, equal lines once; `worst` agrees everywhere (the smallest non-zero code). */
 int comm_host_collect_errors(struct comm *c, struct errors *e);

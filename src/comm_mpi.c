@@ -7,20 +7,23 @@
  * long-message algorithm. Everything else moves bytes. The large-count calls of MPI 4 are used
  * throughout.
  *
- * Every call is complete when it returns, whatever the stream; the messages of a group bracket are
- * all started before the first is waited for, and waited for in group_end. So nothing is ever
- * pending on a stream.
+ * Every call is complete when it returns, but for reduce_scatter and all_gather on a deferred
+ * stream: these start their exchange and join the stream's list; drain waits for each in turn and
+ * adds the parts, in the same order of ranks. MPI moves long messages only inside its calls, so
+ * each start also tests what is pending. The messages of a group bracket are all started before
+ * the first is waited for, and waited for in group_end.
  */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "backend.h"
 #include "comm.h"
 #include "comm_sum.h"
 #include "log.h"
 
-enum { SMALL_BYTES = 32 << 10, PIECE_BYTES = 8 << 20, POINT_TAG = 1, ERRORS_TAG = 2 };
+enum { SMALL_BYTES = 32 << 10, PIECE_BYTES = 8 << 20, POINT_TAG = 1, ERRORS_TAG = 2, HOST_TAG = 3 };
 
 /* Memory for the parts in flight, shared by all communicators of the process (calls do not
  * overlap). */
@@ -28,6 +31,21 @@ struct pool {
     void *data;
     size_t bytes;
     int users;
+    struct comm_pending *idle; /* not in use, with memory that has grown to its size */
+};
+
+/* One collective that was started on a deferred stream. */
+struct comm_pending {
+    struct comm_pending *next;
+    struct comm *comm;
+    MPI_Request request;
+    void *parts; /* of `bytes`; sum: [size, count], what all ranks sent */
+    size_t bytes;
+    bool sum;    /* else a gather: complete when its request is */
+    enum dtype dtype;
+    enum comm_op op;
+    int64_t count;
+    void *out;
 };
 
 struct comm_native {
@@ -47,6 +65,7 @@ static void check_mpi(int status, const char *call, const struct comm *c, int li
 static struct comm *wrap(MPI_Comm handle, const char *name, struct pool *pool);
 static size_t bytes_of(const struct tensor *t);
 static void *scratch(struct comm *c, size_t bytes);
+static struct comm_pending *start_pending(struct comm *c, struct stream *s, size_t bytes);
 static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, enum comm_op op);
 static void exchange(struct comm *c, const void *send, void *recv);
 static bool singleton_of_many(int size, char *why, size_t why_size);
@@ -72,10 +91,17 @@ static void mpi_all_gather(struct comm *c, const struct tensor *send, const stru
         return;
     char *own = (char *)recv->data + (size_t)c->rank * bytes;
     const void *from = send->data == own ? MPI_IN_PLACE : send->data;
+    c->sent_bytes += (int64_t)bytes * (c->size - 1);
+    if (s && s->deferred) {
+        struct comm_pending *p = start_pending(c, s, 0);
+        CHECK_MPI(MPI_Iallgather_c(from, (MPI_Count)bytes, MPI_BYTE, recv->data, (MPI_Count)bytes,
+                                   MPI_BYTE, c->native->comm, &p->request),
+                  c);
+        return;
+    }
     CHECK_MPI(MPI_Allgather_c(from, (MPI_Count)bytes, MPI_BYTE, recv->data, (MPI_Count)bytes,
                               MPI_BYTE, c->native->comm),
               c);
-    c->sent_bytes += (int64_t)bytes * (c->size - 1);
 }
 
 static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const struct tensor *recv,
@@ -86,6 +112,20 @@ static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const 
     const int64_t n = tensor_numel(recv);
     const size_t width = dtype_bytes(send->dtype);
     ASSERT(send->dtype == recv->dtype && bytes_of(send) == bytes_of(recv) * (size_t)c->size);
+    c->sent_bytes += n * (int64_t)width * (c->size - 1);
+    if (s && s->deferred && n > 0) {
+        const MPI_Count part = n * (MPI_Count)width;
+        struct comm_pending *p = start_pending(c, s, (size_t)part * (size_t)c->size);
+        p->sum = true;
+        p->dtype = send->dtype;
+        p->op = op;
+        p->count = n;
+        p->out = recv->data;
+        CHECK_MPI(MPI_Ialltoall_c(send->data, part, MPI_BYTE, p->parts, part, MPI_BYTE, m->comm,
+                                  &p->request),
+                  c);
+        return;
+    }
     const int64_t piece =
         PIECE_BYTES / ((int64_t)width * c->size) > 0 ? PIECE_BYTES / ((int64_t)width * c->size) : 1;
     for (int64_t first = 0; first < n; first += piece) {
@@ -102,7 +142,6 @@ static void mpi_reduce_scatter(struct comm *c, const struct tensor *send, const 
         comm_sum(send->dtype, op, parts, c->size, count,
                  (char *)recv->data + (size_t)first * width);
     }
-    c->sent_bytes += n * (int64_t)width * (c->size - 1);
 }
 
 static void mpi_broadcast(struct comm *c, const struct tensor *buf, int root, struct stream *s)
@@ -155,11 +194,10 @@ static void mpi_group_begin(struct comm *c)
     c->native->open = true;
 }
 
-static void mpi_group_end(struct comm *c, struct stream *s)
+/* Until every message of the bracket is done. */
+static void wait_all(struct comm *c)
 {
     struct comm_native *m = c->native;
-    ASSERT(m->open);
-    m->open = false;
     if (m->n_requests > 0) {
         const int status = MPI_Waitall(m->n_requests, m->request, m->status);
         /* Then every message has a status of its own; the first that went wrong is named. */
@@ -172,6 +210,13 @@ static void mpi_group_end(struct comm *c, struct stream *s)
         if (m->expected[i] >= 0)
             check_received(c, &m->status[i], m->expected[i]);
     m->n_requests = 0;
+}
+
+static void mpi_group_end(struct comm *c, struct stream *s)
+{
+    ASSERT(c->native->open);
+    c->native->open = false;
+    wait_all(c);
 }
 
 static MPI_Request *next_request(struct comm_native *m, int64_t expected)
@@ -224,7 +269,16 @@ static void mpi_recv(struct comm *c, const struct tensor *buf, int peer, struct 
 
 static void mpi_drain(struct stream *s)
 {
-    /* group_end and every collective wait for themselves. */
+    while (s && s->pending) {
+        struct comm_pending *p = s->pending;
+        struct comm *c = p->comm;
+        CHECK_MPI(MPI_Wait(&p->request, MPI_STATUS_IGNORE), c);
+        if (p->sum)
+            comm_sum(p->dtype, p->op, p->parts, c->size, p->count, p->out);
+        s->pending = p->next;
+        p->next = c->native->pool->idle;
+        c->native->pool->idle = p;
+    }
 }
 
 const struct comm_ops comm_mpi = {
@@ -302,6 +356,11 @@ void comm_free(struct comm *c)
     struct comm_native *m = c->native;
     CHECK_MPI(MPI_Comm_free(&m->comm), c);
     if (--m->pool->users == 0) {
+        for (struct comm_pending *p = m->pool->idle, *next; p; p = next) {
+            next = p->next;
+            free(p->parts);
+            free(p);
+        }
         free(m->pool->data);
         free(m->pool);
     }
@@ -392,6 +451,23 @@ void comm_host_gather(struct comm *c, const void *send, size_t bytes, void *recv
         CHECK_MPI(MPI_Gather_c(send, (MPI_Count)bytes, MPI_BYTE, recv, (MPI_Count)bytes, MPI_BYTE,
                                root, c->native->comm),
                   c);
+}
+
+void comm_host_exchange(struct comm *c, int n_send, const int *send_peer, const void *send,
+                        int n_recv, const int *recv_peer, void *recv, size_t bytes)
+{
+    ASSERT(c && !c->native->open && c->native->n_requests == 0);
+    for (int i = 0; i < n_recv; i++)
+        CHECK_MPI(MPI_Irecv_c((char *)recv + (size_t)i * bytes, (MPI_Count)bytes, MPI_BYTE,
+                              recv_peer[i], HOST_TAG, c->native->comm,
+                              next_request(c->native, (int64_t)bytes)),
+                  c);
+    for (int i = 0; i < n_send; i++)
+        CHECK_MPI(MPI_Isend_c((const char *)send + (size_t)i * bytes, (MPI_Count)bytes, MPI_BYTE,
+                              send_peer[i], HOST_TAG, c->native->comm,
+                              next_request(c->native, -1)),
+                  c);
+    wait_all(c);
 }
 
 static void merge_lines(struct errors *e, const char *text, int64_t length)
@@ -489,6 +565,34 @@ static void *scratch(struct comm *c, size_t bytes)
         pool->bytes = bytes;
     }
     return pool->data;
+}
+
+/* A new last entry of the stream's list with room for `bytes`; what is in it already gets a chance
+ * to move. */
+static struct comm_pending *start_pending(struct comm *c, struct stream *s, size_t bytes)
+{
+    struct pool *pool = c->native->pool;
+    struct comm_pending *p, **best = NULL, **end = &s->pending;
+    for (int done = 0; *end; end = &(*end)->next)
+        CHECK_MPI(MPI_Test(&(*end)->request, &done, MPI_STATUS_IGNORE), c);
+    /* The least that is large enough, or else the largest, which grows. */
+    for (struct comm_pending **i = &pool->idle; *i; i = &(*i)->next) {
+        const bool fits = (*i)->bytes >= bytes, had = best && (*best)->bytes >= bytes;
+        if (!best || (fits && (!had || (*i)->bytes < (*best)->bytes))
+            || (!fits && !had && (*i)->bytes > (*best)->bytes))
+            best = i;
+    }
+    p = best ? *best : xcalloc(1, sizeof *p);
+    if (best)
+        *best = p->next;
+    if (p->bytes < bytes) {
+        free(p->parts);
+        p->parts = xmalloc(bytes, 1);
+        p->bytes = bytes;
+    }
+    *p = (struct comm_pending){ .comm = c, .parts = p->parts, .bytes = p->bytes };
+    *end = p;
+    return p;
 }
 
 /* MPI_Alltoallv with the counts and offsets of c->native. */

@@ -221,6 +221,8 @@ static void resolve_vision(struct deck_rules *c)
     DIVIDES(vision, hidden_size, v->hidden_size, v->num_attention_heads, "num_attention_heads");
     DIVIDES(vision, num_attention_heads, v->num_attention_heads, d->topology.encoder_tp, "topology.encoder_tp");
     DIVIDES(vision, ffn_hidden_size, v->ffn_hidden_size, d->topology.encoder_tp, "topology.encoder_tp");
+    if (d->projector.vision_projection_type == DECK_PROJECTION_AFFINE)
+        DIVIDES(language, hidden_size, d->language.hidden_size, d->topology.encoder_tp, "topology.encoder_tp");
     DIVIDES(vision, max_img_h, v->max_img_h, v->patch_dim, "patch_dim");
     if (v->max_img_w != v->max_img_h)
         FAIL(vision, max_img_w, "the position grid is square: must equal max_img_h = %" N, v->max_img_h);
@@ -440,6 +442,11 @@ static void resolve_eval(struct deck_rules *c)
         FAIL(eval, eval_picture_ablation, "layout 'language_only' has no pictures");
 }
 
+static void check_optimizer(struct deck_rules *c)
+{
+    EXCLUSIVE(optimizer, ddp_bucket_size, ddp_num_buckets);
+}
+
 static void check_checkpoint(struct deck_rules *c)
 {
     struct deck_checkpoint *k = &c->deck->checkpoint;
@@ -513,6 +520,7 @@ void deck_rules_resolve(struct deck *deck, int size, struct errors *errors)
     resolve_length(c);
     resolve_lr(c);
     resolve_stage(c);
+    check_optimizer(c);
     check_checkpoint(c);
     deck->derived.complete = !c->failed;
     refuse_unbuilt(c);

@@ -5,7 +5,8 @@
  * slab into blocks of whole rows of its first dimension, about IO_BLOCK_ELEMENTS each, and notes
  * for every block its box and XXH3-64. A reader takes the writer's blocks, not its own: each block
  * that touches one of its slabs is read whole, verified, and what overlaps is copied. So a reader
- * of any layout checks every byte it uses. Nothing here knows a layer.
+ * of any layout checks every byte it uses. Nothing here knows a layer. Of masters and moments a rank
+ * holds, writes and reads its run of the shard only (ddp.h): up to seven boxes.
  */
 #include <mpi.h>
 #include <stdlib.h>
@@ -64,6 +65,39 @@ bool io_owner(const struct param *p, const struct grid *g)
     return first && (p->expert ? g->expt_tp_rank == 0 : g->tp_rank == 0);
 }
 
+int io_run_slabs(const struct io_slab *shard, int n_shard, int ndim, int64_t first, int64_t n,
+                 struct io_slab out[IO_MAX_SLABS])
+{
+    int count = 0;
+    for (int k = 0; k < n_shard; k++) {
+        const struct io_slab *s = &shard[k];
+        int64_t at = first - s->local, end = first + n - s->local, volume = io_volume(ndim, s->count);
+        if (at < 0) at = 0;
+        if (end > volume) end = volume;
+        while (at < end) { /* the largest box of whole rows of some dimension that starts here */
+            int axis = 0;
+            int64_t row = volume / s->count[0], rest = at;
+            while (at % row || end - at < row) row /= s->count[++axis];
+            struct io_slab *b = &out[count++];
+            ASSERT(count <= IO_MAX_SLABS && axis < ndim);
+            *b = *s;
+            b->local = s->local + at - first;
+            int64_t left = volume;
+            for (int i = 0; i <= axis; i++) {
+                left /= s->count[i];
+                b->start[i] = s->start[i] + rest / left;
+                b->count[i] = 1;
+                rest %= left;
+            }
+            int64_t rows = (end - at) / row,
+                    here = s->count[axis] - (b->start[axis] - s->start[axis]);
+            b->count[axis] = rows < here ? rows : here;
+            at += b->count[axis] * row;
+        }
+    }
+    return count;
+}
+
 /* The common box of a block and a slab; false when they do not touch. */
 static bool overlap(const struct io_block *b, const struct io_slab *s, int ndim, int64_t *start,
                     int64_t *count)
@@ -113,6 +147,28 @@ static int n_parts(const struct param *p, bool with_optimizer)
     return with_optimizer && p->trainable && !p->buffer ? IO_PARTS : 1;
 }
 
+/* Slabs of this rank's memory of a part: the whole shard, or its run of the optimizer's state. */
+static int part_slabs(const struct param *p, const struct grid *g, enum io_part part,
+                      struct io_slab slab[IO_MAX_SLABS])
+{
+    struct io_slab shard[PARAM_MAX_BLOCKS];
+    int n = io_slabs(p, g, shard);
+    if (part == IO_VALUE) {
+        memcpy(slab, shard, (size_t)n * sizeof *slab);
+        return n;
+    }
+    return io_run_slabs(shard, n, p->ndim, p->owned, tensor_numel(&p->master), slab);
+}
+
+/* The run of masters and moments exists once over data-parallel ranks; only tensor-parallel
+ * replicas share it. */
+static bool part_owner(const struct param *p, const struct grid *g, enum io_part part)
+{
+    if (part == IO_VALUE) return io_owner(p, g);
+    if (!g->member || tensor_numel(&p->master) == 0) return false;
+    return p->shard != PARAM_REPLICATED || (p->expert ? g->expt_tp_rank : g->tp_rank) == 0;
+}
+
 static int by_path(const void *a, const void *b)
 {
     return strverscmp(((const struct io_tensor *)a)->path, ((const struct io_tensor *)b)->path);
@@ -160,10 +216,10 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
     int n = 0;
     for (int i = 0; i < model->n_params; i++) {
         const struct param *p = &model->param[i];
-        if (!io_owner(p, grid_of(topo, p))) continue;
-        struct io_slab slab[PARAM_MAX_BLOCKS];
-        int n_slabs = io_slabs(p, grid_of(topo, p), slab);
         for (int part = 0; part < n_parts(p, with_optimizer); part++) {
+            if (!part_owner(p, grid_of(topo, p), part)) continue;
+            struct io_slab slab[IO_MAX_SLABS];
+            int n_slabs = part_slabs(p, grid_of(topo, p), part, slab);
             struct tensor v = part_tensor(p, part);
             struct io_tensor *d = &mine[n++];
             part_path(p, part, d->path);
@@ -271,10 +327,10 @@ void io_tensors_write(const char *path, hid_t file, const struct io_tensors *t,
     for (int i = 0; i < model->n_params; i++) {
         const struct param *p = &model->param[i];
         const struct grid *g = grid_of(topo, p);
-        if (!io_owner(p, g)) continue;
-        struct io_slab slab[PARAM_MAX_BLOCKS];
-        int n_slabs = io_slabs(p, g, slab);
         for (int part = 0; part < n_parts(p, with_optimizer); part++) {
+            if (!part_owner(p, g, part)) continue;
+            struct io_slab slab[IO_MAX_SLABS];
+            int n_slabs = part_slabs(p, g, part, slab);
             char name[IO_TENSOR_PATH];
             part_path(p, part, name);
             const struct io_tensor *d = io_tensors_find(t, name);
@@ -414,10 +470,12 @@ void io_tensors_read(const char *path, hid_t file, const struct io_manifest *m,
     size_t have = 0;
     for (int i = 0; i < model->n_params; i++) {
         const struct param *p = &model->param[i];
-        struct io_slab slab[PARAM_MAX_BLOCKS];
-        int n_slabs = io_slabs(p, grid_of(topo, p), slab);
-        for (int part = 0; part < n_parts(p, with_optimizer); part++)
-            read_tensor(path, file, m, model, p, part, slab, n_slabs, &buf, &have, errors);
+        for (int part = 0; part < n_parts(p, with_optimizer); part++) {
+            struct io_slab slab[IO_MAX_SLABS];
+            int n_slabs = part_slabs(p, grid_of(topo, p), part, slab);
+            if (n_slabs > 0)
+                read_tensor(path, file, m, model, p, part, slab, n_slabs, &buf, &have, errors);
+        }
     }
     free(buf);
 }

@@ -19,6 +19,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "ddp.h"
 #include "linear.h"
 #include "mamba.h"
 #include "mlp.h"
@@ -58,6 +59,7 @@ struct language *language_init(struct model *m)
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
         l->kind = deck->derived.pattern[i];
+        l->first = m->n_params;
         switch (l->kind) {
         case 'M': l->mamba = mamba_init(m, i); break;
         case '*': l->attention = attention_init(m, i); break;
@@ -65,6 +67,7 @@ struct language *language_init(struct model *m)
         case 'E': l->moe = moe_init(m, i); m->n_moe++; break;
         default: FATAL(EXIT_INTERNAL, "layer %d has the unknown kind '%c'", i, l->kind);
         }
+        l->end = m->n_params;
     }
     snprintf(p.name, sizeof p.name, "decoder.final_norm.weight");
     lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
@@ -221,10 +224,12 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
     struct stream *s = m->compute;
     ASSERT(slot == 0 && (m->topo->language.tp_rank != 0 || tensor_rows(image) == text->image_rows));
     load_batch(m, lm, text);
+    ddp_use(m->ddp, true, lm->embedding + 1);
     embed(m, lm, image, first_input(lm));
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
         const struct tensor *y = layer_output(lm, i);
+        ddp_use(m->ddp, true, l->end);
         switch (l->kind) {
         case 'M': mamba_forward(m, l->mamba, &lm->batch, &l->x, y); break;
         case '*': attention_forward(m, l->attention, &lm->batch, &l->x, y); break;
@@ -232,6 +237,7 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
         default: moe_forward(m, l->moe, &lm->batch, &l->x, y, train, &lm->metric); break;
         }
     }
+    ddp_use(m->ddp, true, lm->output + 1);
     be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps, &lm->hidden, &lm->rs);
     linear_forward(m, model_param(m, lm->output), linear_gather(m, &lm->hidden, &m->gathered), NULL, &lm->logits);
     loss(m, lm);
@@ -248,6 +254,7 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     linear_column_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, &lm->dhidden);
     be->fill(s, &lm->dx, 0.0);
     be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx, param_grad(norm));
+    ddp_ready(m->ddp, true, lm->final_norm);
     for (int i = lm->n_layers - 1; i >= 0; i--) {
         struct layer *l = &lm->layer[i];
         switch (l->kind) {
@@ -256,12 +263,14 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
         case '-': mlp_backward(m, l->mlp, &l->x, &lm->dx); break;
         default: moe_backward(m, l->moe, &lm->batch, &l->x, &lm->dx); break;
         }
+        ddp_ready(m->ddp, true, l->first);
     }
     struct tensor dimage = { 0 };
     if (want_image_gradient && m->topo->language.tp_rank == 0)
         dimage = tensor_row_range(&lm->dimage, 0, lm->image_rows);
     be->embed_merge_backward(s, &lm->ids, &lm->image_row, linear_gather(m, &lm->dx, &m->gathered), first_word(m),
                              param_grad(model_param(m, lm->embedding)), dimage.data ? &dimage : NULL);
+    ddp_ready(m->ddp, true, lm->embedding);
     return dimage;
 }
 

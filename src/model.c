@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ddp.h"
 #include "language.h"
 #include "moe.h"
 #include "radio.h"
@@ -48,6 +49,7 @@ int model_add_param(struct model *m, const struct param *p)
     }
     q->trainable = !q->buffer && !module_frozen(m->deck, q->module);
     q->sum_tp = q->module == MODEL_LANGUAGE && q->shard == PARAM_REPLICATED && !q->expert && !q->buffer;
+    q->master = q->m = q->v = tensor_1d(NULL, m->acc, PLACE_DEVICE, 0);
     return m->n_params++;
 }
 
@@ -108,10 +110,12 @@ void model_init(struct model *m, const struct deck *deck, const struct topology 
     m->has_encoder = topo->encoder.member;
     m->has_language = topo->language.member;
     declare(m);
+    m->ddp = ddp_init(m);
 }
 
 void model_free(struct model *m)
 {
+    ddp_free(m->ddp);
     radio_free(m->encoder);
     language_free(m->language);
     free(m->param);
@@ -120,8 +124,7 @@ void model_free(struct model *m)
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
-/* This rank's part of the logical shape. */
-static void local_shape(const struct model *m, const struct param *p, int64_t *shape)
+void model_local_shape(const struct model *m, const struct param *p, int64_t shape[TENSOR_MAX_DIMS])
 {
     const struct grid *g = module_grid(m->topo, p->module);
     memcpy(shape, p->shape, sizeof p->shape);
@@ -133,15 +136,25 @@ static void local_shape(const struct model *m, const struct param *p, int64_t *s
         shape[p->ndim - 1] /= g->tp_size;
 }
 
+int64_t model_param_numel(const struct model *m, const struct param *p)
+{
+    int64_t shape[TENSOR_MAX_DIMS], n = 1;
+    model_local_shape(m, p, shape);
+    for (int d = 0; d < p->ndim; d++)
+        n *= shape[d];
+    return n;
+}
+
 void model_plan(struct model *m, struct arenas *as)
 {
+    ddp_plan(m->ddp, as);
     for (int i = 0; i < m->n_params; i++) {
         struct param *p = &m->param[i];
         int64_t shape[TENSOR_MAX_DIMS];
-        local_shape(m, p, shape);
-        p->value = arena_tensor(&as->a[ARENA_PARAMS], p->name, p->buffer ? m->acc : m->act, p->ndim, shape);
         if (p->trainable)
-            p->grad = arena_tensor(&as->a[ARENA_GRADS], p->name, m->acc, p->ndim, shape);
+            continue;
+        model_local_shape(m, p, shape);
+        p->value = arena_tensor(&as->a[ARENA_PARAMS], p->name, p->buffer ? m->acc : m->act, p->ndim, shape);
     }
     if (m->has_encoder)
         radio_plan(m, m->encoder, as);
@@ -151,18 +164,17 @@ void model_plan(struct model *m, struct arenas *as)
 
 struct tensor model_grad_buffer(struct model *m, bool language)
 {
-    const char *first = NULL, *last = NULL;
-    for (int i = 0; i < m->n_params; i++) {
-        const struct param *p = &m->param[i];
-        if (!p->trainable || (p->module == MODEL_LANGUAGE) != language)
+    const struct ddp_buffer *first = NULL;
+    int64_t n = 0;
+    for (int i = 0; i < m->ddp->n; i++) {
+        const struct ddp_buffer *b = &m->ddp->buffer[i];
+        if (b->language != language)
             continue;
-        const char *data = p->grad.data;
         if (!first)
-            first = data;
-        last = data + (size_t)tensor_numel(&p->grad) * dtype_bytes(m->acc);
+            first = b;
+        n += b->numel;   /* a multiple of the arena's alignment: buffers lie side by side */
     }
-    /* Modules register one after the other, so the gradients of a grid lie side by side in their arena. */
-    return tensor_1d((void *)(uintptr_t)first, m->acc, PLACE_DEVICE, first ? (last - first) / (int64_t)dtype_bytes(m->acc) : 0);
+    return tensor_1d(first ? first->grad.data : NULL, m->acc, PLACE_DEVICE, n);
 }
 
 void model_zero_grads(struct model *m)

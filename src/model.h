@@ -47,8 +47,9 @@ struct param {
     enum param_init init;
     double init_scale;           /* standard deviation or half-width */
     struct tensor value;         /* act (buffer: acc), this rank's shard */
-    struct tensor grad;          /* acc; data = NULL when not trainable */
-    struct tensor master, m, v;  /* acc; data = NULL when not trainable. Set by optim_plan. */
+    struct tensor grad;          /* acc; data = NULL when not trainable. Views of the buffers of ddp.h, both. */
+    struct tensor master, m, v;  /* acc [n], what this rank updates of its shard; n = 0 when nothing. Set by optim_plan. */
+    int64_t owned;               /* these are the shard's elements [owned, owned + n) */
 };
 
 struct mamba;  struct moe;  struct attention;  struct mlp;  struct radio;  struct projector;
@@ -56,11 +57,13 @@ struct mamba;  struct moe;  struct attention;  struct mlp;  struct radio;  struc
 struct layer {                   /* one letter of the pattern */
     char kind;                   /* 'M' '*' 'E' '-' */
     union { struct mamba *mamba; struct moe *moe; struct attention *attention; struct mlp *mlp; };
+    int first, end;              /* its parameters in the table */
     struct tensor x;             /* [T,H] input of the layer, kept for backward */
 };
 
 struct language;                 /* language.c */
 struct encoder;                  /* radio.c */
+struct ddp;                      /* ddp.h */
 
 struct model {
     const struct deck *deck;
@@ -68,6 +71,7 @@ struct model {
     const struct backend_ops *be;
     struct stream *compute;
     const struct comm_ops *comm;
+    struct ddp *ddp;             /* buffers of gradients and trainable values */
     enum dtype act, acc;         /* of parameters and activations; of statistics, gradients and masters */
     struct tensor gathered, partial;   /* [T,H] workspace of the sequence-parallel regions (linear.h); language tp > 1 only */
     bool has_encoder, has_language;
@@ -83,6 +87,9 @@ struct model {
  * without allocating: a deck for another backend is counted through the reference table, sizes follow deck->derived. Local. */
 void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
                 struct stream *compute);
+/* This rank's part of the logical shape of p, and its elements. Local. */
+void model_local_shape(const struct model *m, const struct param *p, int64_t shape[TENSOR_MAX_DIMS]);
+int64_t model_param_numel(const struct model *m, const struct param *p);
 /* One walk over every tensor of the model: counting or carving (arena.h). Local. */
 void model_plan(struct model *m, struct arenas *arenas);
 /* Initial values of every parameter. Local. */
@@ -107,9 +114,9 @@ uint64_t model_full_index(const struct model *m, const struct param *p, int64_t 
 /* ---- one micro-batch ----------------------------------------------------------------------------------------------- */
 
 /* Encoder and projector on pictures; `slot` holds what backward needs. Returns the embeddings [N_img, H], valid until the slot is used
- * again. train: position augmentation unless the encoder is frozen. Local. */
+ * again; the same on every encoder tp rank. train: position augmentation unless the encoder is frozen. Collective over encoder tp. */
 struct tensor model_encoder_forward(struct model *m, int slot, const struct picture_batch *pictures, bool train);
-/* d_embedding [N_img, H] act. Accumulates parameter gradients. Local. */
+/* d_embedding [N_img, H] act, the same on every encoder tp rank. Accumulates parameter gradients. Collective over encoder tp. */
 void model_encoder_backward(struct model *m, int slot, const struct tensor *d_embedding);
 /* Language module on tokens and picture embeddings [image_rows, H]; adds the micro-batch's loss sum to model_loss_sum. train: counts tokens per
  * expert, computes the auxiliary loss and keeps what backward needs.

@@ -1,8 +1,10 @@
-/* optim.h - gradients of all micro-batches to new parameters: data-parallel reduction per grid, one global norm, clip, AdamW.
+/* optim.h - gradients of all micro-batches to new parameters: finalisation per grid, one global norm, clip, AdamW on shards.
  *
  * Every collective below is entered by every rank of the world in the same order; a rank whose modules are frozen joins as a stub.
  * Gradients are never rescaled in memory: 1/max(N_tokens,1), the participation factor and the clip coefficient go into the norm and
- * into AdamW as factors. fp32 (fp64) masters and moments live in the optimizer arena and iterate the parameter table.
+ * into AdamW as factors. Masters and moments (acc) exist for the elements that this rank owns (ddp.h) and lie in the optimizer arena;
+ * param->master, m, v are this rank's run of each parameter. AdamW works element by element, so its result does not depend on how
+ * the parameters are cut.
  */
 #ifndef MIMO_OPTIM_H
 #define MIMO_OPTIM_H
@@ -16,8 +18,9 @@ struct optim {
     const struct backend_ops *be;
     const struct comm_ops *comm;
     struct stream *stream;
-    struct tensor scalar;        /* acc [1] sum of squares */
-    struct tensor zeros;         /* I64 [1] */
+    struct tensor scalar;        /* acc [n_params] sums of squares */
+    struct tensor zeros;         /* I64 [MODEL_MODULES] */
+    struct tensor replicated;    /* acc, owned gradients that are summed over language tp, one after the other; numel 0 when tp = 1 */
     int64_t step;                /* AdamW's t of the last applied update */
 };
 
@@ -30,15 +33,19 @@ struct optim_result {
 
 void optim_init(struct optim *o, const struct deck *deck, const struct topology *topo, struct model *model,
                 const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream);   /* Local */
-/* Masters, moments (only for trainable parameters) and scalars. Local. */
+/* Masters, moments (only for owned elements) and scalars; after model_plan. Local. */
 void optim_plan(struct optim *o, struct arenas *arenas);
 /* masters = parameters as they are now: after initialisation and after any load of weights without masters. Local. */
 void optim_refresh_masters(struct optim *o);
-/* Sum the gradients of one grid over its data-parallel group. Collective over the grid's dp group. */
+/* Finalise the gradients of one grid: sum over its data-parallel group into the owned slices, then gradients of language parameters fed with
+ * sequence-parallel rows over tp. Collective over the grid's dp_cp, expt_dp and tp groups. */
 void optim_grad_sync(struct optim *o, bool language);
 /* Expert bias update from the counts of all data lanes; once per step, also when the update is skipped. Collective over language tp_dp_cp. */
 void optim_expert_bias(struct optim *o);
-/* Norm, policy, clip, AdamW. n_tokens = loss tokens of the global batch; encoder_factor = participation correction (1 normally).
+/* Participation correction (parallel.md 6.7): all/seen where 0 < seen < all encoder ranks saw a picture in the iteration, else 1. Local. */
+double optim_participation(double all, double seen);
+/* Norm, policy, clip, AdamW on the owned elements, then the new values to all replicas (at once, or while the next forward runs: ddp_use_all
+ * before values are read elsewhere). n_tokens = loss tokens of the global batch; encoder_factor = participation correction (1 normally).
  * Collective over the world. A non-finite norm under policy 'abort' is fatal (EXIT_NUMERICS) naming module and iteration. */
 struct optim_result optim_step(struct optim *o, double n_tokens, double encoder_factor, double lr, double weight_decay);
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "bridge.h"
+#include "ddp.h"
 #include "model.h"
 #include "optim.h"
 #include "schedule.h"
@@ -47,7 +48,7 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
 
     model_init(&model, deck, t, be, &stream);
     optim_init(&optim, deck, t, &model, be, &comm_mpi, &stream);
-    if (t->layout == DECK_LAYOUT_DISJOINT) bridge = bridge_init(deck, t, &comm_mpi, be, &stream);
+    if (t->encoder.present) bridge = bridge_init(deck, t, &comm_mpi, be, &stream);
     arenas_init(&arenas);
     model_plan(&model, &arenas);
     optim_plan(&optim, &arenas);
@@ -64,12 +65,33 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
     model_free(&model);
 }
 
+static void print_buffers(const struct deck *deck, const struct topology *t, FILE *out)
+{
+    const struct backend_ops *be = backend_select(deck->derived.fp64);
+    struct stream stream = {.name = "none"};
+    struct model model;
+
+    model_init(&model, deck, t, be, &stream);
+    for (int i = 0; i < model.ddp->n; i++) {
+        const struct ddp_buffer *b = &model.ddp->buffer[i];
+        int64_t parameters = 0;
+        for (int k = 0; k < b->n_slots; k++) parameters += b->slot[k].numel;
+        fprintf(out, "  %-10s %5d %-18s %6d %15" PRId64 " %15" PRId64 " %15" PRId64 " %8d  %s\n", topology_role(t), t->rank, b->name,
+                b->group->size, parameters, b->numel, b->shard_numel, b->n_buckets,
+                b->overlap_reduce ? b->overlap_gather ? "both" : "reduce" : b->overlap_gather ? "gather" : "none");
+    }
+    model_free(&model);
+}
+
 static void print_memory(const struct deck *deck, const struct topology *all, const int *role, int n_roles, FILE *out)
 {
     fprintf(out, "memory, MiB a rank\n  %-10s %5s", "role", "rank");
     for (int i = 0; i < ARENA_COUNT; i++) fprintf(out, " %12s", arena_names[i]);
     fprintf(out, " %12s\n", "total");
     for (int i = 0; i < n_roles; i++) print_memory_row(deck, &all[role[i]], out);
+    fprintf(out, "\ngradient buffers\n  %-10s %5s %-18s %6s %15s %15s %15s %8s  %s\n", "role", "rank", "of", "shards", "parameters",
+            "elements", "owned", "buckets", "overlap");
+    for (int i = 0; i < n_roles; i++) print_buffers(deck, &all[role[i]], out);
     fputc('\n', out);
 }
 

@@ -1,5 +1,6 @@
 /* projector.c - see projector.h. The hidden width of the mlp form is four times the input width. Initial values take the language
- * model's sigma and sigma/sqrt(L). */
+ * model's sigma and sigma/sqrt(L). Over encoder tp the affine matrix is column-parallel with gathered output, the mlp form is
+ * column- and row-parallel; input, norm and output are replicated (replicated.h). */
 #include "projector.h"
 
 #include <math.h>
@@ -7,13 +8,15 @@
 #include <string.h>
 
 #include "linear.h"
+#include "replicated.h"
 
 struct projector {
     int64_t width, hidden;                 /* hidden = 0: affine */
     double eps;
     int norm, fc1, fc2;                    /* affine: fc1 only; -1 = absent */
     struct tensor u, du;                   /* [rows,width] temporaries: normed input; mlp with norm */
-    struct tensor a, da;                   /* [rows,hidden] temporaries */
+    struct tensor a, da;                   /* [rows,hidden/t] temporaries */
+    struct replicated_columns gathered;    /* affine */
 };
 
 struct projector *projector_init(struct model *m, int64_t width)
@@ -28,6 +31,7 @@ struct projector *projector_init(struct model *m, int64_t width)
     l->eps = deck->language.layernorm_epsilon;
     l->norm = l->fc2 = -1;
     if (!mlp) {
+        ASSERT(h % m->topo->encoder.tp_size == 0);
         snprintf(p.name, sizeof p.name, "encoder.weight");
         l->fc1 = model_add_matrix(m, &p, h, width, PARAM_SPLIT_ROWS, sigma);
         return l;
@@ -47,8 +51,10 @@ struct projector *projector_init(struct model *m, int64_t width)
 void projector_plan(struct model *m, struct projector *l, struct arenas *as, int64_t rows, struct projector_kept *kept, int n)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
-    if (l->hidden == 0)
+    if (l->hidden == 0) {
+        replicated_plan(m, &l->gathered, work, rows, m->deck->language.hidden_size);
         return;
+    }
     const int64_t hidden = l->hidden / m->topo->encoder.tp_size;
     for (int i = 0; i < n; i++) {
         kept[i].rs = arena_1d(acts, "projector.rs", m->acc, rows);
@@ -74,7 +80,7 @@ void projector_forward(struct model *m, struct projector *l, struct projector_ke
                        const struct tensor *out)
 {
     if (l->hidden == 0) {
-        linear_forward(m, model_param(m, l->fc1), x, NULL, out);
+        replicated_gather_forward(m, &l->gathered, model_param(m, l->fc1), x, out);
         return;
     }
     const int64_t rows = tensor_rows(x);
@@ -82,7 +88,7 @@ void projector_forward(struct model *m, struct projector *l, struct projector_ke
     const struct tensor h = tensor_first(&kept->h, rows), a = tensor_first(&l->a, rows);
     linear_forward(m, model_param(m, l->fc1), &u, NULL, &h);
     m->be->activation_forward(m->compute, BACKEND_RELU2, &h, &a);
-    linear_forward(m, model_param(m, l->fc2), &a, NULL, out);
+    replicated_row_forward(m, model_param(m, l->fc2), NULL, &a, NULL, out);
 }
 
 void projector_backward(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x,
@@ -90,7 +96,7 @@ void projector_backward(struct model *m, struct projector *l, struct projector_k
 {
     const struct backend_ops *be = m->be;
     if (l->hidden == 0) {
-        linear_backward(m, model_param(m, l->fc1), x, dout, 0.0, dx);
+        replicated_gather_backward(m, model_param(m, l->fc1), x, dout, dx);
         return;
     }
     const int64_t rows = tensor_rows(x);
@@ -101,12 +107,12 @@ void projector_backward(struct model *m, struct projector *l, struct projector_k
     be->activation_backward(m->compute, BACKEND_RELU2, &h, &da, &da);
     const struct tensor u = normed(m, l, kept, x);
     if (l->norm < 0) {
-        linear_backward(m, model_param(m, l->fc1), &u, &da, 0.0, dx);
+        replicated_column_backward(m, model_param(m, l->fc1), &u, &da, dx);
         return;
     }
     const struct param *norm = model_param(m, l->norm);
     const struct tensor du = tensor_first(&l->du, rows), rs = tensor_first(&kept->rs, rows);
-    linear_backward(m, model_param(m, l->fc1), &u, &da, 0.0, &du);
+    replicated_column_backward(m, model_param(m, l->fc1), &u, &da, &du);
     /* When nothing upstream trains, the input gradient goes into the temporary u and is dropped. */
     if (dx)
         be->fill(m->compute, dx, 0.0);

@@ -7,17 +7,17 @@
 
 struct projector_kept {          /* one micro-batch */
     struct tensor rs;            /* acc [rows]; mlp with norm */
-    struct tensor h;             /* [rows,4*4*Wv]; mlp */
+    struct tensor h;             /* [rows,4*4*Wv/t]; mlp */
 };
 
 /* Declare the parameters for features of `width`. The projector is owned by the caller. Local. */
 struct projector *projector_init(struct model *m, int64_t width);
 /* Kept tensors of n slots and the temporaries, `rows` each. Local. */
 void projector_plan(struct model *m, struct projector *l, struct arenas *as, int64_t rows, struct projector_kept *kept, int n);
-/* out [rows,H] from x [rows,width]; kept sized for at least as many rows. Local. */
+/* out [rows,H] from x [rows,width]; kept sized for at least as many rows. Collective over encoder tp. */
 void projector_forward(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x,
                        const struct tensor *out);
-/* dx [rows,width] (zeroed here, then accumulated; NULL when nothing upstream trains). Local. */
+/* dx [rows,width] (zeroed here, then accumulated; NULL when nothing upstream trains). Collective over encoder tp. */
 void projector_backward(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x,
                         const struct tensor *dout, const struct tensor *dx);
 void projector_free(struct projector *l);

@@ -5,8 +5,8 @@
  *   f = pixel shuffle of the patch rows of LN(x_L);  E = projector(f)
  *
  * The tiles of a micro-batch are one ragged batch. Positions are a sparse gather from the position grid; class-token removal and
- * pixel shuffle are one row gather (vit_map.h). Parameters are replicated or column/row split over encoder tp without sequence
- * parallelism. While the encoder trains, every block of every micro-batch in flight keeps its tensors; a frozen encoder reuses one set,
+ * pixel shuffle are one row gather (vit_map.h). Over encoder tp the heads and the MLP are cut and every activation outside attention and
+ * MLP is the same on all ranks (replicated.h). While the encoder trains, every block of every micro-batch in flight keeps its tensors; a frozen encoder reuses one set,
  * its output is a constant, it never uses the position augmentation, and backward stops at the projector.
  */
 #include "radio.h"
@@ -16,8 +16,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "ddp.h"
 #include "linear.h"
 #include "projector.h"
+#include "replicated.h"
 #include "vit_map.h"
 
 enum { RADIO_SLOTS = 2 };        /* micro-batches in flight at most: two stages */
@@ -30,9 +32,9 @@ struct radio_kept {              /* of one block and micro-batch */
     struct tensor x;             /* [R,Wv] input */
     struct tensor mid;           /* [R,Wv] after attention */
     struct tensor mean1, rs1, mean2, rs2;   /* acc [R] */
-    struct tensor qkv, o;        /* [R,3Wv], [R,Wv] */
-    struct tensor lse;           /* acc [R,hv] */
-    struct tensor h;             /* [R,Fv] fc1 output before the activation */
+    struct tensor qkv, o;        /* [R,3Wv/t], [R,Wv/t] */
+    struct tensor lse;           /* acc [R,hv/t] */
+    struct tensor h;             /* [R,Fv/t] fc1 output before the activation */
 };
 
 struct radio_slot {
@@ -56,7 +58,8 @@ struct radio_slot {
 
 struct encoder {
     int64_t width, ffn, patch_in;           /* Wv, Fv, 3pp */
-    int heads, head_dim, n_blocks, class_tokens, per;   /* per = patches of one embedding: 4 or 1 */
+    int heads;                              /* of this rank: hv/t */
+    int head_dim, n_blocks, class_tokens, per;   /* per = patches of one embedding: 4 or 1 */
     int grid_h, grid_w;
     double eps;
     bool trains, final_norm;
@@ -67,8 +70,9 @@ struct encoder {
     int n_slots;
     int64_t max_rows, max_outputs;
     struct tensor e;                        /* [P,Wv] temporary */
-    struct tensor u, a;                     /* [R,Wv], [R,Fv] temporaries */
-    struct tensor du, d_o, dqkv, da;        /* [R,Wv], [R,Wv], [R,3Wv], [R,Fv] temporaries */
+    struct replicated_columns gathered;     /* of the embedder's output */
+    struct tensor u, a;                     /* [R,Wv], [R,Fv/t] temporaries */
+    struct tensor du, d_o, dqkv, da;        /* [R,Wv], [R,Wv/t], [R,3Wv/t], [R,Fv/t] temporaries */
     struct tensor dx, dnormed;              /* [R,Wv] */
     struct tensor dfeatures;                /* [N,per*Wv] */
 };
@@ -139,7 +143,9 @@ struct encoder *radio_init(struct model *m)
     v->width = deck->vision.hidden_size;
     v->ffn = deck->vision.ffn_hidden_size;
     v->patch_in = 3 * deck->vision.patch_dim * deck->vision.patch_dim;
-    v->heads = (int)(deck->vision.num_attention_heads / m->topo->encoder.tp_size);
+    const int64_t t = m->topo->encoder.tp_size;
+    ASSERT(deck->vision.num_attention_heads % t == 0 && deck->vision.ffn_hidden_size % t == 0);
+    v->heads = (int)(deck->vision.num_attention_heads / t);
     v->head_dim = (int)(deck->vision.hidden_size / deck->vision.num_attention_heads);
     v->n_blocks = (int)deck->vision.num_layers;
     v->class_tokens = (int)deck->vision.class_token_len;
@@ -236,6 +242,7 @@ void radio_plan(struct model *m, struct encoder *v, struct arenas *as)
         plan_slot(m, v, as, &v->slot[s], patches, tiles);
     const size_t mark = arena_mark(work);
     v->e = arena_2d(work, "radio.e", m->act, patches, v->width);
+    replicated_plan(m, &v->gathered, work, patches, v->width);
     v->u = arena_2d(work, "radio.u", m->act, v->max_rows, v->width);
     v->a = arena_2d(work, "radio.a", m->act, v->max_rows, v->ffn / t);
     if (v->trains) {
@@ -335,18 +342,17 @@ static void block_forward(struct model *m, struct encoder *v, struct radio_slot 
     const struct radio_block *b = &v->block[i];
     const struct radio_kept k = kept_rows(kept_of(v, s, i), s->rows);
     const struct tensor u = tensor_first(&v->u, s->rows), a = tensor_first(&v->a, s->rows), cu = tensor_first(&s->cu, s->tiles + 1);
+    ddp_use(m->ddp, false, b->fc2_b + 1);
     be->layernorm_forward(m->compute, &k.x, value(m, b->ln1_w), value(m, b->ln1_b), v->eps, &u, &k.mean1, &k.rs1);
     linear_forward(m, model_param(m, b->qkv_w), &u, NULL, &k.qkv);
     be->add_bias(m->compute, value(m, b->qkv_b), &k.qkv);
     be->attention_forward(m->compute, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &k.o, &k.lse);
-    linear_forward(m, model_param(m, b->proj_w), &k.o, &k.x, &k.mid);
-    be->add_bias(m->compute, value(m, b->proj_b), &k.mid);
+    replicated_row_forward(m, model_param(m, b->proj_w), model_param(m, b->proj_b), &k.o, &k.x, &k.mid);
     be->layernorm_forward(m->compute, &k.mid, value(m, b->ln2_w), value(m, b->ln2_b), v->eps, &u, &k.mean2, &k.rs2);
     linear_forward(m, model_param(m, b->fc1_w), &u, NULL, &k.h);
     be->add_bias(m->compute, value(m, b->fc1_b), &k.h);
     be->activation_forward(m->compute, BACKEND_GELU, &k.h, &a);
-    linear_forward(m, model_param(m, b->fc2_w), &a, &k.mid, y);
-    be->add_bias(m->compute, value(m, b->fc2_b), y);
+    replicated_row_forward(m, model_param(m, b->fc2_w), model_param(m, b->fc2_b), &a, &k.mid, y);
 }
 
 /* A view of the position grid as a matrix [grid_h*grid_w, Wv]. */
@@ -362,6 +368,7 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
     ASSERT(slot >= 0 && slot < v->n_slots);
     struct radio_slot *s = &v->slot[slot];
     s->empty = pictures->tiles == 0;
+    ddp_use(m->ddp, false, s->empty || v->n_blocks == 0 ? m->n_params : v->block[0].ln1_w);
     if (s->empty) {
         s->tiles = s->patches = s->rows = s->outputs = 0;
         return tensor_first(&s->embedding, 0);
@@ -371,7 +378,7 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
     const struct tensor x0 = tensor_first(&kept_of(v, s, 0)->x, s->rows), source = tensor_first(&s->row_source, s->rows);
     const struct tensor index = tensor_first(&s->pos_index, s->patches), weight = tensor_first(&s->pos_weight, s->patches);
     const struct tensor grid = as_matrix(value(m, v->positions));
-    linear_forward(m, model_param(m, v->embedder), &pixels, NULL, &e);
+    replicated_gather_forward(m, &v->gathered, model_param(m, v->embedder), &pixels, &e);
     be->vit_assemble_forward(m->compute, &e, value(m, v->class_token), &grid, &source, &index, &weight, &x0);
 
     const struct tensor x_last = tensor_first(&s->x_last, s->rows);
@@ -381,6 +388,7 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
         block_forward(m, v, s, i, &y);
     }
     struct tensor normed = x_last;
+    ddp_use(m->ddp, false, m->n_params);
     if (v->final_norm) {
         const struct tensor mean = tensor_first(&s->mean, s->rows), rs = tensor_first(&s->rs, s->rows);
         normed = tensor_first(&s->normed, s->rows);
@@ -413,7 +421,7 @@ static void block_backward(struct model *m, struct encoder *v, struct radio_slot
     be->activation_backward(st, BACKEND_GELU, &k.h, &da, &da);
     be->bias_backward(st, &da, param_grad(model_param(m, b->fc1_b)));
     be->layernorm_forward(st, &k.mid, value(m, b->ln2_w), value(m, b->ln2_b), v->eps, &u, &k.mean2, &k.rs2);
-    linear_backward(m, model_param(m, b->fc1_w), &u, &da, 0.0, &du);
+    replicated_column_backward(m, model_param(m, b->fc1_w), &u, &da, &du);
     be->layernorm_backward(st, &k.mid, value(m, b->ln2_w), &k.mean2, &k.rs2, &du, dx, param_grad(model_param(m, b->ln2_w)),
                            param_grad(model_param(m, b->ln2_b)));
 
@@ -422,7 +430,7 @@ static void block_backward(struct model *m, struct encoder *v, struct radio_slot
     be->attention_backward(st, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &k.o, &k.lse, &d_o, &dqkv);
     be->bias_backward(st, &dqkv, param_grad(model_param(m, b->qkv_b)));
     be->layernorm_forward(st, &k.x, value(m, b->ln1_w), value(m, b->ln1_b), v->eps, &u, &k.mean1, &k.rs1);
-    linear_backward(m, model_param(m, b->qkv_w), &u, &dqkv, 0.0, &du);
+    replicated_column_backward(m, model_param(m, b->qkv_w), &u, &dqkv, &du);
     be->layernorm_backward(st, &k.x, value(m, b->ln1_w), &k.mean1, &k.rs1, &du, dx, param_grad(model_param(m, b->ln1_w)),
                            param_grad(model_param(m, b->ln1_b)));
 }
@@ -430,15 +438,18 @@ static void block_backward(struct model *m, struct encoder *v, struct radio_slot
 /* From the gradient of the last block's output to the embedder, class tokens and position grid. */
 static void blocks_backward(struct model *m, struct encoder *v, struct radio_slot *s, const struct tensor *dx)
 {
-    for (int i = v->n_blocks - 1; i >= 0; i--)
+    for (int i = v->n_blocks - 1; i >= 0; i--) {
         block_backward(m, v, s, i, dx);
+        ddp_ready(m->ddp, false, v->block[i].ln1_w);
+    }
     const struct tensor pixels = tensor_first(&s->pixels, s->patches), de = tensor_first(&v->e, s->patches);
     const struct tensor source = tensor_first(&s->row_source, s->rows), index = tensor_first(&s->pos_index, s->patches);
     const struct tensor weight = tensor_first(&s->pos_weight, s->patches);
     const struct tensor dgrid = as_matrix(&model_param(m, v->positions)->grad);
     m->be->vit_assemble_backward(m->compute, dx, &source, &index, &weight, &de, param_grad(model_param(m, v->class_token)),
                                  &dgrid);
-    linear_backward(m, model_param(m, v->embedder), &pixels, &de, 0.0, NULL);
+    replicated_gather_backward(m, model_param(m, v->embedder), &pixels, &de, NULL);
+    ddp_ready(m->ddp, false, 0);
 }
 
 void model_encoder_backward(struct model *m, int slot, const struct tensor *d_embedding)
@@ -448,11 +459,14 @@ void model_encoder_backward(struct model *m, int slot, const struct tensor *d_em
     ASSERT(slot >= 0 && slot < v->n_slots);
     struct radio_slot *s = &v->slot[slot];
     ASSERT(tensor_rows(d_embedding) == s->outputs);
-    if (s->empty)
+    if (s->empty) {
+        ddp_ready(m->ddp, false, 0);   /* it adds nothing to any gradient */
         return;
+    }
     const struct tensor features = tensor_first(&s->features, s->outputs);
     if (!v->trains) {
         projector_backward(m, v->projector, &s->projector, &features, d_embedding, NULL);
+        ddp_ready(m->ddp, false, 0);
         return;
     }
     const struct tensor dfeatures = tensor_first(&v->dfeatures, s->outputs), dx = tensor_first(&v->dx, s->rows);

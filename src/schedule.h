@@ -1,7 +1,7 @@
 /* schedule.h - one training step of one rank as a list of actions: build, verify, print, run are four functions.
  *
  * Non-interleaved 1F1B over the stages; the encoder is stage 0, the language module stage 1 (parallel.md 4). A colocated job
- * has one stage that does both. Building is a pure function of (topology, number of micro-batches, flags), so any rank of
+ * has one stage that does both; its local actions pass the embeddings between the lanes of the two grids on every rank. Building is a pure function of (topology, number of micro-batches, flags), so any rank of
  * any job can be built and verified in one process.
  */
 #ifndef MIMO_SCHEDULE_H

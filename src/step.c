@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include "ddp.h"
 #include "step.h"
 #include "timer.h"
 
@@ -70,7 +71,7 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
     if (topo->encoder.member) s->n_pictures = s->train.encoder_slots > 0 ? s->train.encoder_slots : 1;
     if (topo->language.member) s->n_text = s->train.language_slots > 0 ? s->train.language_slots : 1;
     ASSERT(s->forward.encoder_slots <= s->n_pictures && s->forward.language_slots <= s->n_text);
-    if (topo->layout == DECK_LAYOUT_DISJOINT) s->bridge = bridge_init(deck, topo, comm, be, stream);
+    if (topo->encoder.present) s->bridge = bridge_init(deck, topo, comm, be, stream);
     s->pictures = xcalloc((size_t)s->n_pictures, sizeof *s->pictures);
     s->embedding = xcalloc((size_t)s->n_pictures, sizeof *s->embedding);
     for (int i = 0; i < s->n_pictures; i++)
@@ -169,12 +170,20 @@ static void run_encoder_forward(void *ctx, const struct action *a)
     leave(s, TIMER_FORWARD);
 }
 
+/* Only the last backward's gradients are final: nothing is reduced before. */
+static void announce_last(struct step *s, const struct action *a, bool language)
+{
+    if (a->microbatch == s->train.n_microbatches - 1) ddp_last_backward(s->model->ddp, language);
+}
+
 static void run_encoder_backward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
 
     enter(s, TIMER_BACKWARD);
+    announce_last(s, a, false);
     if (s->pictures[a->slot].rows > 0) model_encoder_backward(s->model, a->slot, &s->dembedding);
+    else ddp_ready(s->model->ddp, false, 0);
     leave(s, TIMER_BACKWARD);
 }
 
@@ -195,6 +204,7 @@ static void run_language_backward(void *ctx, const struct action *a)
     struct step *s = ctx;
 
     enter(s, TIMER_BACKWARD);
+    announce_last(s, a, true);
     s->dimage = model_language_backward(s->model, a->slot, s->topo->encoder.present && encoder_trains(s->deck));
     leave(s, TIMER_BACKWARD);
 }
@@ -259,19 +269,25 @@ static void run_send_backward_recv_forward(void *ctx, const struct action *a)
     leave(s, TIMER_BRIDGE_WAIT);
 }
 
-/* Colocated with equal data-parallel sizes: rank d encodes exactly the samples of its own lane, so both directions are the identity. */
 static void run_local_forward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
+    const struct picture_batch *p = &s->pictures[a->slot];
+    const struct text_batch *b = load_text(s, a->microbatch);
 
-    s->image = s->embedding[a->microbatch % s->n_pictures];
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->image = bridge_local_forward(s->bridge, &s->embedding[a->slot], p->rows_per_sample, p->samples, b->image_rows_per_sample,
+                                    b->samples);
+    leave(s, TIMER_BRIDGE_WAIT);
 }
 
 static void run_local_backward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
 
-    s->dembedding = s->dimage;
+    enter(s, TIMER_BRIDGE_WAIT);
+    s->dembedding = bridge_local_backward(s->bridge, &s->dimage);
+    leave(s, TIMER_BRIDGE_WAIT);
 }
 
 static void run_grad_sync(void *ctx, const struct action *a)
@@ -343,8 +359,9 @@ static void add_up(struct step *s)
     if (s->poll.poll) s->poll.poll(s->poll.ctx, request);
     if (counts_tokens(s)) {
         s->sum[SUM_LOSS] = read_scalar(s, model_loss_sum(s->model));
-        if (s->model->n_moe > 0) s->sum[SUM_BALANCE] = read_scalar(s, model_balance_metric(s->model));
     }
+    /* Each tensor-parallel rank routes its own rows: parts of the metric and of the counts. */
+    if (s->topo->language.member && s->model->n_moe > 0) s->sum[SUM_BALANCE] = read_scalar(s, model_balance_metric(s->model));
     if (s->topo->language.member) read_expert_counts(s);
     s->sum[SUM_PARTICIPANTS] = s->picture_seen ? 1.0 : 0.0;
     for (int i = 0; i < STEP_REQUESTS; i++) s->sum[SUM_REQUESTS + i] = request[i] ? 1.0 : 0.0;
@@ -358,7 +375,7 @@ static double participation(const struct step *s)
     double all = (double)s->topo->encoder.size, seen = s->sum[SUM_PARTICIPANTS];
 
     if (!s->deck->optimizer.correct_encoder_grad_for_partial_participation || !s->topo->encoder.present) return 1.0;
-    return seen > 0.0 && seen < all ? all / seen : 1.0;
+    return optim_participation(all, seen);
 }
 
 static void stop_on_loss(const struct step *s, double loss)

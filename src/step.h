@@ -32,7 +32,7 @@ struct step {
     const struct backend_ops *be;
     const struct comm_ops *comm;
     struct stream *stream;
-    struct bridge *bridge;               /* NULL unless disjoint */
+    struct bridge *bridge;               /* NULL without an encoder grid */
     struct schedule train, forward;
     struct step_poll poll;               /* poll = NULL: nobody asks; set by the caller */
     struct batch_dump *dump;             /* NULL = batches are not written; set by the caller */

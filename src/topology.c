@@ -77,7 +77,7 @@ void topology_describe(struct topology *t, const struct topology_spec *specs, in
         t->layout = DECK_LAYOUT_COLOCATED;
     else
         t->layout = DECK_LAYOUT_DISJOINT;
-    if (t->layout == DECK_LAYOUT_DISJOINT)
+    if (t->encoder.present)
         describe_bridge(t, &next);
     /* Last rank of the pp line that holds the smallest language rank. */
     t->token_source =
@@ -130,13 +130,14 @@ void topology_connect(struct topology *t, struct comm *world)
     if (t->encoder.present)
         connect_grid(t, &t->encoder);
     connect_grid(t, &t->language);
-    if (t->layout != DECK_LAYOUT_DISJOINT)
+    if (!t->encoder.present)
         return;
-    b->leaders.comm = make_comm(t, b->leaders.rank >= 0 ? 0 : -1, "bridge", "leaders");
+    if (b->leaders.size > 0)
+        b->leaders.comm = make_comm(t, b->leaders.rank >= 0 ? 0 : -1, "bridge", "leaders");
     if (t->encoder.tp_size * t->encoder.cp_size > 1)
         b->source_lane.comm = make_comm(t, b->source_lane.rank >= 0 ? t->encoder.dp_rank : -1,
                                         "bridge", "source_lane");
-    if (t->language.tp_size * t->language.cp_size > 1)
+    if (t->layout == DECK_LAYOUT_DISJOINT && t->language.tp_size * t->language.cp_size > 1)
         b->dest_lane.comm =
             make_comm(t, b->dest_lane.rank >= 0 ? t->language.dp_rank : -1, "bridge", "dest_lane");
 }
@@ -179,7 +180,8 @@ void topology_print(const struct topology *t, FILE *out)
         print_grid(&t->encoder, out);
     if (t->language.present)
         print_grid(&t->language, out);
-    if (t->layout == DECK_LAYOUT_DISJOINT) {
+    if (t->layout == DECK_LAYOUT_DISJOINT ||
+        (t->layout == DECK_LAYOUT_COLOCATED && b->n_source != b->n_dest)) {
         const bool in = b->n_source > b->n_dest;
         fprintf(out, "bridge %d encoder lane%s -> %d language lane%s, %d leaders\n", b->n_source,
                 b->n_source == 1 ? "" : "s", b->n_dest, b->n_dest == 1 ? "" : "s", b->leaders.size);
@@ -418,34 +420,49 @@ static void describe_lane(struct group *lane, const struct grid *g, int stage, i
     lane->rank = rank - first;
 }
 
+static int compare_ranks(const void *a, const void *b)
+{
+    return *(const int *)a - *(const int *)b;
+}
+
+/* The ranks that exchange messages: sorted, those that lead on both sides once. */
+static void list_leaders(struct bridge_map *b, int rank, int **next)
+{
+    int *member = *next;
+    memcpy(member, b->source_leader, (size_t)b->n_source * sizeof *member);
+    memcpy(member + b->n_source, b->dest_leader, (size_t)b->n_dest * sizeof *member);
+    qsort(member, (size_t)(b->n_source + b->n_dest), sizeof *member, compare_ranks);
+    for (int i = 0; i < b->n_source + b->n_dest; i++) {
+        if (i > 0 && member[i] == member[b->leaders.size - 1])
+            continue;
+        if (member[i] == rank)
+            b->leaders.rank = b->leaders.size;
+        member[b->leaders.size++] = member[i];
+    }
+    b->leaders.member = member;
+    *next += b->leaders.size;
+}
+
 static void describe_bridge(struct topology *t, int **next)
 {
     struct bridge_map *b = &t->bridge;
     const struct grid *e = &t->encoder, *l = &t->language;
-    const bool encoder_first = e->offset < l->offset;
+    const bool colocated = t->layout == DECK_LAYOUT_COLOCATED;
     b->n_source = e->dp_size;
     b->n_dest = l->dp_size;
     b->fan = b->n_source > b->n_dest ? b->n_source / b->n_dest : b->n_dest / b->n_source;
     b->source_leader = *next;
     for (int d = 0; d < b->n_source; d++)
-        *(*next)++ = rank_at(e, e->tp_size - 1, e->cp_size - 1, d, e->pp_size - 1);
+        *(*next)++ =
+            rank_at(e, colocated ? 0 : e->tp_size - 1, e->cp_size - 1, d, e->pp_size - 1);
     b->dest_leader = *next;
     for (int d = 0; d < b->n_dest; d++)
         *(*next)++ = rank_at(l, 0, 0, d, 0);
-    /* Both lists ascend and the spans are disjoint: the union in order is one after the other. */
-    b->leaders.size = b->n_source + b->n_dest;
-    b->leaders.member = *next;
-    for (int side = 0; side < 2; side++) {
-        const bool source = (side == 0) == encoder_first;
-        const int n = source ? b->n_source : b->n_dest;
-        memcpy(*next, source ? b->source_leader : b->dest_leader, (size_t)n * sizeof **next);
-        *next += n;
-    }
-    for (int i = 0; i < b->leaders.size; i++)
-        if (b->leaders.member[i] == t->rank)
-            b->leaders.rank = i;
+    if (!colocated || b->n_source > b->n_dest)
+        list_leaders(b, t->rank, next);
     describe_lane(&b->source_lane, e, e->pp_size - 1, t->rank, next);
-    describe_lane(&b->dest_lane, l, 0, t->rank, next);
+    if (!colocated)
+        describe_lane(&b->dest_lane, l, 0, t->rank, next);
 }
 
 /* Enough ints for every list of one rank: each family has at most the grid's ranks. */

@@ -37,21 +37,23 @@ struct grid {
 #undef X
 };
 
-/* One directed edge encoder -> language (parallel.md 3.1). Lane l = dp coordinate. */
+/* The edge encoder -> language (parallel.md 3.1, 3.7). Lane l = dp coordinate. Colocated lanes of the two grids share ranks: the leader of a
+ * language lane then has the embeddings of its own encoder lane, so only the leaders of a fan-in exchange messages. */
 struct bridge_map {
     int n_source, n_dest;            /* encoder_dp, llm_dp */
     int fan;                         /* max/min */
-    const int *source_leader;        /* [n_source] world ranks: tp = T-1, cp = C-1, pp = P-1 */
+    const int *source_leader;        /* [n_source] world ranks: tp = T-1, cp = C-1, pp = P-1; colocated: tp = 0 */
     const int *dest_leader;          /* [n_dest] world ranks: tp = cp = pp = 0 */
-    struct group leaders;            /* sorted union of both */
-    struct group source_lane, dest_lane;   /* tp x cp ranks of this rank's boundary stage */
+    struct group leaders;            /* who exchanges messages: sorted union of both; colocated: of a fan-in, else empty */
+    struct group source_lane;        /* tp x cp ranks of this rank's boundary stage */
+    struct group dest_lane;          /* the same of the language grid; disjoint only */
 };
 
 struct topology {
     int size, rank;                  /* the world */
     int layout;                      /* DECK_LAYOUT_*, resolved (never auto) */
     struct grid encoder, language;
-    struct bridge_map bridge;        /* disjoint only */
+    struct bridge_map bridge;        /* with an encoder grid */
     int token_source;                /* world rank that owns the global token count (parallel.md 6.6 step 1) */
     struct comm *world;              /* set by topology_connect */
     void *storage;                   /* member lists */

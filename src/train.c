@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <time.h>
+#include "ddp.h"
 #include "log.h"
 #include "timer.h"
 
@@ -201,6 +202,7 @@ static void save(struct train *t)
     if (t->has_data) data_gather_positions(&t->data, t->topo->world);
     if (t->eval.active) data_gather_positions(&t->eval.data, t->topo->world);
     t->state.optim_step = t->optim.step;
+    ddp_use_all(t->model.ddp);
     t->state.consumed_valid_samples = t->eval.consumed;
     checkpoint_save(k->save, t->deck, t->topo, &t->model, &t->state, !k->no_save_optim);
     checkpoint_retain(k->save, k->keep_last, k->save_retain_interval, t->topo);

@@ -153,7 +153,7 @@ KEYS = {
     "run.exit_duration_in_mins": Probe("0.001", ends(75, "exit_duration_in_mins"), "run.train_iters=40"),
     "run.exit_signal": "exit_signal",
     "topology.layout": Probe("colocated", table("layout", "memory"), ranks=2),
-    "topology.encoder_tp": refused("2", *ONE_EACH, ranks=3),
+    "topology.encoder_tp": Probe("2", table("layout", "memory"), "topology.layout=disjoint", "topology.llm_dp=2", ranks=4),
     "topology.encoder_pp": refused("2", *ONE_EACH, ranks=3),
     "topology.encoder_dp": Probe("1", table("layout"), "topology.layout=disjoint", "batch.global_batch_size=6", ranks=4),
     "topology.llm_offset": Probe("0", ends(2, "topology.llm_offset"), "topology.layout=disjoint", "topology.encoder_dp=1", ranks=2),

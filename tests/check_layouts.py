@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""One trace on every layout: the same deck on data-parallel grids of every shape that the rules accept.
+"""One trace on every layout: the same deck on data-parallel grids of every shape that the rules accept, and on encoder grids cut by
+tensor parallelism.
 
 fp64 agrees to 1e-9 without exception, fp32 to 2e-5 up to the first flip of a discrete choice; the iteration-0 model is bitwise
 the same everywhere; the same layout twice gives the same bits.
@@ -24,6 +25,13 @@ def splits(size):
             divides = GLOBAL_BATCH % (mbs * llm) == 0 and (mbs * llm) % enc == 0
             if divides and (enc % llm == 0 or llm % enc == 0):
                 yield enc, llm, mbs
+
+
+# ranks, micro-batch, (encoder tp, dp), language dp: the language model on ranks of its own, and on the encoder's ranks.
+TENSOR_PARALLEL = {
+    "disjoint": ((4, 2, (2, 1), 2), (6, 3, (2, 2), 2), (6, 2, (4, 1), 2), (5, 4, (2, 2), 1), (8, 2, (2, 2), 4)),
+    "colocated": ((2, 2, (2, 1), 2), (4, 2, (2, 2), 4), (4, 3, (4, 1), 4), (8, 1, (4, 2), 8)),
+}
 
 
 def model_hash(directory):
@@ -71,6 +79,11 @@ def main():
         for ranks, mbs in ((1, 4), (2, 3), (4, 2)):
             check(tap, m, reference, "%s_colocated%d_mbs%d" % (precision, ranks, mbs), precision, ranks, mbs,
                   "topology.layout=colocated")
+        for layout, grids in TENSOR_PARALLEL.items():
+            for ranks, mbs, (tp, dp), llm in grids:
+                check(tap, m, reference, "%s_%s_encoder_tp%d_dp%d_language%d_mbs%d" % (precision, layout, tp, dp, llm, mbs), precision, ranks,
+                      mbs, "topology.layout=" + layout, "topology.encoder_tp=%d" % tp, "topology.encoder_dp=%d" % dp,
+                      "topology.llm_dp=%d" % llm)
         for ranks in (2, 4, 6, 8):
             check(tap, m, reference, "%s_auto%d" % (precision, ranks), precision, ranks, 1)
     name = "fp32_encoder2_language6_mbs2"

@@ -101,6 +101,12 @@ static inline struct tensor *part_of(struct param *p, int part)
     return part == 0 ? &p->value : part == 1 ? &p->master : part == 2 ? &p->m : &p->v;
 }
 
+/* Element of the rank's shard that its memory of a part starts with. */
+static inline int64_t first_of(const struct param *p, int part)
+{
+    return part == 0 ? 0 : p->owned;
+}
+
 static inline double get(const struct tensor *t, int64_t i)
 {
     return t->dtype == DTYPE_F64 ? ((double *)t->data)[i] : (double)((float *)t->data)[i];
@@ -119,7 +125,7 @@ static inline void scribble(struct job *j, double salt)
         for (int part = 0; part < 4; part++) {
             struct tensor *t = part_of(&j->model.param[k], part);
             for (int64_t i = 0; t->data && i < tensor_numel(t); i++)
-                set(t, i, sin(salt + k + 100.0 * part + 1e-3 * (double)i));
+                set(t, i, sin(salt + k + 100.0 * part + 1e-3 * (double)(i + first_of(&j->model.param[k], part))));
         }
 }
 
@@ -129,7 +135,7 @@ static inline bool scribbled(struct job *j, double salt, int parts)
         for (int part = 0; part < parts; part++) {
             struct tensor *t = part_of(&j->model.param[k], part);
             for (int64_t i = 0; t->data && i < tensor_numel(t); i++) {
-                double want = sin(salt + k + 100.0 * part + 1e-3 * (double)i);
+                double want = sin(salt + k + 100.0 * part + 1e-3 * (double)(i + first_of(&j->model.param[k], part)));
                 if (get(t, i) != (t->dtype == DTYPE_F64 ? want : (double)(float)want)) return false;
             }
         }

@@ -1,7 +1,7 @@
 /* ranks: 2 3 4 5 8 */
 /* mpi_bridge.c - rows over the bridge in both directions against the rows that each sample must arrive with, for every split of the ranks
- * into encoder and language lanes that divides: equal, fan-in, fan-out; variable rows per sample, zero rows, several micro-batches
- * in flight, single and combined calls.
+ * into encoder and language lanes that divides: equal, fan-in, fan-out, lanes of one and of several tensor-parallel ranks, disjoint and
+ * colocated; variable rows per sample, zero rows, several micro-batches in flight, single and combined calls.
  *
  * Row r of sample j of micro-batch m holds code(m, j, r, column): a receiver can tell every row it should have. Its gradient is another
  * code. Differences are added up over the world before anything is asserted, so all ranks fail together.
@@ -22,6 +22,9 @@ enum { MICROBATCHES = 4, MAX_ROWS = 32 };     /* rows of a sample: half of the t
 /* How many rows sample j of micro-batch m has. */
 typedef int64_t rows_rule(int m, int64_t j);
 
+/* The samples of a micro-batch that a lane of this rank has; samples = 0 on the other grid's ranks. */
+struct lane { int64_t first, samples; };
+
 struct job {
     struct comm *world;
     struct deck deck;
@@ -30,8 +33,8 @@ struct job {
     struct stream stream;
     struct arenas arenas;
     rows_rule *rule;
-    bool encoder;
-    int64_t first, samples, all;              /* of this rank's batch in a micro-batch; of all lanes */
+    struct lane encoder, language;
+    bool reads;                               /* tp rank 0 of a language lane */
     int64_t width;
     double *data[2], *gradient;               /* [samples*MAX_ROWS, H] */
     double wrong;
@@ -44,7 +47,7 @@ static int64_t full_rows(int m, int64_t j) { return MAX_ROWS; }
 static int64_t rows_on_every_third_sample(int m, int64_t j) { return j % 3 == 0 ? 3 + m : 0; }
 static int64_t every_second_microbatch_is_text(int m, int64_t j) { return m % 2 ? 0 : 1 + j % MAX_ROWS; }
 
-static void open_job(struct job *j, struct comm *world, int encoder, int language, int mbs, rows_rule *rule)
+static void open_job(struct job *j, struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule)
 {
     char *overrides[4], text[1024];
     struct errors e = {0};
@@ -53,15 +56,20 @@ static void open_job(struct job *j, struct comm *world, int encoder, int languag
     j->world = world;
     j->rule = rule;
     snprintf(text, sizeof text, "&run seed = 7 train_iters = 4 precision = 'fp64' /\n&language preset = 'tiny' /\n"
-             "&topology layout = 'disjoint' encoder_dp = %d llm_dp = %d /\n&batch micro_batch_size = %d global_batch_size = %d /\n"
+             "&topology layout = 'colocated' /\n&batch micro_batch_size = %d global_batch_size = %d /\n"
              "&data image_seq_length = %d num_image_tiles = 1 /\n"
-             "&stage training_stage = 3 /\n&lr lr = 1e-3 lr_decay_style = 'constant' /\n", encoder, language, mbs,
-             MICROBATCHES * mbs * language, MAX_ROWS);
+             "&stage training_stage = 3 /\n&lr lr = 1e-3 lr_decay_style = 'constant' /\n", mbs, MICROBATCHES * mbs, MAX_ROWS);
     deck_read(&j->deck, "test", text, strlen(text), 0, overrides, &e);
-    deck_resolve(&j->deck, world->size, &e);
-    if (e.count == 0) topology_init(&j->topo, &j->deck, world->size, world->rank, &e);
+    deck_resolve(&j->deck, 1, &e);
+    if (e.count == 0) topology_describe(&j->topo, grids, 2, world->size, world->rank, &e);
     errors_print(&e);
     ASSERT(e.count == 0);
+    const struct grid *enc = &j->topo.encoder, *lang = &j->topo.language;
+    const int64_t all = (int64_t)mbs * lang->dp_size;
+    j->deck.derived.encoder_microbatch = all / enc->dp_size;
+    if (enc->member) j->encoder = (struct lane){enc->dp_rank * (all / enc->dp_size), all / enc->dp_size};
+    if (lang->member) j->language = (struct lane){lang->dp_rank * mbs, mbs};
+    j->reads = lang->member && lang->tp_rank == 0;
     topology_connect(&j->topo, world);
     backend_ref_f64.stream_create(&j->stream, "test");
     j->bridge = bridge_init(&j->deck, &j->topo, &comm_mpi, &backend_ref_f64, &j->stream);
@@ -69,13 +77,9 @@ static void open_job(struct job *j, struct comm *world, int encoder, int languag
     bridge_plan(j->bridge, &j->arenas);
     arenas_commit(&j->arenas, &backend_ref_f64);
     bridge_plan(j->bridge, &j->arenas);
-    j->encoder = j->topo.encoder.member;
-    j->all = (int64_t)mbs * language;
-    j->samples = j->encoder ? j->all / encoder : mbs;
-    j->first = j->samples * (j->encoder ? j->topo.encoder.dp_rank : j->topo.language.dp_rank);
     j->width = j->deck.language.hidden_size;
-    for (int i = 0; i < 2; i++) j->data[i] = xcalloc((size_t)(j->samples * MAX_ROWS * j->width), sizeof(double));
-    j->gradient = xcalloc((size_t)(j->samples * MAX_ROWS * j->width), sizeof(double));
+    for (int i = 0; i < 2; i++) j->data[i] = xcalloc((size_t)(all * MAX_ROWS * j->width), sizeof(double));
+    j->gradient = xcalloc((size_t)(all * MAX_ROWS * j->width), sizeof(double));
 }
 
 static void close_job(struct job *j)
@@ -93,75 +97,79 @@ static double code(int m, int64_t sample, int64_t row, int64_t column, bool grad
     return (double)((((m * 101 + sample) * 103 + row) * 107 + column) * 2 + gradient);
 }
 
-/* Rows of this rank's samples of micro-batch m; returns their sum. */
-static int64_t own_rows(const struct job *j, int m, int64_t *rows)
+/* Rows of a lane's samples of micro-batch m. */
+static void lane_rows(const struct job *j, const struct lane *lane, int m, int64_t *rows)
 {
-    int64_t sum = 0;
-
-    for (int64_t i = 0; i < j->samples; i++) sum += rows[i] = j->rule(m, j->first + i);
-    return sum;
+    for (int64_t i = 0; i < lane->samples; i++) rows[i] = j->rule(m, lane->first + i);
 }
 
-/* Write what this rank sends of micro-batch m. */
-static struct tensor filled(const struct job *j, int m, double *data, bool gradient)
+/* Write what a lane sends of micro-batch m. */
+static struct tensor filled(const struct job *j, const struct lane *lane, int m, double *data, bool gradient)
 {
     int64_t n = 0;
 
-    for (int64_t i = 0; i < j->samples; i++)
-        for (int64_t r = 0; r < j->rule(m, j->first + i); r++, n++)
-            for (int64_t c = 0; c < j->width; c++) data[n * j->width + c] = code(m, j->first + i, r, c, gradient);
+    for (int64_t i = 0; i < lane->samples; i++)
+        for (int64_t r = 0; r < j->rule(m, lane->first + i); r++, n++)
+            for (int64_t c = 0; c < j->width; c++) data[n * j->width + c] = code(m, lane->first + i, r, c, gradient);
     return tensor_2d(data, DTYPE_F64, PLACE_DEVICE, n, j->width);
 }
 
-/* Count the elements of a received tensor that are not those of this rank's samples of micro-batch m. */
-static void compare(struct job *j, int m, const struct tensor *t, bool gradient)
+/* The gradient that this rank has for the bridge: none where nobody reads embeddings. */
+static struct tensor gradient_of(struct job *j, int m)
+{
+    return j->reads ? filled(j, &j->language, m, j->gradient, true) : (struct tensor){0};
+}
+
+/* Count the elements of a received tensor that are not those of the lane's samples of micro-batch m. */
+static void compare(struct job *j, const struct lane *lane, int m, const struct tensor *t, bool gradient)
 {
     const double *data = t->data;
     int64_t n = 0;
 
-    for (int64_t i = 0; i < j->samples; i++) n += j->rule(m, j->first + i);
+    for (int64_t i = 0; i < lane->samples && (gradient || j->reads); i++) n += j->rule(m, lane->first + i);
     if (tensor_rows(t) != n || tensor_cols(t) != j->width) {
         j->wrong += 1.0;
         return;
     }
     n = 0;
-    for (int64_t i = 0; i < j->samples; i++)
-        for (int64_t r = 0; r < j->rule(m, j->first + i); r++, n++)
+    for (int64_t i = 0; i < lane->samples && (gradient || j->reads); i++)
+        for (int64_t r = 0; r < j->rule(m, lane->first + i); r++, n++)
             for (int64_t c = 0; c < j->width; c++)
-                j->wrong += data[n * j->width + c] != code(m, j->first + i, r, c, gradient);
+                j->wrong += data[n * j->width + c] != code(m, lane->first + i, r, c, gradient);
 }
 
 /* 1F1B of two stages with combined calls (parallel.md 4.3): the encoder has two micro-batches in flight. */
 static void steady_state(struct job *j)
 {
+    const struct lane *enc = &j->encoder, *lang = &j->language;
     int64_t rows[64];
     struct tensor t, in;
 
     for (int m = 0; m < MICROBATCHES; m++) {
-        own_rows(j, m, rows);
-        if (j->encoder) {
-            t = filled(j, m, j->data[m % 2], false);
+        lane_rows(j, enc->samples ? enc : lang, m, rows);
+        if (enc->samples) {
+            t = filled(j, enc, m, j->data[m % 2], false);
             if (m == 0) {
-                bridge_send_forward(j->bridge, 0, &t, rows, j->samples);
+                bridge_send_forward(j->bridge, 0, &t, rows, enc->samples);
             } else {
-                in = bridge_send_forward_recv_backward(j->bridge, m % 2, &t, rows, j->samples, (m - 1) % 2);
-                compare(j, m - 1, &in, true);
+                in = bridge_send_forward_recv_backward(j->bridge, m % 2, &t, rows, enc->samples, (m - 1) % 2);
+                compare(j, enc, m - 1, &in, true);
             }
         } else {
             if (m == 0) {
-                in = bridge_recv_forward(j->bridge, 0, rows, j->samples);
+                in = bridge_recv_forward(j->bridge, 0, rows, lang->samples);
             } else {
-                t = filled(j, m - 1, j->gradient, true);
-                in = bridge_send_backward_recv_forward(j->bridge, 0, &t, 0, rows, j->samples);
+                t = gradient_of(j, m - 1);
+                in = bridge_send_backward_recv_forward(j->bridge, 0, &t, 0, rows, lang->samples);
             }
-            compare(j, m, &in, false);
+            compare(j, lang, m, &in, false);
         }
     }
-    if (j->encoder) {
+    if (enc->samples) {
         in = bridge_recv_backward(j->bridge, (MICROBATCHES - 1) % 2);
-        compare(j, MICROBATCHES - 1, &in, true);
+        compare(j, enc, MICROBATCHES - 1, &in, true);
     } else {
-        t = filled(j, MICROBATCHES - 1, j->gradient, true);
+        t = gradient_of(j, MICROBATCHES - 1);
         bridge_send_backward(j->bridge, 0, &t);
     }
 }
@@ -169,43 +177,87 @@ static void steady_state(struct job *j)
 /* One micro-batch after the other, plain calls. */
 static void one_at_a_time(struct job *j)
 {
+    const struct lane *enc = &j->encoder, *lang = &j->language;
     int64_t rows[64];
     struct tensor t, in;
 
     for (int m = 0; m < MICROBATCHES; m++) {
-        own_rows(j, m, rows);
-        if (j->encoder) {
-            t = filled(j, m, j->data[0], false);
-            bridge_send_forward(j->bridge, m % 2, &t, rows, j->samples);
+        lane_rows(j, enc->samples ? enc : lang, m, rows);
+        if (enc->samples) {
+            t = filled(j, enc, m, j->data[0], false);
+            bridge_send_forward(j->bridge, m % 2, &t, rows, enc->samples);
             in = bridge_recv_backward(j->bridge, m % 2);
-            compare(j, m, &in, true);
+            compare(j, enc, m, &in, true);
         } else {
-            in = bridge_recv_forward(j->bridge, 0, rows, j->samples);
-            compare(j, m, &in, false);
-            t = filled(j, m, j->gradient, true);
+            in = bridge_recv_forward(j->bridge, 0, rows, lang->samples);
+            compare(j, lang, m, &in, false);
+            t = gradient_of(j, m);
             bridge_send_backward(j->bridge, 0, &t);
         }
     }
 }
 
-/* Every split of the ranks, with every micro-batch size that the rules accept. */
+/* Both modules on every rank. */
+static void local_calls(struct job *j)
+{
+    const struct lane *enc = &j->encoder, *lang = &j->language;
+    const bool equal = enc->samples == lang->samples;
+    int64_t encoder_rows[64], language_rows[64];
+
+    for (int m = 0; m < MICROBATCHES; m++) {
+        lane_rows(j, enc, m, encoder_rows);
+        lane_rows(j, lang, m, language_rows);
+        const struct tensor e = filled(j, enc, m, j->data[0], false);
+        struct tensor in = bridge_local_forward(j->bridge, &e, encoder_rows, enc->samples, language_rows, lang->samples);
+        compare(j, lang, m, &in, false);
+        j->wrong += equal && j->reads && in.data != e.data;   /* equal lanes: the identity */
+        const struct tensor de = gradient_of(j, m);
+        in = bridge_local_backward(j->bridge, &de);
+        compare(j, enc, m, &in, true);
+        j->wrong += equal && j->reads && in.data != de.data;
+    }
+}
+
+static void run_one(struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule, void (*run)(struct job *))
+{
+    struct job j;
+
+    open_job(&j, world, grids, mbs, rule);
+    run(&j);
+    comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
+    if (j.wrong != 0.0)
+        fail_msg("encoder %d ranks tp %d, language %d ranks tp %d, micro-batch %d: %g wrong", grids[0].num_ranks, grids[0].tp,
+                 grids[1].num_ranks, grids[1].tp, mbs, j.wrong);
+    close_job(&j);
+}
+
+/* Every pair of widths of two grids; every micro-batch size that the rules accept with lanes of one rank, else the two smallest. Returns how
+ * many. */
+static int over_all_widths(struct comm *world, int encoder, int language, int offset, rows_rule *rule, void (*run)(struct job *))
+{
+    int tried = 0;
+
+    for (int te = 1; te <= encoder; te++)
+        for (int tl = 1; tl <= language; tl++) {
+            const struct topology_spec grids[] = {{"encoder", encoder, 0, te, 1, 1, 1, 1}, {"language", language, offset, tl, 1, 1, 1, 1}};
+            const int de = encoder / te, dl = language / tl;
+            if (encoder % te || language % tl || (de % dl && dl % de)) continue;
+            for (int mbs = 1, runs = te == 1 && tl == 1 && offset > 0 ? 6 : 2; mbs <= 6 && runs > 0; mbs++)
+                if (mbs * dl % de == 0) {
+                    run_one(world, grids, mbs, rule, run);
+                    tried++;
+                    runs--;
+                }
+        }
+    return tried;
+}
+
 static void over_all_splits(struct comm *world, rows_rule *rule, void (*run)(struct job *))
 {
     int tried = 0;
 
-    for (int encoder = 1; encoder < world->size; encoder++) {
-        int language = world->size - encoder;
-        for (int mbs = 1; mbs <= 6; mbs++) {
-            struct job j;
-            if (mbs * language % encoder != 0 || (encoder % language != 0 && language % encoder != 0)) continue;
-            open_job(&j, world, encoder, language, mbs, rule);
-            run(&j);
-            comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
-            if (j.wrong != 0.0) fail_msg("%d encoder and %d language ranks, micro-batch %d: %g wrong", encoder, language, mbs, j.wrong);
-            close_job(&j);
-            tried++;
-        }
-    }
+    for (int encoder = 1; encoder < world->size; encoder++)
+        tried += over_all_widths(world, encoder, world->size - encoder, encoder, rule, run);
     assert_true(tried > 0);
 }
 
@@ -240,19 +292,68 @@ static void samples_of_the_largest_size_fit(void **state)
 static void nothing_is_sent_for_zero_rows(void **state)
 {
     struct comm *world = *state;
+    const struct topology_spec grids[] = {{"encoder", 1, 0, 1, 1, 1, 1, 1}, {"language", world->size - 1, 1, 1, 1, 1, 1, 1}};
     struct job j;
 
-    open_job(&j, world, 1, world->size - 1, 1, no_rows);
+    open_job(&j, world, grids, 1, no_rows);
     comm_take_sent_bytes(j.topo.bridge.leaders.comm);
     steady_state(&j);
-    /* The encoder announces its counts; nobody sends a row. */
+    /* The encoder announces its counts on the host plane; nobody sends a row. */
     int64_t sent = comm_take_sent_bytes(j.topo.bridge.leaders.comm);
-    int64_t wrong = sent != (j.encoder ? (int64_t)sizeof(int64_t) * MICROBATCHES * (world->size - 1) : 0);
-    comm_host_reduce_i64(world, &wrong, 1, COMM_SUM);
-    assert_int_equal(wrong, 0);
+    comm_host_reduce_i64(world, &sent, 1, COMM_SUM);
+    assert_int_equal(sent, 0);
     assert_true(bridge_take_wait_seconds(j.bridge) > 0.0);
     assert_true(bridge_take_wait_seconds(j.bridge) == 0.0);
     close_job(&j);
+}
+
+/* Exactly the rows travel, whatever the widths: one sender and one receiver a part, and the gradient shared inside the encoder's lanes. */
+static void every_row_travels_once_in_each_direction(void **state)
+{
+    struct comm *world = *state;
+    const int half = world->size / 2;
+    struct job j;
+
+    if (world->size % 4 != 0) return;
+    const struct topology_spec grids[] = {{"encoder", half, 0, 2, 1, 1, 1, 1}, {"language", half, half, 2, 1, 1, 1, 1}};
+    open_job(&j, world, grids, 2, uniform_rows);
+    comm_take_sent_bytes(j.topo.bridge.leaders.comm);
+    comm_take_sent_bytes(j.topo.bridge.source_lane.comm);
+    one_at_a_time(&j);
+    int64_t sent[2] = {comm_take_sent_bytes(j.topo.bridge.leaders.comm), comm_take_sent_bytes(j.topo.bridge.source_lane.comm)};
+    comm_host_reduce_i64(world, sent, 2, COMM_SUM);
+    const int64_t rows = MICROBATCHES * 2 * (half / 2) * uniform_rows(0, 0) * j.width * (int64_t)sizeof(double);
+    close_job(&j);
+    assert_int_equal(sent[0], 2 * rows);
+    assert_int_equal(sent[1], rows);
+}
+
+static void p12_85_colocated_lanes_of_any_widths_get_their_rows(void **state)
+{
+    static rows_rule *const rules[] = {uniform_rows, variable_rows, rows_on_every_third_sample, every_second_microbatch_is_text, no_rows,
+                                       full_rows};
+    struct comm *world = *state;
+    int tried = 0;
+
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        tried += over_all_widths(world, world->size, world->size, 0, rules[i], local_calls);
+    assert_true(tried > 0);
+}
+
+/* Fan-out is a choice of rows: no embedding leaves its rank. */
+static void p12_85_colocated_fan_out_sends_no_embeddings(void **state)
+{
+    struct comm *world = *state;
+    const struct topology_spec grids[] = {{"encoder", world->size, 0, world->size, 1, 1, 1, 1},
+                                          {"language", world->size, 0, 1, 1, 1, 1, 1}};
+    struct job j;
+
+    open_job(&j, world, grids, 2, variable_rows);
+    assert_null(j.topo.bridge.leaders.comm);
+    local_calls(&j);
+    comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
+    close_job(&j);
+    assert_true(j.wrong == 0.0);
 }
 
 int main(int argc, char **argv)
@@ -274,6 +375,9 @@ int main(int argc, char **argv)
         TEST(p12_29_text_only_microbatches_send_nothing_and_do_not_hang),
         TEST(samples_of_the_largest_size_fit),
         TEST(nothing_is_sent_for_zero_rows),
+        TEST(every_row_travels_once_in_each_direction),
+        TEST(p12_85_colocated_lanes_of_any_widths_get_their_rows),
+        TEST(p12_85_colocated_fan_out_sends_no_embeddings),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     comm_finish(world);

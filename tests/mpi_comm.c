@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include "backend.h"
 #include "check.h"
 #include "comm.h"
 #include "timer.h"
@@ -147,6 +148,49 @@ static void test_sums_are_bitwise_reproducible_and_in_rank_order(struct comm *c)
         }
 }
 
+/* On a deferred stream several exchanges are under way at once, of two communicators; drained they
+ * give the bits of the blocking calls, in place too. */
+static void test_deferred_collectives_give_the_bits_of_blocking_ones(struct comm *c)
+{
+    enum { N = 5 };
+    const int64_t length[N] = { 1, 0, 777, 300000, 5 };
+    struct comm *other = comm_split(c, 0, "other");
+    struct stream side = { .name = "side", .deferred = true };
+    for (int repeat = 0; repeat < 3; repeat++) {
+        double *now[N], *later[N];
+        struct tensor all[N], own[N];
+        for (int k = 0; k < N; k++) {
+            const int64_t n = length[k] * c->size;
+            now[k] = xcalloc((size_t)n + 1, sizeof(double));
+            later[k] = xcalloc((size_t)n + 1, sizeof(double));
+            for (int64_t i = 0; i < n; i++)
+                now[k][i] = later[k][i] = sin((double)(i + 31 * c->rank + k + repeat)) * 1e3;
+            all[k] = tensor_1d(later[k], DTYPE_F64, PLACE_HOST, n);
+            own[k] = tensor_1d(later[k] + c->rank * length[k], DTYPE_F64, PLACE_HOST, length[k]);
+            comm_mpi.reduce_scatter(k % 2 ? other : c, &all[k], &own[k], COMM_SUM, &side);
+        }
+        comm_host_barrier(c);
+        for (int k = 0; k < N; k++) {
+            const struct tensor a = tensor_1d(now[k], DTYPE_F64, PLACE_HOST, length[k] * c->size),
+                                o = tensor_1d(now[k] + c->rank * length[k], DTYPE_F64, PLACE_HOST,
+                                              length[k]);
+            comm_mpi.reduce_scatter(c, &a, &o, COMM_SUM, NULL);
+            comm_mpi.all_gather(c, &o, &a, NULL);
+        }
+        comm_mpi.drain(&side);
+        ASSERT(side.pending == NULL);
+        for (int k = 0; k < N; k++)
+            comm_mpi.all_gather(k % 2 ? other : c, &own[k], &all[k], &side);
+        comm_mpi.drain(&side);
+        for (int k = 0; k < N; k++) {
+            ASSERT(memcmp(now[k], later[k], (size_t)(length[k] * c->size) * sizeof(double)) == 0);
+            free(now[k]);
+            free(later[k]);
+        }
+    }
+    comm_free(other);
+}
+
 static void test_max_and_min_keep_nan(struct comm *c)
 {
     double v[2] = { c->rank == c->size - 1 ? NAN : 1.0, c->rank == 0 ? NAN : -1.0 };
@@ -280,6 +324,37 @@ static void test_host_plane(struct comm *c)
     ASSERT(node_rank >= 0 && node_rank < node_size && node_size <= c->size && n_nodes >= 1 &&
            n_nodes <= c->size);
     ASSERT(strlen(comm_library()) > 0 && !strchr(comm_library(), '\n'));
+}
+
+/* Everybody with everybody, peers listed in falling order; one way only; nobody. */
+static void test_host_messages_reach_their_peers_in_one_bracket(struct comm *world)
+{
+    enum { WORDS = 3 };
+    const int n = world->size;
+    int *peer = xcalloc((size_t)n, sizeof *peer), peers = 0;
+    int64_t *out = xcalloc((size_t)n * WORDS, sizeof *out), *in = xcalloc((size_t)n * WORDS, sizeof *in);
+    for (int r = n - 1; r >= 0; r--)
+        if (r != world->rank)
+            peer[peers++] = r;
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < peers; i++)
+            for (int k = 0; k < WORDS; k++)
+                out[i * WORDS + k] = ((world->rank * 100 + peer[i]) * 10 + k) * 10 + round;
+        comm_host_exchange(world, peers, peer, out, peers, peer, in, WORDS * sizeof *in);
+        for (int i = 0; i < peers; i++)
+            for (int k = 0; k < WORDS; k++)
+                ASSERT(in[i * WORDS + k] == ((peer[i] * 100 + world->rank) * 10 + k) * 10 + round);
+        /* One way only, and nothing at all. */
+        const int next = (world->rank + 1) % n, last = (world->rank + n - 1) % n;
+        if (n > 1 && world->rank % 2 == 0 && next % 2 == 1)
+            comm_host_exchange(world, 1, &next, &out[0], 0, NULL, NULL, sizeof *out);
+        else if (n > 1 && world->rank % 2 == 1)
+            comm_host_exchange(world, 0, NULL, NULL, 1, &last, &in[0], sizeof *in);
+        comm_host_exchange(world, 0, NULL, NULL, 0, NULL, NULL, 8);
+    }
+    free(peer);
+    free(out);
+    free(in);
 }
 
 static void test_errors_of_any_rank_reach_all(struct comm *c)
@@ -455,11 +530,13 @@ int main(int argc, char **argv)
 #define TEST(name) { #name, name }
         TEST(test_reductions_are_exact_for_all_types_and_lengths),
         TEST(test_sums_are_bitwise_reproducible_and_in_rank_order),
+        TEST(test_deferred_collectives_give_the_bits_of_blocking_ones),
         TEST(test_max_and_min_keep_nan),
         TEST(test_all_gather_and_broadcast_move_every_type),
         TEST(test_all_to_all_v_packs_rows_in_rank_order),
         TEST(test_a_bracket_of_long_messages_in_any_order_does_not_deadlock),
         TEST(test_host_plane),
+        TEST(test_host_messages_reach_their_peers_in_one_bracket),
         TEST(test_errors_of_any_rank_reach_all),
         TEST(test_split_orders_members_by_world_rank),
         TEST(test_p12_03_communicators_of_the_grids_hold_the_described_members),

@@ -338,7 +338,8 @@ static void test_p12_09_the_deck_maps_to_the_canonical_grids(void **state)
     assert_int_equal(e.count, 0);
     assert_int_equal(t.layout, DECK_LAYOUT_COLOCATED);
     assert_string_equal(topology_role(&t), "both");
-    assert_null(t.bridge.source_leader);
+    assert_int_equal(t.bridge.n_source, 4);
+    assert_int_equal(t.bridge.n_dest, 2);
     topology_free(&t);
 }
 
@@ -459,6 +460,32 @@ static void test_p12_23_boundary_lanes_are_the_tp_ranks_of_the_boundary_stage(vo
     assert_string_equal(text, "[8,9,10,11][12,13,14,15]");
 }
 
+/* The embeddings of a language lane meet on its tp rank 0, which is in one of the encoder lanes that feed it. */
+static void test_p12_85_colocated_lanes_of_different_widths(void **state)
+{
+    struct topology t = sound((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 1, 1, 1 },
+                                                        { "language", 8, 0, 4, 1, 1, 1, 1 } },
+                              2, 8, 6);
+    EXPECT(t.bridge.source_leader, t.bridge.n_source, 0, 2, 4, 6);
+    EXPECT(t.bridge.dest_leader, t.bridge.n_dest, 0, 4);
+    EXPECT(t.bridge.leaders.member, t.bridge.leaders.size, 0, 2, 4, 6);
+    EXPECT(t.bridge.source_lane.member, t.bridge.source_lane.size, 6, 7);
+    assert_int_equal(t.bridge.leaders.rank, 3);
+    assert_int_equal(t.bridge.fan, 2);
+    assert_int_equal(t.bridge.dest_lane.size, 0);
+    topology_free(&t);
+    t = sound((struct topology_spec[]){ { "encoder", 8, 0, 4, 1, 1, 1, 1 },
+                                        { "language", 8, 0, 2, 1, 1, 1, 1 } },
+              2, 8, 6);
+    EXPECT(t.bridge.source_leader, t.bridge.n_source, 0, 4);
+    EXPECT(t.bridge.dest_leader, t.bridge.n_dest, 0, 2, 4, 6);
+    EXPECT(t.bridge.source_lane.member, t.bridge.source_lane.size, 4, 5, 6, 7);
+    assert_int_equal(t.bridge.leaders.size, 0);
+    assert_int_equal(t.bridge.leaders.rank, -1);
+    assert_int_equal(t.bridge.source_lane.rank, 2);
+    topology_free(&t);
+}
+
 static void test_p12_24_the_bridge_holds_exactly_the_leaders_for_every_fan(void **state)
 {
     static const int dp[][2] = { { 4, 1 }, { 1, 4 }, { 2, 2 }, { 2, 8 }, { 8, 2 } };
@@ -567,6 +594,7 @@ int main(void)
         cmocka_unit_test(test_p12_14_every_rank_has_one_role_or_both),
         cmocka_unit_test(test_p12_22_leaders_of_the_worked_examples),
         cmocka_unit_test(test_p12_23_boundary_lanes_are_the_tp_ranks_of_the_boundary_stage),
+        cmocka_unit_test(test_p12_85_colocated_lanes_of_different_widths),
         cmocka_unit_test(test_p12_24_the_bridge_holds_exactly_the_leaders_for_every_fan),
         cmocka_unit_test(test_production_layouts_have_the_derived_numbers),
         cmocka_unit_test(test_describing_one_rank_of_800_takes_less_than_a_millisecond),
