@@ -86,7 +86,7 @@ static bool resolve_disjoint(struct deck_rules *c, int64_t unit_e, int64_t unit_
     bool offset_open = deck_table_is_unset(c->deck, DECK_ROW(topology, llm_offset));
     int64_t language = deck_rules_mul(l_dp, unit_l);
     int64_t encoder = e_dp > 0 ? deck_rules_mul(e_dp, unit_e) : !offset_open ? offset : l_dp > 0 ? w - language : w / 2;
-    if (e_dp > 0 && l_dp > 0 && encoder <= (1 << 20) && language <= (1 << 20) && encoder + language != w) {
+    if (e_dp > 0 && l_dp > 0 && offset_open && encoder <= (1 << 20) && language <= (1 << 20) && encoder + language != w) {
         FAIL(layout, EXIT_ENVIRONMENT, "the deck needs %" N " ranks (encoder %" N " = " ENCODER_UNIT " * encoder_dp, language %" N
              " = " LANGUAGE_UNIT " * llm_dp), %" N " %s present", encoder + language, encoder, language, w, w == 1 ? "is" : "are");
         return false;

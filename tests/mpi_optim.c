@@ -375,11 +375,12 @@ static void overlap_gives_the_bits_of_no_overlap(void **state)
 /* Only one replica has a gradient, so the sum is exact: the result must be that of one rank, bit by bit. */
 static void p12_79_the_update_is_bitwise_independent_of_sharding(void **state)
 {
-    const char *overrides[] = {"stage.training_stage=3", "optimizer.clip_grad=0", "optimizer.overlap_grad_reduce=T", "optimizer.ddp_num_buckets=3"};
+    const char *overrides[] = {"stage.training_stage=3", "optimizer.clip_grad=0", "optimizer.overlap_grad_reduce=T", "optimizer.ddp_num_buckets=3",
+                               "topology.layout=colocated"};   /* every rank holds whole parameters */
     struct job many, one;
     double wrong = 0.0;
 
-    open_job(&many, *state, 4, overrides);
+    open_job(&many, *state, 5, overrides);
     open_job(&one, NULL, 2, overrides);
     for (int64_t s = 0; s < 3; s++) {
         fill_gradients(&many, s);
