@@ -121,8 +121,9 @@ struct backend_ops {
 
     /* ---- mixture of experts (model.md 1.8) --------------------------------------------------------------------- */
     /* logits acc [T,E] -> scores acc [T,E] = sigmoid; expert I32 [T,K] ascending by expert index, the top-K of score+bias (ties: the lower index);
-     * prob acc [T,K] = scaling * score / (sum + 1e-20). bias acc [E] or NULL. */
-    void (*router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, out_t scores, out_t expert, out_t prob);
+     * prob acc [T,K] = scaling * score / (sum + 1e-20). bias acc [E] or NULL. given: expert is not chosen but read, ascending in a row. */
+    void (*router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, bool given, out_t scores, out_t expert,
+                           out_t prob);
     /* Sequence auxiliary loss; row r is a token of sequence (first_row + r)/seq_len, so a rank may hold any run of rows of the B sequences.
      * count I64 [B,E] = rows of sequence b here whose top-K of the normalised scores (no bias) contains e; psum acc [B,E] = sum over rows
      * here of score/(sum scores + 1e-20). */

@@ -172,6 +172,9 @@ static void load_batch(struct model *m, struct language *lm, const struct text_b
     be->copy(m->compute, &rows, &lm->image_row);
     be->cast(m->compute, &mask, &lm->host_mask);
     be->copy(m->compute, &lm->host_mask, &lm->mask);
+    for (int i = 0; i < lm->n_layers; i++)
+        if (lm->layer[i].kind == 'E')
+            moe_force_choice(m, lm->layer[i].moe, &lm->batch, text->sample_index);
 }
 
 static const struct tensor *layer_output(const struct language *lm, int i)

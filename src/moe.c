@@ -6,8 +6,10 @@
  * The K*T copies are sorted by (expert, token), so each expert works on consecutive rows; how many is known to the device only.
  * The sequence auxiliary loss enters as a gradient on the normalised scores (step 5). The expert bias and the counts of
  * dispatched tokens are state of the layer; the optimizer updates the bias once per step. A frozen language module keeps its bias and
- * has no auxiliary loss. Router and routed experts work on this rank's own rows of the residual stream; with expert parallelism the sorted
- * copies travel to the owners of their experts (dispatch.h) and back, R rows in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared experts.
+ * has no auxiliary loss. Forced load balancing replaces the choice alone: what it depends on is in moe.h. Router and routed experts work
+ * on this rank's own rows of the residual stream; with expert parallelism the sorted copies travel to the owners of their experts
+ * (dispatch.h) and back, R rows in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared
+ * experts.
  */
 #include "moe.h"
 
@@ -18,13 +20,16 @@
 #include "dispatch.h"
 #include "language.h"
 #include "linear.h"
+#include "rng.h"
 
 struct moe {
+    int index;                             /* of the layer in the pattern */
     int64_t experts, topk;                 /* E, K */
     int64_t width, shared_width;           /* F, Fs on this rank; Fs = 0: no shared expert */
     double eps, scaling, coeff;
     bool balance;                          /* auxiliary loss in training */
     bool count;                            /* tokens per expert in training */
+    bool forced;                           /* the choice is made by moe_force_choice */
     int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2;   /* parameter indices, -1 = absent */
     struct dispatch *dispatch;             /* NULL with one expert-parallel rank */
     /* t = T/tp rows of this rank, C = t*K copies, R rows of its experts (= C without dispatch) */
@@ -47,6 +52,7 @@ struct moe {
     struct tensor a, da;                   /* [R,F] temporaries */
     struct tensor shared_a, shared_da;     /* [T,Fs] temporaries */
     struct tensor hn_acc, router_acc;      /* acc [t,H], [E,H]: fp32 copies where act is narrower */
+    struct tensor host_choice;             /* I32 [t,K] on the host; forced only */
 };
 
 static void declare(struct model *m, struct moe *l, int i)
@@ -89,6 +95,8 @@ struct moe *moe_init(struct model *m, int i)
 {
     const struct deck *deck = m->deck;
     struct moe *l = xcalloc(1, sizeof *l);
+    l->index = i;
+    l->forced = deck->moe.moe_router_force_load_balancing;
     l->experts = deck->moe.num_experts;
     l->topk = deck->moe.moe_router_topk;
     l->width = deck->moe.moe_ffn_hidden_size;
@@ -128,6 +136,8 @@ static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t
     l->balance_count = arena_2d(acts, "moe.balance_count", DTYPE_I64, sequences, e);
     l->balance_sum = arena_2d(acts, "moe.balance_sum", m->acc, sequences, e);
     l->tokens_per_expert = arena_1d(acts, "moe.tokens_per_expert", DTYPE_I64, e);
+    if (l->forced)
+        l->host_choice = arena_2d(&as->a[ARENA_DATA], "moe.host_choice", DTYPE_I32, local, k);
 }
 
 void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
@@ -179,6 +189,29 @@ static int64_t first_row(const struct model *m, const struct ragged *b)
     return m->topo->language.tp_rank * linear_local_rows(m, b->tokens);
 }
 
+void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b, const int64_t *sample_index)
+{
+    const int64_t e = l->experts, k = l->topk, stride = e / k, first = first_row(m, b);
+    int32_t *choice = l->host_choice.data;
+    char purpose[48];
+    if (!l->forced)
+        return;
+    snprintf(purpose, sizeof purpose, "moe:forced:%d", l->index);
+    const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
+    for (int64_t t = 0; t < tensor_rows(&l->host_choice); t++, choice += k) {
+        const int64_t sample = (first + t) / b->max_len, position = (first + t) % b->max_len;
+        const int64_t base = ((int64_t)rng_below(key, 0, (uint64_t)sample_index[sample], (uint64_t)e) + position) % e;
+        /* base + i*stride < base + e wraps once: what wrapped comes first in ascending order. */
+        int64_t n = 0;
+        for (int64_t i = 0; i < k; i++)
+            if (base + i * stride >= e)
+                choice[n++] = (int32_t)(base + i * stride - e);
+        for (int64_t i = 0; n < k; i++)
+            choice[n++] = (int32_t)(base + i * stride);
+    }
+    m->be->copy(m->compute, &l->host_choice, &l->expert);
+}
+
 static void count_expert_flops(struct model *m, const struct moe *l, int64_t rows, int gemms)
 {
     m->gemm_flops += 2 * rows * l->width * m->deck->language.hidden_size * gemms;
@@ -194,7 +227,7 @@ static void route(struct model *m, struct moe *l, const struct ragged *b, bool t
     const struct param *router = model_param(m, l->router);
     be->gemm(s, false, true, 1.0, &l->hn, &router->value, 0.0, NULL, &l->logits);
     m->gemm_flops += 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
-    be->router_forward(s, &l->logits, bias, l->scaling, &l->scores, &l->expert, &l->prob);
+    be->router_forward(s, &l->logits, bias, l->scaling, l->forced, &l->scores, &l->expert, &l->prob);
     if (train && l->balance) {
         be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len, &l->balance_count, &l->balance_sum);
         if (g->tp_cp.size > 1)

@@ -155,6 +155,11 @@ static void no_balancing_loss(void **state)
     CHECK_MODEL(true, "language.hybrid_layer_pattern=E", "moe.moe_router_load_balancing_type=none");
 }
 
+static void forced_load_balancing(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=E", "moe.moe_router_force_load_balancing=T");
+}
+
 /* The encoder's keys: adding a constant to every key of a head shifts all scores of a query equally, so the bias gradient is zero. */
 static void encoder_key_bias_has_no_gradient(void **state)
 {
@@ -193,6 +198,7 @@ int main(void)
         cmocka_unit_test(m6_33_stage_1_trains_the_projector_alone),
         cmocka_unit_test(m6_33_stage_2_freezes_the_encoder),
         cmocka_unit_test(no_balancing_loss),
+        cmocka_unit_test(forced_load_balancing),
         cmocka_unit_test(encoder_key_bias_has_no_gradient),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

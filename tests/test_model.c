@@ -353,6 +353,63 @@ static void arenas_are_filled_exactly(void **state)
     fixture_close(&f);
 }
 
+/* 4096 tokens: any E consecutive tokens of a sample load all experts equally, also where K does not divide E. */
+static void forced_choice_is_balanced(void **state)
+{
+    static const char *const o[] = { "moe.moe_router_force_load_balancing=T", "language.hybrid_layer_pattern=EE",
+                                     "language.seq_length=256", "batch.micro_batch_size=16", "batch.global_batch_size=16",
+                                     "moe.num_experts=7", "moe.moe_router_topk=3" };
+    struct fixture f;
+    fixture_open(&f, (int)(sizeof o / sizeof o[0]), o);
+    fixture_batch(&f, 0, 0);
+    fixture_forward(&f, true);
+    for (int l = 0; l < 2; l++) {
+        const struct tensor count = model_tokens_per_expert(&f.model, l), choice = model_last_choice(&f.model, l);
+        int64_t total = 0, first[7] = { 0 };
+        assert_int_equal(tensor_rows(&choice), 4096);
+        for (int e = 0; e < 7; e++) {
+            const int64_t n = ((const int64_t *)count.data)[e];
+            assert_true(fabs((double)n * 7.0 / (4096.0 * 3.0) - 1.0) < 0.03);
+            total += n;
+        }
+        assert_int_equal(total, 4096 * 3);
+        for (int64_t t = 0; t < 4096; t++) {
+            const int32_t *c = (const int32_t *)choice.data + 3 * t;
+            assert_true(c[0] >= 0 && c[0] < c[1] && c[1] < c[2] && c[2] < 7);
+            first[c[0]] += t % 256 == 0;
+        }
+        for (int e = 0; e < 7; e++)
+            assert_true(first[e] < 16);   /* samples begin with different experts */
+    }
+    const struct tensor a = model_last_choice(&f.model, 0), b = model_last_choice(&f.model, 1);
+    assert_true(memcmp(a.data, b.data, (size_t)tensor_numel(&a) * sizeof(int32_t)) != 0);
+    fixture_close(&f);
+}
+
+/* The choice follows (seed, layer, sample, position); probabilities stay the scores of the chosen, and their gradients flow: what the
+ * model weighs does not move it. */
+static void forced_choice_ignores_the_scores(void **state)
+{
+    static const char *const o[] = { "moe.moe_router_force_load_balancing=T", "language.hybrid_layer_pattern=E", "run.seed=8" };
+    int32_t kept[2 * 64 * 2];
+    for (int pass = 0; pass < 4; pass++) {   /* plain, other scores, other samples, other seed */
+        struct fixture f;
+        fixture_open(&f, pass == 3 ? 3 : 2, o);
+        if (pass == 1)
+            f.be->fill(&f.stream, &model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mlp.router.weight")->value, 0.3);
+        fixture_batch(&f, 0, 0);
+        for (int64_t i = 0; pass == 2 && i < f.text.samples; i++)
+            f.text.sample_index[i] += 100;
+        fixture_forward(&f, true);
+        const struct tensor choice = model_last_choice(&f.model, 0);
+        assert_int_equal(tensor_numel(&choice), sizeof kept / sizeof kept[0]);
+        if (pass == 0)
+            memcpy(kept, choice.data, sizeof kept);
+        assert_true((memcmp(kept, choice.data, sizeof kept) == 0) == (pass < 2));
+        fixture_close(&f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -375,6 +432,8 @@ int main(void)
         cmocka_unit_test(m6_04_frozen_encoder_ignores_training_mode),
         cmocka_unit_test(m6_33_frozen_modules_have_no_gradient_memory),
         cmocka_unit_test(arenas_are_filled_exactly),
+        cmocka_unit_test(forced_choice_is_balanced),
+        cmocka_unit_test(forced_choice_ignores_the_scores),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -45,7 +45,7 @@ static void route_free(struct route *r)
 
 static void route_forward(const struct route *r)
 {
-    ref_router_forward_f64(NULL, &r->logits, &r->bias, 2.5, &r->scores, &r->expert, &r->prob);
+    ref_router_forward_f64(NULL, &r->logits, &r->bias, 2.5, false, &r->scores, &r->expert, &r->prob);
 }
 
 static void route_backward(const struct route *r, const struct tensor *count, double coeff, int64_t seq_len)
@@ -156,11 +156,32 @@ static void test_router_m6_13_bias_changes_selection_not_probs(void **state)
     struct tensor other = ref_check_like(&r.prob, DTYPE_F64), choice = ref_check_like(&r.expert, DTYPE_I32);
     ref_check_fill(&r.bias, 0);
     route_forward(&r);
-    ref_router_forward_f64(NULL, &r.logits, NULL, 2.5, &r.scores, &choice, &other);
+    ref_router_forward_f64(NULL, &r.logits, NULL, 2.5, false, &r.scores, &choice, &other);
     ref_check_same(&other, &r.prob, "no bias is a bias of zero");
     ref_check_same(&choice, &r.expert, "no bias is a bias of zero");
     ref_check_free(&other);
     ref_check_free(&choice);
+    route_free(&r);
+}
+
+/* A given choice stays as it is, whatever the scores and the bias; its probabilities are the normalised scores of the given experts. */
+static void test_router_given_choice(void **state)
+{
+    static const int given[] = { 0, 3, 1, 2, 0, 1 };
+    struct route r = route_new(3, 4, 2);
+    REF_CHECK_EACH(&r.logits, t, e)
+        ref_check_set(&r.logits, t, e, 0.5 * (double)e - 0.25 * (double)t);
+    ref_check_set(&r.bias, 0, 3, 5.0);
+    fill_index(&r.expert, given);
+    ref_router_forward_f64(NULL, &r.logits, &r.bias, 2.5, true, &r.scores, &r.expert, &r.prob);
+    for (int64_t t = 0; t < 3; t++) {
+        double score[2];
+        check_choice(&r, t, given + 2 * t);
+        for (int64_t k = 0; k < 2; k++)
+            score[k] = 1 / (1 + exp(-(0.5 * given[2 * t + k] - 0.25 * (double)t)));
+        for (int64_t k = 0; k < 2; k++)
+            assert_true(fabs(ref_check_get(&r.prob, t, k) - 2.5 * score[k] / (score[0] + score[1])) < 1e-14);
+    }
     route_free(&r);
 }
 
@@ -211,7 +232,7 @@ static void router_forward(bool fp64, const struct tensor *in, const struct tens
     struct tensor bias = ref_check_like(&b->bias, dtype), expert = ref_check_like(&b->expert, DTYPE_I32);
     struct tensor psum = ref_check_matrix(dtype, sequences, experts, 1), count = ref_check_like(&b->count, DTYPE_I64);
     ref_check_convert(&b->bias, &bias);
-    REF_CHECK_OP(fp64, router_forward)(NULL, &in[0], &bias, 2.5, &out[2], &expert, &out[0]);
+    REF_CHECK_OP(fp64, router_forward)(NULL, &in[0], &bias, 2.5, false, &out[2], &expert, &out[0]);
     REF_CHECK_OP(fp64, router_balance)(NULL, &out[2], (int)topk, 0, b->seq_len, &count, &psum);
     ref_check_same(&expert, &b->expert, "the choice changed");
     ref_check_same(&count, &b->count, "the map changed");
@@ -256,7 +277,7 @@ static void test_router_gradients_with_balance(void **state)
         /* Distinct logits: scores differ by more than any step of the finite differences. */
         REF_CHECK_EACH(&c.in[0], r, e)
             ref_check_set(&c.in[0], r, e, (float)(-2 + 4.0 * (double)((e * 7 + r * 5) % experts) / (double)experts));
-        ref_router_forward_f64(NULL, &c.in[0], &b.bias, 2.5, &c.out[2], &b.expert, &c.out[0]);
+        ref_router_forward_f64(NULL, &c.in[0], &b.bias, 2.5, false, &c.out[2], &b.expert, &c.out[0]);
         ref_router_balance_f64(NULL, &c.out[2], (int)topk, 0, length, &b.count, &psum);
         ref_check_gradients(&c, 17 + (uint64_t)variant);
         ref_check_case_free(&c);
@@ -675,6 +696,7 @@ int main(void)
         cmocka_unit_test(test_balance_golden_m6_13_map_ignores_bias),
         cmocka_unit_test(test_router_m6_13_ties_take_the_lower_index),
         cmocka_unit_test(test_router_m6_13_bias_changes_selection_not_probs),
+        cmocka_unit_test(test_router_given_choice),
         cmocka_unit_test(test_router_saturated_scores_stay_finite),
         cmocka_unit_test(test_router_nan_is_chosen_and_shows),
         cmocka_unit_test(test_router_gradients_with_balance),

@@ -92,7 +92,18 @@ static struct bound find_bound(const real *score, real divisor, const real *bias
     return last;
 }
 
-void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, out_t scores, out_t expert, out_t prob)
+/* The top-K of score + bias, in ascending order. */
+static void choose(const real *score, const real *bias, int64_t experts, int64_t topk, int32_t *choice)
+{
+    const struct bound last = find_bound(score, 1, bias, experts, topk);
+    int64_t n = 0;
+    for (int64_t e = 0; e < experts; e++)
+        if (chosen(last, key_of(score, 1, bias, e), e))
+            choice[n++] = (int32_t)e;
+}
+
+void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, bool given, out_t scores, out_t expert,
+                         out_t prob)
 {
     const int64_t tokens = tensor_rows(logits), experts = tensor_cols(logits), topk = tensor_cols(expert);
     const real *shift = bias != NULL ? ref_vector(bias, experts) : NULL;
@@ -107,14 +118,13 @@ void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scalin
         int32_t *choice = (int32_t *)expert->data + t * topk;
         for (int64_t e = 0; e < experts; e++)
             score[e] = 1 / (1 + REF_EXP(-l[e]));
-        const struct bound last = find_bound(score, 1, shift, experts, topk);
+        if (!given)
+            choose(score, shift, experts, topk, choice);
         double sum = 0;
-        int64_t n = 0;
-        for (int64_t e = 0; e < experts; e++)
-            if (chosen(last, key_of(score, 1, shift, e), e)) {
-                choice[n++] = (int32_t)e;
-                sum += score[e];
-            }
+        for (int64_t k = 0; k < topk; k++) {
+            ASSERT(choice[k] > (k > 0 ? choice[k - 1] : -1) && choice[k] < experts);
+            sum += score[choice[k]];
+        }
         for (int64_t k = 0; k < topk; k++)
             p[k] = (real)(scaling * score[choice[k]] / (sum + 1e-20));
     }
