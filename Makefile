@@ -21,7 +21,7 @@ OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(
 TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help check demo data lint format clean tests bench-cpu
+.PHONY: all help check regression demo data lint format clean tests bench-cpu
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -72,6 +72,9 @@ check: all tests                   ## run every test; the last line counts them
 	$(MAKE) BUILD=build/clang CC=clang MPICC="mpicc.mpich -cc=clang" build/clang/mimo
 	$(MAKE) BUILD=build/asan SAN=1 tests build/asan/mimo
 	tests/run --build build --mimo ./mimo --asan build/asan --mpiexec $(MPIEXEC) --python $(PYTHON)
+
+regression: all                    ## one trace on every layout, and bitwise restarts; K=word chooses
+	regression/run --mimo ./mimo --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
 
 lint: all                          ## the rules of the source tree
 	$(PYTHON) tests/check_lint.py

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""The test of the regression runner: it must fail when it should, name what is wrong, and hold every pair of settings."""
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import h5py
+
+from harness import ROOT, Mimo, Tap
+
+RUN = os.path.join(ROOT, "regression", "run")
+QUICK = ("310_layouts_colocated/reference", "300_layouts_disjoint/e1x1_l1x1", "400_resume/e1x1")
+RANKS, BATCH, EXPERTS = (1, 2, 4, 6, 8, 16), 24, 8
+OVERLAP = {"": "none", "r": "reduce", "rp": "reduce+gather", "rpe": "reduce+gather+encoder"}
+
+
+def setting(ranks, layout, encoder, language, ep, mbs, stage, overlap, buckets):
+    """The named settings of one launch; encoder and language are (tp, dp)."""
+    shape = layout
+    if layout == "disjoint":
+        shape = "fan-in" if encoder[1] > language[1] else "equal" if encoder[1] == language[1] else "fan-out"
+    elif layout == "colocated":
+        shape = "colocated equal" if encoder == language else "colocated different"
+    s = {"ranks": ranks, "shape": shape, "llm_tp": language[0], "llm_dp": language[1], "ep": ep, "mbs": mbs, "stage": stage,
+         "overlap": overlap, "buckets": buckets}
+    if encoder:
+        s.update(encoder_tp=encoder[0], encoder_dp=encoder[1])
+    return frozenset(s.items())
+
+
+def pairs(settings):
+    return {frozenset(p) for s in settings for p in itertools.combinations(s, 2)}
+
+
+def possible():
+    """Every layout that the rules of the deck accept, for the sizes the cases use."""
+    for layout, tp, dp, ep, mbs in itertools.product(("disjoint", "colocated", "language_only"), (1, 2), (1, 2, 3, 4, 6, 8),
+                                                     (1, 2, 4, 8), (1, 2, 3, 4)):
+        if tp * dp % ep or EXPERTS % ep or BATCH % (mbs * dp):
+            continue
+        for encoder in [()] if layout == "language_only" else itertools.product((1, 2, 4), (1, 2, 3, 4, 8)):
+            size = encoder[0] * encoder[1] if encoder else 0
+            ranks = tp * dp + (size if layout == "disjoint" else 0)
+            if ranks not in RANKS or (layout == "colocated" and size != tp * dp):
+                continue
+            if encoder and (max(encoder[1], dp) % min(encoder[1], dp) or mbs * dp % encoder[1]):
+                continue
+            for stage, overlap, buckets in itertools.product((1, 2, 3), OVERLAP.values(), (0, 3)):
+                if encoder or (stage > 1 and overlap != "reduce+gather+encoder"):
+                    yield setting(ranks, layout, encoder, (tp, dp), ep, mbs, stage, overlap, buckets)
+
+
+def runs(runner):
+    """The settings of every fp64 launch of the families 300 to 349."""
+    for case in runner.cases(os.path.dirname(RUN)):
+        if not 300 <= int(case.name[:3]) < 350:
+            continue
+        deck_stage = re.search(r"training_stage = (\d)", open(case.deck).read()).group(1)
+        for _, ranks, overrides in case.launches:
+            o = dict(w.split(".", 1)[1].split("=") for w in overrides)
+            number = lambda key, unset="1": int(o.get(key, unset))
+            layout = o["layout"]
+            encoder = () if layout == "language_only" else (number("encoder_tp"), number("encoder_dp"))
+            overlap = "".join(k for k, key in zip("rpe", ("overlap_grad_reduce", "overlap_param_gather", "encoder_ddp_overlap"))
+                              if o.get(key) == "T")
+            yield setting(ranks, layout, encoder, (number("llm_tp"), number("llm_dp")), number("llm_ep"), number("micro_batch_size"),
+                          number("training_stage", deck_stage), OVERLAP[overlap], number("ddp_num_buckets", "0"))
+
+
+def coverage(tap):
+    loader = importlib.machinery.SourceFileLoader("regression_run", RUN)
+    sys.dont_write_bytecode = True
+    runner = importlib.util.module_from_spec(importlib.util.spec_from_loader("regression_run", loader))
+    loader.exec_module(runner)
+    have, wanted = set(runs(runner)), pairs(possible())
+    missing = sorted(sorted(map(str, p)) for p in wanted - pairs(have))
+    tap.result(len(wanted) > 500 and not missing, "every_pair_of_settings_occurs", missing)
+    layouts = {frozenset(p for p in s if p[0] not in ("stage", "overlap", "buckets")) for s in have}
+    tap.result(len(layouts) >= 40 and {dict(s)["ranks"] for s in have} >= set(RANKS), "at_least_40_layouts_on_1_to_16_ranks", len(layouts))
+    # The check itself: without one launch that alone holds a pair, a pair is missing.
+    alone = [s for s in have if pairs([s]) & wanted - pairs(have - {s})]
+    tap.result(alone and wanted - pairs(have - {alone[0]}), "a_missing_launch_would_be_seen")
+
+
+class Copy:
+    """One case in a folder of its own, with one cheap launch."""
+
+    def __init__(self, m):
+        self.m, self.folder = m, m.path("cases")
+        self.case = os.path.join(self.folder, "310_layouts_colocated")
+        shutil.copytree(os.path.join(os.path.dirname(RUN), "310_layouts_colocated"), self.case)
+        self.reference = os.path.join(self.case, "reference.h5")
+
+    def run(self, *more):
+        p = subprocess.run([RUN, "--mimo", self.m.binary, "--mpiexec", self.m.arg.mpiexec, "--cases", self.folder, "-k",
+                            "310_layouts_colocated/reference", *more], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, timeout=120)
+        return p.returncode, p.stdout
+
+    def move(self, name, row, factor):
+        with h5py.File(self.reference, "r+") as f:
+            old = f[name][row]
+            f[name][row] = old * factor if f[name].dtype.kind == "f" else old + 1
+        return old
+
+    def edit(self, name, old, new):
+        path = os.path.join(self.case, name)
+        text = open(path).read()
+        assert old in text
+        with open(path, "w") as f:
+            f.write(text.replace(old, new, 1))
+        return text
+
+
+def failures(tap, m):
+    c = Copy(m)
+
+    def fails(name, *patterns, more=()):
+        code, text = c.run(*more)
+        tap.result(code == 1 and text.splitlines()[-1] == "0 passed, 1 failed, 0 skipped" and
+                   all(re.search(p, text, re.M) for p in patterns), name, text)
+
+    for quantity in ("lm_loss", "grad_norm"):
+        old = c.move(quantity, 4, 1 + 1.01e-9)
+        fails("%s_moved_by_1.01_tolerances_is_wrong" % quantity, r"^WRONG .*: %s: value .* reference .* tolerance .* first iteration 5$" % quantity)
+        with h5py.File(c.reference, "r+") as f:
+            f[quantity][4] = old * (1 + 0.99e-9)
+        code, text = c.run()
+        tap.result(code == 0 and text.splitlines()[-1] == "1 passed, 0 failed, 0 skipped", "%s_moved_by_0.99_tolerances_is_ok" % quantity, text)
+        with h5py.File(c.reference, "r+") as f:
+            f[quantity][4] = old
+    c.move("num_tokens", 11, 1)
+    fails("one_token_more_is_wrong", r"^WRONG .*: num_tokens: .* first iteration 12$")
+    os.remove(c.reference)
+    fails("a_missing_reference_fails", r"^WRONG .*: reference.h5 is missing")
+    code, text = c.run("--update")
+    tap.result(code == 0 and os.path.getsize(c.reference) < 100000, "update_writes_a_small_reference", text)
+    with h5py.File(c.reference) as f:
+        tap.result(set(f.attrs) == {"program", "version", "git", "date", "command"}, "the_reference_says_where_it_is_from", set(f.attrs))
+    code, text = c.run()
+    tap.result(code == 0, "the_updated_reference_is_met", text)
+    deck = c.edit("deck.nml", "lr = 1e-3", "lr_of_no_kind = 1e-3")
+    fails("a_deck_that_dies_is_a_crash", r"^CRASH .*: status 2, expected 0$", r"lr_of_no_kind")
+    with open(os.path.join(c.case, "deck.nml"), "w") as f:
+        f.write(deck)
+    expect = c.edit("expect", "\nranks", "\nlimit 0.01\n\nranks")
+    fails("a_launch_beyond_its_limit_is_a_timeout", r"^TIMEOUT .*: after 0.01 s$")
+    with open(os.path.join(c.case, "expect"), "w") as f:
+        f.write(expect.replace("\nranks", "\nneeds cuda=always\n\nranks", 1))
+    code, text = c.run()
+    tap.result(code == 0 and re.search(r"^SKIP .*: needs cuda=always, this program has cuda=", text, re.M) and
+               text.endswith("0 passed, 0 failed, 1 skipped\n"), "a_skip_says_why", text)
+
+
+def main():
+    tap, m = Tap(), Mimo()
+    coverage(tap)
+    failures(tap, m)
+    words = [w for q in QUICK for w in ("-k", q)]
+    p = subprocess.run([RUN, "--mimo", m.binary, "--mpiexec", m.arg.mpiexec, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT, text=True, timeout=200)
+    tap.result(p.returncode == 0 and re.search(r"^[3-9] passed, 0 failed, 0 skipped$", p.stdout, re.M), "quick_launches_pass", p.stdout)
+    m.close()
+    tap.close()
+
+
+if __name__ == "__main__":
+    main()
