@@ -225,7 +225,10 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
     struct language *lm = m->language;
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    ASSERT(slot == 0 && (m->topo->language.tp_rank != 0 || tensor_rows(image) == text->image_rows));
+    ASSERT(slot == 0);
+    if (m->topo->language.tp_rank == 0 && tensor_rows(image) != text->image_rows)
+        FATAL(EXIT_DATA, "the tokens of the micro-batch have places for %lld picture embeddings, the encoder gave %lld (first sample %s)",
+              (long long)text->image_rows, (long long)tensor_rows(image), text->key ? text->key[0] : "unnamed");
     load_batch(m, lm, text);
     ddp_use(m->ddp, true, lm->embedding + 1);
     embed(m, lm, image, first_input(lm));

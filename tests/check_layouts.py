@@ -7,11 +7,13 @@ the same everywhere; the same layout twice gives the same bits.
 """
 import hashlib
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 
-from harness import Mimo, Tap, compare, trace
+from harness import ROOT, Mimo, Tap, compare, trace
 
 GLOBAL_BATCH, ITERATIONS = 24, 20
 TOLERANCE = {"fp64": 1e-9, "fp32": 2e-5}
@@ -64,8 +66,31 @@ def check(tap, m, reference, name, precision, ranks, mbs, *layout):
     return tap.result(not fault, name + " gives the reference's trace", fault)
 
 
+def real_data(tap, m):
+    """input/stage2.nml on its own kind of shards, on every number of ranks that the deck promises."""
+    data = m.path("data")
+    made = subprocess.run([sys.executable, os.path.join(ROOT, "tools", "make_shards.py"), "--out", data], capture_output=True, text=True)
+    if not tap.result(made.returncode == 0, "make_shards makes the demo's data", made.stderr):
+        return
+    for precision in ("fp64", "fp32"):
+        reference = None
+        for ranks in (1, 2, 4, 6, 8):
+            name = "stage2_%s_%d_ranks" % (precision, ranks)
+            code, stdout, stderr = m.run(
+                "input/stage2.nml", "run.output_dir=" + m.path(name), "run.precision=" + precision, "run.exit_interval=%d" % ITERATIONS,
+                "data.train_data_path=" + os.path.join(data, "train"), "data.valid_data_path=" + os.path.join(data, "valid"),
+                "data.tokenizer=" + os.path.join(data, "tokenizer.json"), "eval.eval_iters=0", "eval.eval_interval=0", ranks=ranks)
+            if not tap.result(code == 75, name + " runs", stdout[-1500:] + stderr):
+                continue
+            t = trace(m.path(name))
+            reference = reference or t
+            fault = compare(t, reference, TOLERANCE[precision], until_flip=precision == "fp32")
+            tap.result(not fault, name + " gives one rank's trace", fault)
+
+
 def main():
     tap, m = Tap(), Mimo()
+    real_data(tap, m)
     for precision in ("fp64", "fp32"):
         out, code, text = launch(m, precision + "_one_rank", precision, 1, 1)
         if not tap.result(code == 0, precision + " one rank runs", text):

@@ -316,6 +316,9 @@ def loading(r):
     t = everything(r.at("tuned", "trace.h5"))
     r.tap.result(not differing(a, b, model) and list(t["iteration"]) == [1, 2] and list(t["consumed_samples"]) == [4, 8] and
                  int(b["state/optimizer_step"]) == 0, "finetune_takes_the_weights_and_starts_at_0", differing(a, b, model))
+    masters = [k for k in b if k.endswith("/master")]
+    stale = [k for k in masters if not np.array_equal(b[k], b["model/" + k[len("optimizer/"):-len("/master")]])]
+    r.tap.result(masters and not stale, "m6_26_masters_are_the_loaded_weights", stale)
     r.ok("no_load_optim", r.go("noopt", load, "checkpoint.no_load_optim=T", iterations=7, save=True), 0)
     t = everything(r.at("noopt", "trace.h5"))
     r.tap.result(t["iteration"][0] == 7 and np.array_equal(t["lm_loss"][:1], everything(r.at("onward", "trace.h5"))["lm_loss"][:1]) and

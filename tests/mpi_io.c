@@ -284,7 +284,7 @@ static void shards_land_in_logical_rows_and_any_other_sharding_reads_them(void *
 
 /* ---- checkpoint ---------------------------------------------------------------------------- */
 
-static void saved_and_loaded_is_bitwise_equal(void **unused)
+static void p12_86_saved_and_loaded_is_bitwise_equal(void **unused)
 {
     struct job j, k;
     struct errors e = { 0 };
@@ -469,7 +469,7 @@ static void flipped_bytes_are_named(void **unused)
     job_close(&j);
 }
 
-static void every_mismatched_tensor_is_listed(void **unused)
+static void m6_02_p12_94_every_mismatched_tensor_is_listed(void **unused)
 {
     struct job j;
     char path[IO_PATH];
@@ -787,12 +787,12 @@ int main(int argc, char **argv)
         cmocka_unit_test(owners_are_the_first_replicas),
         cmocka_unit_test(shards_land_in_logical_rows_and_any_other_sharding_reads_them),
         cmocka_unit_test(bfloat16_is_read_by_h5py_as_float32),
-        cmocka_unit_test(saved_and_loaded_is_bitwise_equal),
+        cmocka_unit_test(p12_86_saved_and_loaded_is_bitwise_equal),
         cmocka_unit_test(fp64_run_comes_back_bitwise),
         cmocka_unit_test(weights_only_and_without_optimizer),
         cmocka_unit_test(initial_weights_are_bitwise_equal_for_every_number_of_ranks),
         cmocka_unit_test(flipped_bytes_are_named),
-        cmocka_unit_test(every_mismatched_tensor_is_listed),
+        cmocka_unit_test(m6_02_p12_94_every_mismatched_tensor_is_listed),
         cmocka_unit_test(unusable_files_are_refused),
         cmocka_unit_test(another_model_streams_or_layout_is_refused_with_both_values),
         cmocka_unit_test(tracker_is_checked),

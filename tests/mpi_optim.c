@@ -266,7 +266,7 @@ static void follow_the_reference(struct comm *world, const char *stage, const ch
     follow_on(world, NULL, 0, stage, freeze);
 }
 
-static void p12_63_76_77_78_every_module_trains_like_plain_adamw(void **state)
+static void m6_35_p12_63_76_77_78_every_module_trains_like_plain_adamw(void **state)
 {
     follow_the_reference(*state, "stage.training_stage=3", NULL);
 }
@@ -281,12 +281,12 @@ static void stage_2_leaves_the_vision_module_alone(void **state)
     follow_the_reference(*state, "stage.training_stage=2", NULL);
 }
 
-static void p12_81_a_frozen_encoder_grid_joins_as_a_stub(void **state)
+static void m6_34_p12_81_a_frozen_encoder_grid_joins_as_a_stub(void **state)
 {
     follow_the_reference(*state, "stage.training_stage=2", "stage.freeze_projection=T");
 }
 
-static void p12_81_a_frozen_language_grid_joins_as_a_stub(void **state)
+static void m6_34_p12_81_a_frozen_language_grid_joins_as_a_stub(void **state)
 {
     follow_the_reference(*state, "stage.training_stage=3", "stage.freeze_lm=T");
 }
@@ -539,7 +539,7 @@ int main(int argc, char **argv)
     check_identify(world->rank, world->size, "test", NULL);
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_prestate(name, world)
-        TEST(p12_63_76_77_78_every_module_trains_like_plain_adamw),
+        TEST(m6_35_p12_63_76_77_78_every_module_trains_like_plain_adamw),
         TEST(stage_1_updates_the_projector_alone),
         TEST(p12_76_78_tensor_and_expert_parallel_grids_train_like_plain_adamw),
         TEST(p12_76_disjoint_tensor_parallel_grids_train_like_plain_adamw),
@@ -547,8 +547,8 @@ int main(int argc, char **argv)
         TEST(p12_79_the_update_is_bitwise_independent_of_sharding),
         TEST(summed_gradients_can_be_gathered),
         TEST(stage_2_leaves_the_vision_module_alone),
-        TEST(p12_81_a_frozen_encoder_grid_joins_as_a_stub),
-        TEST(p12_81_a_frozen_language_grid_joins_as_a_stub),
+        TEST(m6_34_p12_81_a_frozen_encoder_grid_joins_as_a_stub),
+        TEST(m6_34_p12_81_a_frozen_language_grid_joins_as_a_stub),
         TEST(p12_74_75_a_nan_on_the_first_rank_skips_the_update_on_all),
         TEST(p12_74_75_an_infinity_on_the_last_rank_skips_the_update_on_all),
         TEST(a_norm_above_the_threshold_skips_the_update),

@@ -17,7 +17,7 @@ static void grid(struct deck *deck, int64_t image, int64_t tiles, int64_t rows, 
     assert_int_equal(shape.patches, rows * columns);
 }
 
-static void mock_grids_are_nearest_to_square_with_even_sides(void **state)
+static void m6_36_p12_96_mock_grids_are_nearest_to_square_with_even_sides(void **state)
 {
     struct deck deck;
     open_good_deck(&deck, 1, 1, big);
@@ -371,7 +371,7 @@ static void every_layout_sees_the_same_numbered_samples(void **state)
     }
 }
 
-static void encoder_ranks_serve_the_samples_of_the_lanes_in_order(void **state)
+static void m6_29_p12_101_encoder_ranks_serve_the_samples_of_the_lanes_in_order(void **state)
 {
     /* E, D, mbs: fan-in, equal, fan-out into parts of a lane. */
     static const int layout[][3] = { { 1, 4, 3 }, { 2, 4, 1 }, { 3, 3, 2 }, { 4, 2, 2 }, { 6, 1, 6 }, { 6, 3, 4 }, { 12, 1, 12 } };
@@ -494,7 +494,7 @@ static void batches_are_filled_anew_by_every_call(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(mock_grids_are_nearest_to_square_with_even_sides),
+        cmocka_unit_test(m6_36_p12_96_mock_grids_are_nearest_to_square_with_even_sides),
         cmocka_unit_test(mock_default_is_half_the_sequence_or_what_fixed_tiles_emit),
         cmocka_unit_test(mock_sample_is_pictures_then_words_and_counts_s_minus_image_positions),
         cmocka_unit_test(m6_31_mock_words_are_uniform_and_never_image_or_pad),
@@ -507,7 +507,7 @@ int main(void)
         cmocka_unit_test(mock_limits_are_exact),
         cmocka_unit_test(the_tools_show_mock_data_too),
         cmocka_unit_test(every_layout_sees_the_same_numbered_samples),
-        cmocka_unit_test(encoder_ranks_serve_the_samples_of_the_lanes_in_order),
+        cmocka_unit_test(m6_29_p12_101_encoder_ranks_serve_the_samples_of_the_lanes_in_order),
         cmocka_unit_test(cpe_numbers_follow_the_sample_and_tile_not_the_rank),
         cmocka_unit_test(batches_are_filled_anew_by_every_call),
     };

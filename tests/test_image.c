@@ -623,7 +623,7 @@ static void grid_without_merge_or_limit(void **state)
     assert_int_equal(th, 3750);
 }
 
-static void grid_keeps_its_promises_for_any_picture(void **state)
+static void m6_36_grid_keeps_its_promises_for_any_picture(void **state)
 {
     static const int merges[] = { 1, 2, 4 };
     uint32_t r = 1;
@@ -738,7 +738,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(resize_to_the_same_size_copies),
         cmocka_unit_test(grid_vectors_of_the_specification),
         cmocka_unit_test(grid_without_merge_or_limit),
-        cmocka_unit_test(grid_keeps_its_promises_for_any_picture),
+        cmocka_unit_test(m6_36_grid_keeps_its_promises_for_any_picture),
         cmocka_unit_test(patches_are_row_major_channel_first_and_normalised),
     };
     return cmocka_run_group_tests_name("image", tests, NULL, NULL);

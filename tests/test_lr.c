@@ -20,7 +20,7 @@ static struct lr_schedule production(void)
                                 .warmup = 1024000, .decay = 121046313, .anneal = 18310547};
 }
 
-static void production_wsd_minus_sqrt_matches_its_vectors(void **state)
+static void p12_83_production_wsd_minus_sqrt_matches_its_vectors(void **state)
 {
     static const double v[][2] = {
         {0, 0.0}, {768, 9.0e-07}, {512000, 6.0e-04}, {1024000, 1.2e-03}, {102735766, 1.2e-03}, {102736534, 1.192306e-03},
@@ -30,7 +30,7 @@ static void production_wsd_minus_sqrt_matches_its_vectors(void **state)
     for (size_t i = 0; i < sizeof v / sizeof v[0]; i++) assert_close(lr_at(&s, v[i][0]), v[i][1], 5e-7);
 }
 
-static void mock_cosine_matches_its_vectors(void **state)
+static void p12_83_mock_cosine_matches_its_vectors(void **state)
 {
     static const double v[] = {2e-04, 1.951546e-04, 1.810927e-04, 1.591907e-04, 1.315927e-04, 1.01e-04, 7.040732e-05,
                                4.280926e-05, 2.090732e-05, 6.845405e-06, 2e-06};
@@ -142,8 +142,8 @@ static void decay_ends_with_the_training_by_default(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(production_wsd_minus_sqrt_matches_its_vectors),
-        cmocka_unit_test(mock_cosine_matches_its_vectors),
+        cmocka_unit_test(p12_83_production_wsd_minus_sqrt_matches_its_vectors),
+        cmocka_unit_test(p12_83_mock_cosine_matches_its_vectors),
         cmocka_unit_test(wsd_tails_match_their_vectors),
         cmocka_unit_test(inverse_square_root_matches_its_vectors),
         cmocka_unit_test(linear_falls_from_max_to_min_after_the_warmup),

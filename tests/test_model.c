@@ -1,4 +1,7 @@
 /* test_model.c - the assembled model: counts, initial values, initial loss, masks, freezing, text-only batches, determinism. */
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "model_fixture.h"
 #include "rng.h"
 
@@ -228,6 +231,117 @@ static void gradients_accumulate_over_microbatches(void **state)
     fixture_close(&f);
 }
 
+/* Gradients of the whole model in one flat copy, owned by the caller. */
+static double *gradients(struct fixture *f, int64_t *n)
+{
+    *n = 0;
+    for (int i = 0; i < f->model.n_params; i++)
+        *n += f->model.param[i].trainable ? tensor_numel(&f->model.param[i].grad) : 0;
+    double *g = xcalloc((size_t)*n, sizeof *g);
+    int64_t at = 0;
+    for (int i = 0; i < f->model.n_params; i++)
+        for (int64_t k = 0; f->model.param[i].trainable && k < tensor_numel(&f->model.param[i].grad); k++)
+            g[at++] = element(&f->model.param[i].grad, k);
+    return g;
+}
+
+static double *gradients_of_batch(struct fixture *f, int64_t *n)
+{
+    fixture_forward(f, true);
+    model_zero_grads(&f->model);
+    fixture_backward(f);
+    return gradients(f, n);
+}
+
+static void assert_sum(const double *whole, const double *a, const double *b, int64_t n)
+{
+    double scale = 0.0;
+    for (int64_t i = 0; i < n; i++)
+        scale = fmax(scale, fabs(whole[i]));
+    assert_true(scale > 0.0);
+    for (int64_t i = 0; i < n; i++)
+        assert_true(fabs(whole[i] - (a[i] + b[i])) <= 1e-12 * scale);
+}
+
+/* The auxiliary gradient does not see the mask: with half the tokens masked it is what it is with none left, so that after the division
+ * by the loss tokens its weight is (tokens)/(loss tokens). */
+static void m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens(void **state)
+{
+    static const char *const with[] = { "run.precision=fp64", "moe.moe_aux_loss_coeff=0.05" };
+    static const char *const without[] = { "run.precision=fp64", "moe.moe_aux_loss_coeff=0" };
+    struct fixture f, g;
+    int64_t n;
+    fixture_open(&f, 2, with);
+    fixture_open(&g, 2, without);
+    fixture_batch(&f, 0, 0);
+    fixture_batch(&g, 0, 0);
+    for (int64_t i = 0; i < f.text.samples * f.text.seq_length; i += 2)
+        f.text.loss_mask[i] = g.text.loss_mask[i] = 0.0f;
+    double *both = gradients_of_batch(&f, &n), *loss = gradients_of_batch(&g, &n);
+    for (int64_t i = 0; i < f.text.samples * f.text.seq_length; i++)
+        f.text.loss_mask[i] = 0.0f;
+    double *aux = gradients_of_batch(&f, &n);
+    assert_sum(both, loss, aux, n);
+    free(both);
+    free(loss);
+    free(aux);
+    fixture_close(&f);
+    fixture_close(&g);
+}
+
+/* Loss sums, not means: two samples together give the sum of what each gives alone, however unequal their numbers of loss tokens. */
+static void m6_22_gradients_do_not_depend_on_the_split_into_microbatches(void **state)
+{
+    static const char *const two[] = { "run.precision=fp64" };
+    static const char *const one[] = { "run.precision=fp64", "batch.micro_batch_size=1" };
+    struct fixture f, g;
+    int64_t n;
+    fixture_open(&f, 1, two);
+    fixture_open(&g, 2, one);
+    fixture_batch(&f, 0, 0);
+    for (int64_t i = 0; i < 50; i++)
+        f.text.loss_mask[i] = 0.0f;
+    double *whole = gradients_of_batch(&f, &n), *part[2];
+    for (int m = 0; m < 2; m++) {
+        fixture_batch(&g, 0, m);
+        assert_int_equal(g.text.sample_index[0], f.text.sample_index[m]);
+        memcpy(g.text.loss_mask, f.text.loss_mask + m * g.text.seq_length, (size_t)g.text.seq_length * sizeof(float));
+        part[m] = gradients_of_batch(&g, &n);
+    }
+    assert_sum(whole, part[0], part[1], n);
+    free(whole);
+    free(part[0]);
+    free(part[1]);
+    fixture_close(&f);
+    fixture_close(&g);
+}
+
+/* The job ends with one line that names both counts. */
+static void m6_32_embeddings_that_do_not_match_the_tokens_end_the_job(void **state)
+{
+    struct fixture f;
+    int status, line[2];
+    char text[1024] = "";
+    fixture_open(&f, 0, NULL);
+    fixture_batch(&f, 0, 0);
+    assert_int_equal(pipe(line), 0);
+    const pid_t child = fork();
+    if (child == 0) {
+        const struct tensor none = tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
+        dup2(line[1], STDERR_FILENO);
+        model_language_forward(&f.model, 0, &f.text, &none, true);
+        _exit(0);
+    }
+    close(line[1]);
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(read(line[0], text, sizeof text - 1) > 0);
+    close(line[0]);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == EXIT_DATA);
+    assert_non_null(strstr(text, "56 picture embeddings"));
+    assert_non_null(strstr(text, "gave 0"));
+    fixture_close(&f);
+}
+
 static void same_batch_twice_gives_the_same_bits(void **state)
 {
     struct fixture f;
@@ -425,6 +539,9 @@ int main(void)
         cmocka_unit_test(m6_21_all_masked_microbatch_has_zero_language_gradient),
         cmocka_unit_test(m6_20_ignored_label_gives_a_finite_loss),
         cmocka_unit_test(gradients_accumulate_over_microbatches),
+        cmocka_unit_test(m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens),
+        cmocka_unit_test(m6_22_gradients_do_not_depend_on_the_split_into_microbatches),
+        cmocka_unit_test(m6_32_embeddings_that_do_not_match_the_tokens_end_the_job),
         cmocka_unit_test(same_batch_twice_gives_the_same_bits),
         cmocka_unit_test(m6_30_text_only_batch),
         cmocka_unit_test(image_token_row_has_no_input_gradient),
