@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread libopenblas-dev
     libjpeg62-turbo-dev libpng-dev libwebp-dev libpcre2-dev libjansson-dev libxxhash-dev
     python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-fonttools fonts-noto-color-emoji"
-dev="clang libclang-rt-14-dev libcmocka-dev git"
+dev="clang clang-format libclang-rt-14-dev libcmocka-dev git"
 cuda=no
 
 for option in "$@"; do
