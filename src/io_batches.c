@@ -28,6 +28,11 @@ struct held_pictures {
     char *pixels;              /* [patches, 3*p*p] */
 };
 
+struct held_choice {
+    int64_t m, first, rows;
+    int32_t *expert; /* [rows, choices] */
+};
+
 struct batch_dump {
     char path[IO_PATH];
     const struct deck *deck;
@@ -35,9 +40,11 @@ struct batch_dump {
     bool writes_text, writes_pictures, cpe;
     int64_t samples, seq_length, patch_dim; /* of the global batch; S; p */
     int64_t language_lane, language_lanes, encoder_rank, encoder_ranks;
+    int64_t choices;                /* E layers * K: experts of one token */
     struct held_text *text;         /* [n_text] */
+    struct held_choice *choice;     /* [n_choice] */
     struct held_pictures *pictures; /* [n_pictures] */
-    int n_text, n_pictures;
+    int n_text, n_pictures, n_choice;
 };
 
 static bool first_of_lane(const struct grid *g)
@@ -80,6 +87,8 @@ struct batch_dump *batch_dump_open(const char *path, const struct deck *deck,
     d->samples = deck->batch.global_batch_size;
     d->seq_length = deck->language.seq_length;
     d->patch_dim = deck->vision.patch_dim;
+    for (const char *c = deck->derived.pattern; *c; c++)
+        d->choices += *c == 'E' ? deck->moe.moe_router_topk : 0;
     d->language_lane = topo->language.dp_rank;
     d->language_lanes = topo->language.dp_size;
     d->encoder_rank = topo->encoder.dp_rank;
@@ -140,8 +149,22 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
     }
 }
 
+void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t rows,
+                       const int32_t *choice)
+{
+    if (d->choices == 0) return;
+    d->choice = xrealloc(d->choice, (size_t)d->n_choice + 1, sizeof *d->choice);
+    d->choice[d->n_choice++] = (struct held_choice){
+        .m = m,
+        .first = first,
+        .rows = rows,
+        .expert = copy_of(choice, (size_t)rows, (size_t)d->choices * sizeof *choice)
+    };
+}
+
 static void forget(struct batch_dump *d)
 {
+    for (int i = 0; i < d->n_choice; i++) free(d->choice[i].expert);
     for (int i = 0; i < d->n_text; i++) {
         free(d->text[i].input_ids);
         free(d->text[i].labels);
@@ -154,7 +177,7 @@ static void forget(struct batch_dump *d)
         free(d->pictures[i].cpe);
         free(d->pictures[i].pixels);
     }
-    d->n_text = d->n_pictures = 0;
+    d->n_text = d->n_pictures = d->n_choice = 0;
 }
 
 /* Row of the global batch where a rank's micro-batch begins. */
@@ -221,6 +244,10 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
            "height and width of each tile, in sample order");
     io_put(path, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, 2,
            pixels, NULL, "1", "normalised pixels of each patch, channel by channel, row by row");
+    if (d->choices > 0)
+        io_put(path, group, "experts", H5T_STD_I32LE, 2,
+               (int64_t[2]){ d->samples * d->seq_length, d->choices }, NULL, "expert",
+               "experts of each token (sample * S + position), E layer by E layer, ascending");
     if (d->cpe)
         io_put(path, group, "cpe", H5T_IEEE_F64LE, 2, cpe, NULL, "1",
                "crop of the position grid: scale_x, scale_y, off_x, off_y");
@@ -272,6 +299,12 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         put_rows(d, group, "loss_mask", H5T_IEEE_F32LE, row, mbs, d->seq_length, h->mask);
         put_rows(d, group, "sample_key", key, row, mbs, 0, h->key);
     }
+    for (int i = 0; i < d->n_choice; i++) {
+        const struct held_choice *h = &d->choice[i];
+        int64_t row = first_row(d, h->m, true, d->deck->batch.micro_batch_size);
+        put_rows(d, group, "experts", H5T_STD_I32LE, row * d->seq_length + h->first, h->rows,
+                 d->choices, h->expert);
+    }
     for (int i = 0; i < d->n_pictures; i++) {
         const struct held_pictures *h = &d->pictures[i];
         if (h->tiles == 0) continue;
@@ -296,6 +329,7 @@ void batch_dump_close(struct batch_dump *d)
     if (!d) return;
     forget(d);
     free(d->text);
+    free(d->choice);
     free(d->pictures);
     free(d);
 }

@@ -68,6 +68,9 @@ struct batch_dump;
 struct batch_dump *batch_dump_open(const char *path, const struct deck *deck, const struct topology *topo);      /* Collective over the world */
 /* Collect this rank's micro-batch m (either may be NULL). Local. */
 void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *text, const struct picture_batch *pictures);
+/* Collect the experts that this rank chose in micro-batch m: choice I32 [rows, E layers * K] on the host, copied, for the tokens first ..
+ * first+rows-1 of the micro-batch (batch-major). Without E layers there is nothing to collect. Local. */
+void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t rows, const int32_t *choice);
 void batch_dump_write(struct batch_dump *d, int64_t iteration);     /* one iteration, 1-based; Collective over the world */
 void batch_dump_close(struct batch_dump *d);                        /* Collective over the world */
 

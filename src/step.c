@@ -187,6 +187,25 @@ static void run_encoder_backward(void *ctx, const struct action *a)
     leave(s, TIMER_BACKWARD);
 }
 
+/* The experts that this rank's rows of micro-batch m went to, for batches.h5. */
+static void dump_choice(struct step *s, int64_t m)
+{
+    const struct grid *g = &s->topo->language;
+    const int64_t k = s->deck->moe.moe_router_topk;
+    const int64_t rows = s->deck->batch.micro_batch_size * s->deck->language.seq_length / g->tp_size;
+    int32_t *one = xcalloc((size_t)(rows * k), sizeof *one), *all = xcalloc((size_t)(rows * k * s->n_moe) + 1, sizeof *all);
+
+    for (int l = 0; l < s->n_moe; l++) {
+        const struct tensor choice = model_last_choice(s->model, l), host = tensor_2d(one, DTYPE_I32, PLACE_HOST, rows, k);
+        s->be->copy(s->stream, &choice, &host);
+        s->be->stream_sync(s->stream);
+        for (int64_t r = 0; r < rows; r++) memcpy(all + (r * s->n_moe + l) * k, one + r * k, (size_t)k * sizeof *all);
+    }
+    batch_dump_choice(s->dump, m, g->tp_rank * rows, rows, all);
+    free(one);
+    free(all);
+}
+
 static void run_language_forward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
@@ -197,6 +216,7 @@ static void run_language_forward(void *ctx, const struct action *a)
         s->image = tensor_2d(NULL, s->model->act, PLACE_DEVICE, 0, s->deck->language.hidden_size);
     model_language_forward(s->model, a->slot, text, &s->image, s->training);
     leave(s, TIMER_FORWARD);
+    if (s->dump && s->n_moe > 0) dump_choice(s, a->microbatch);
 }
 
 static void run_language_backward(void *ctx, const struct action *a)

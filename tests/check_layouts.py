@@ -13,7 +13,7 @@ import sys
 import h5py
 import numpy as np
 
-from harness import ROOT, Mimo, Tap, compare, trace
+from harness import ROOT, Mimo, Tap, compare, first_flip, flipped_token, trace
 
 GLOBAL_BATCH, ITERATIONS = 24, 20
 TOLERANCE = {"fp64": 1e-9, "fp32": 2e-5}
@@ -47,6 +47,18 @@ def model_hash(directory):
     return digest.hexdigest()
 
 
+def show_flip(tap, name, ours, theirs, rerun):
+    """Both runs once more up to the iteration of the first flip, batches dumped: the token that chose other experts is shown."""
+    flip = first_flip(ours, theirs)
+    if flip is None:
+        return
+    iteration = int(ours["iteration"][flip[0]])
+    a, b = rerun(["log.dump_batches=%d" % iteration, "run.exit_interval=%d" % iteration])
+    token = flipped_token(a, b, iteration)
+    print("# first flip: iteration %d, E layer %d, %s" % (iteration, flip[1], token))
+    tap.result(token is not None, name + " names the token of the first flip")
+
+
 def launch(m, name, precision, ranks, mbs, *layout):
     out = m.path(name)
     code, stdout, stderr = m.run(
@@ -63,7 +75,10 @@ def check(tap, m, reference, name, precision, ranks, mbs, *layout):
         return tap.result(False, name, "status %s\n%s" % (code, text))
     tap.result(model_hash(out) == reference["hash"], name + " starts from the same bits")
     fault = compare(trace(out), reference["trace"], TOLERANCE[precision], until_flip=precision == "fp32")
-    return tap.result(not fault, name + " gives the reference's trace", fault)
+    tap.result(not fault, name + " gives the reference's trace", fault)
+    show_flip(tap, name, trace(out), reference["trace"], lambda more: (
+        launch(m, name + "_flip", precision, ranks, mbs, *layout, *more)[0],
+        launch(m, name + "_flip_one_rank", precision, 1, 1, *more)[0]))
 
 
 def real_data(tap, m):
@@ -74,18 +89,28 @@ def real_data(tap, m):
         return
     for precision in ("fp64", "fp32"):
         reference = None
+
+        def stage2(name, ranks, *more):
+            return m.run(
+                "input/stage2.nml", "run.output_dir=" + m.path(name), "run.precision=" + precision,
+                "data.train_data_path=" + os.path.join(data, "train"), "data.valid_data_path=" + os.path.join(data, "valid"),
+                "data.tokenizer=" + os.path.join(data, "tokenizer.json"), "eval.eval_iters=0", "eval.eval_interval=0", *more,
+                ranks=ranks)
+
+        def again(name, ranks, more):
+            stage2(name, ranks, *more)
+            return m.path(name)
+
         for ranks in (1, 2, 4, 6, 8):
             name = "stage2_%s_%d_ranks" % (precision, ranks)
-            code, stdout, stderr = m.run(
-                "input/stage2.nml", "run.output_dir=" + m.path(name), "run.precision=" + precision, "run.exit_interval=%d" % ITERATIONS,
-                "data.train_data_path=" + os.path.join(data, "train"), "data.valid_data_path=" + os.path.join(data, "valid"),
-                "data.tokenizer=" + os.path.join(data, "tokenizer.json"), "eval.eval_iters=0", "eval.eval_interval=0", ranks=ranks)
+            code, stdout, stderr = stage2(name, ranks, "run.exit_interval=%d" % ITERATIONS)
             if not tap.result(code == 75, name + " runs", stdout[-1500:] + stderr):
                 continue
             t = trace(m.path(name))
             reference = reference or t
             fault = compare(t, reference, TOLERANCE[precision], until_flip=precision == "fp32")
             tap.result(not fault, name + " gives one rank's trace", fault)
+            show_flip(tap, name, t, reference, lambda more: (again(name + "_flip", ranks, more), again(name + "_flip_one", 1, more)))
 
 
 def main():

@@ -103,6 +103,21 @@ def first_flip(a, b):
     return (int(d[0][0]), int(d[0][1])) if len(d) else None
 
 
+def flipped_token(a, b, iteration):
+    """Where two runs that dumped their batches (log.dump_batches) first chose other experts in an iteration, as text; None if nowhere."""
+    with h5py.File(os.path.join(a, "batches.h5"), "r", locking=False) as f, \
+            h5py.File(os.path.join(b, "batches.h5"), "r", locking=False) as g:
+        x, y = (h["iteration_%06d" % iteration] for h in (f, g))
+        length = x["input_ids"].shape[1]
+        where = np.argwhere(x["experts"][()] != y["experts"][()])
+        if not len(where):
+            return None
+        row, column = (int(v) for v in where[0])
+        return "token %d of sample %s: experts %s and %s (column %d of E layers x K)" % (
+            row % length, x["sample_key"][row // length].decode(errors="replace").rstrip("\0"), x["experts"][row].tolist(),
+            y["experts"][row].tolist(), column)
+
+
 def compare(a, b, tolerance, until_flip=False):
     """'' when loss and grad norm agree to the relative tolerance in every row (up to the first flip of a discrete choice when
     asked), else one sentence that names quantity, iteration and both values."""
