@@ -14,7 +14,7 @@ cuda=no
 for option in "$@"; do
     case "$option" in
     --dev) packages="$packages $dev" ;;
-    --cuda) cuda=yes ;;
+    --cuda) cuda=yes; packages="$packages python3-pip" ;;
     -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
     *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --help)" >&2; exit 2 ;;
     esac
@@ -37,12 +37,14 @@ if [ -n "$missing" ]; then
     apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
 
-if [ "$cuda" = yes ] && [ ! -d .cuda/nvidia ]; then
+if [ "$cuda" = yes ] && [ ! -d .cuda ]; then
     echo "fetching NVIDIA's libraries into .cuda (about 1 GB)"
-    mkdir -p .cuda/wheels
-    python3 -m pip download -q --no-deps -d .cuda/wheels nvidia-cublas==13.1.1.3 nvidia-nccl-cu13==2.28.9 \
+    rm -rf .cuda.part   # what an interrupted fetch has left
+    mkdir -p .cuda.part/wheels
+    python3 -m pip download -q --no-deps -d .cuda.part/wheels nvidia-cublas==13.1.1.3 nvidia-nccl-cu13==2.28.9 \
         nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0
-    for w in .cuda/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda; done
-    rm -rf .cuda/wheels
+    for w in .cuda.part/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda.part; done
+    rm -rf .cuda.part/wheels
+    mv .cuda.part .cuda
 fi
 echo "bootstrap: everything is installed"
