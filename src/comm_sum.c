@@ -3,6 +3,7 @@
 #include "comm_sum.h"
 #include <math.h>
 #include <string.h>
+#include "bf16.h"
 
 enum { BLOCK = 512 };
 
@@ -29,29 +30,11 @@ static void widen(enum dtype dtype, const void *part, int64_t first, int count, 
         switch (dtype) {
         case DTYPE_F32: real[i] = ((const float *)part)[first + i]; break;
         case DTYPE_F64: real[i] = ((const double *)part)[first + i]; break;
-        case DTYPE_BF16: {
-            const uint32_t bits = (uint32_t)((const uint16_t *)part)[first + i] << 16;
-            float f;
-            memcpy(&f, &bits, sizeof f);
-            real[i] = f;
-            break;
-        }
+        case DTYPE_BF16: real[i] = bf16_to_float(((const uint16_t *)part)[first + i]); break;
         case DTYPE_I32: integer[i] = ((const int32_t *)part)[first + i]; break;
         case DTYPE_I64: integer[i] = ((const int64_t *)part)[first + i]; break;
         case DTYPE_U8: integer[i] = ((const uint8_t *)part)[first + i]; break;
         }
-}
-
-/* The sum lies within a factor of the number of ranks of its parts, so double to float to bf16 is
- * as good as the parts deserve; ties to even. */
-static uint16_t narrow_bf16(double x)
-{
-    const float f = (float)x;
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if (isnan(f))
-        return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 static void narrow(enum dtype dtype, void *out, int64_t first, int count, const double *real,
@@ -61,7 +44,7 @@ static void narrow(enum dtype dtype, void *out, int64_t first, int count, const 
         switch (dtype) {
         case DTYPE_F32: ((float *)out)[first + i] = (float)real[i]; break;
         case DTYPE_F64: ((double *)out)[first + i] = real[i]; break;
-        case DTYPE_BF16: ((uint16_t *)out)[first + i] = narrow_bf16(real[i]); break;
+        case DTYPE_BF16: ((uint16_t *)out)[first + i] = bf16_from_double(real[i]); break;
         case DTYPE_I32:
             ((int32_t *)out)[first + i] = (int32_t)(uint32_t)(uint64_t)integer[i];
             break;

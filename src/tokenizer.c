@@ -1,12 +1,11 @@
 /* tokenizer.c - see tokenizer.h. Here: opening a file, cutting added tokens out of the text, ids
  * back to text. */
-#include <errno.h>
-#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include "check.h"
+#include "file.h"
 #include "tokenizer_internal.h"
 
 static char *read_file(const char *path, size_t *n, char *why, size_t why_size);
@@ -106,32 +105,9 @@ size_t tokenizer_decode(const struct tokenizer *t, const int64_t *ids, int64_t n
 static char *read_file(const char *path, size_t *n, char *why, size_t why_size)
 {
     struct stat st;
-    char *file = xstrdup(path), *text = NULL, shown[512];
-    if (stat(file, &st) == 0 && S_ISDIR(st.st_mode)) {
-        free(file);
-        file = xasprintf("%s/tokenizer.json", path);
-    }
-    printable(shown, sizeof shown, file);
-    if (stat(file, &st) != 0)
-        snprintf(why, why_size, "%s: %s", shown, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        snprintf(why, why_size, "%s: not a regular file", shown);
-    else if (st.st_size > TOKENIZER_MAX_FILE)
-        snprintf(why, why_size, "%s: %" PRId64 " bytes, more than %d", shown, (int64_t)st.st_size,
-                 TOKENIZER_MAX_FILE);
-    else {
-        FILE *f = fopen(file, "rb");
-        *n = (size_t)st.st_size;
-        text = xmalloc(*n + 1, 1);
-        if (!f || fread(text, 1, *n, f) != *n) {
-            snprintf(why, why_size, "%s: %s", shown,
-                     errno ? strerror(errno) : "it became shorter while it was read");
-            free(text);
-            text = NULL;
-        }
-        if (f)
-            fclose(f);
-    }
+    const bool directory = stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+    char *file = directory ? xasprintf("%s/tokenizer.json", path) : xstrdup(path);
+    char *text = file_read(file, TOKENIZER_MAX_FILE, n, why, why_size);
     free(file);
     return text;
 }

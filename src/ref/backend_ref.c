@@ -6,6 +6,7 @@
  */
 #include <stdlib.h>
 #include <string.h>
+#include "bf16.h"
 #include "check.h"
 #include "ref.h"
 
@@ -50,41 +51,6 @@ static void ref_copy(struct stream *s, in_t src, out_t dst)
         memmove(row_of(dst, r), row_of(src, r), (size_t)cols * width);
 }
 
-static uint16_t to_bf16(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-
-static float from_bf16(uint16_t x)
-{
-    const uint32_t bits = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return f;
-}
-
-/* Two roundings (double to float to bf16) can differ from one; rounding the float to odd first
- * makes them agree. */
-static uint16_t double_to_bf16(double x)
-{
-    float f = (float)x;
-    uint32_t bits;
-    if (x - x != 0 || (double)f == x)
-        return to_bf16(f);
-    memcpy(&bits, &f, sizeof bits);
-    if ((double)f - (double)f == 0 && (x < 0 ? (double)f < x : (double)f > x))
-        bits--; /* back towards zero: truncation of x */
-    else if ((double)f - (double)f != 0)
-        return to_bf16(f); /* overflowed to infinity */
-    bits |= 1;
-    memcpy(&f, &bits, sizeof f);
-    return to_bf16(f);
-}
-
 static void ref_fill(struct stream *s, out_t t, double value)
 {
     const int64_t rows = tensor_rows(t), cols = tensor_cols(t);
@@ -94,7 +60,7 @@ static void ref_fill(struct stream *s, out_t t, double value)
             switch (t->dtype) {
             case DTYPE_F32: ((float *)row)[c] = (float)value; break;
             case DTYPE_F64: ((double *)row)[c] = value; break;
-            case DTYPE_BF16: ((uint16_t *)row)[c] = double_to_bf16(value); break;
+            case DTYPE_BF16: ((uint16_t *)row)[c] = bf16_from_double(value); break;
             case DTYPE_I32: ((int32_t *)row)[c] = (int32_t)value; break;
             case DTYPE_I64: ((int64_t *)row)[c] = (int64_t)value; break;
             case DTYPE_U8: ((uint8_t *)row)[c] = (uint8_t)value; break;
@@ -107,7 +73,7 @@ static double load(const char *row, enum dtype dtype, int64_t c)
     switch (dtype) {
     case DTYPE_F32: return ((const float *)row)[c];
     case DTYPE_F64: return ((const double *)row)[c];
-    case DTYPE_BF16: return from_bf16(((const uint16_t *)row)[c]);
+    case DTYPE_BF16: return bf16_to_float(((const uint16_t *)row)[c]);
     default: FATAL(EXIT_INTERNAL, "cast of %s: only floating-point types", dtype_name(dtype));
     }
 }
@@ -126,7 +92,7 @@ static void ref_cast(struct stream *s, in_t src, out_t dst)
             switch (dst->dtype) {
             case DTYPE_F32: ((float *)out)[c] = (float)x; break;
             case DTYPE_F64: ((double *)out)[c] = x; break;
-            case DTYPE_BF16: ((uint16_t *)out)[c] = double_to_bf16(x); break;
+            case DTYPE_BF16: ((uint16_t *)out)[c] = bf16_from_double(x); break;
             default:
                 FATAL(EXIT_INTERNAL, "cast to %s: only floating-point types",
                       dtype_name(dst->dtype));
