@@ -7,9 +7,9 @@
  * long-message algorithm. Everything else moves bytes. The large-count calls of MPI 4 are used
  * throughout.
  *
- * Every call is complete when it returns, but for reduce_scatter and all_gather on a deferred
- * stream: these start their exchange and join the stream's list; drain waits for each in turn and
- * adds the parts, in the same order of ranks. MPI moves long messages only inside its calls, so
+ * Every call is complete when it returns, but for reduce_scatter, all_gather and all_to_all_v on a
+ * deferred stream: these start their exchange and join the stream's list; drain waits for each in
+ * turn and adds the parts, in the same order of ranks. MPI moves long messages only inside its calls, so
  * each start also tests what is pending. The messages of a group bracket are all started before
  * the first is waited for, and waited for in group_end.
  */
@@ -39,9 +39,9 @@ struct comm_pending {
     struct comm_pending *next;
     struct comm *comm;
     MPI_Request request;
-    void *parts; /* of `bytes`; sum: [size, count], what all ranks sent */
+    void *parts; /* of `bytes`; sum: [size, count], what all ranks sent; all-to-all: its counts */
     size_t bytes;
-    bool sum;    /* else a gather: complete when its request is */
+    bool sum;    /* else complete when its request is */
     enum dtype dtype;
     enum comm_op op;
     int64_t count;
@@ -68,6 +68,7 @@ static void *scratch(struct comm *c, size_t bytes);
 static struct comm_pending *start_pending(struct comm *c, struct stream *s, size_t bytes);
 static void reduce_all(struct comm *c, char *data, int64_t n, enum dtype dtype, enum comm_op op);
 static void exchange(struct comm *c, const void *send, void *recv);
+static void start_exchange(struct comm *c, struct stream *s, const void *send, void *recv);
 static bool singleton_of_many(int size, char *why, size_t why_size);
 
 /* ---- device plane ---- */
@@ -175,8 +176,11 @@ static void mpi_all_to_all_v(struct comm *c, const struct tensor *send, const in
         in += recv_rows[r];
     }
     ASSERT(out <= tensor_rows(send) && in <= tensor_rows(recv));
-    exchange(c, send->data, recv->data);
     c->sent_bytes += (out - send_rows[c->rank]) * row;
+    if (s && s->deferred)
+        start_exchange(c, s, send->data, recv->data);
+    else
+        exchange(c, send->data, recv->data);
 }
 
 static void check_received(const struct comm *c, const MPI_Status *status, int64_t expected)
@@ -601,6 +605,23 @@ static void exchange(struct comm *c, const void *send, void *recv)
     const struct comm_native *m = c->native;
     CHECK_MPI(MPI_Alltoallv_c(send, m->send_count, m->send_at, MPI_BYTE, recv, m->recv_count,
                               m->recv_at, MPI_BYTE, m->comm),
+              c);
+}
+
+/* The same, started: the counts and offsets must live until it is done, those of c->native may not. */
+static void start_exchange(struct comm *c, struct stream *s, const void *send, void *recv)
+{
+    const struct comm_native *m = c->native;
+    const size_t n = (size_t)c->size;
+    struct comm_pending *p = start_pending(c, s, 2 * n * (sizeof(MPI_Count) + sizeof(MPI_Aint)));
+    MPI_Count *count = p->parts;
+    MPI_Aint *at = (MPI_Aint *)(count + 2 * n);
+    memcpy(count, m->send_count, n * sizeof *count);
+    memcpy(count + n, m->recv_count, n * sizeof *count);
+    memcpy(at, m->send_at, n * sizeof *at);
+    memcpy(at + n, m->recv_at, n * sizeof *at);
+    CHECK_MPI(MPI_Ialltoallv_c(send, count, at, MPI_BYTE, recv, count + n, at + n, MPI_BYTE,
+                               m->comm, &p->request),
               c);
 }
 

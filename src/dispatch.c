@@ -7,6 +7,14 @@ struct dispatch *dispatch_init(struct model *m, int64_t experts)
 {
     const struct grid *g = &m->topo->language;
     struct dispatch *d = xcalloc(1, sizeof *d);
+    d->be = m->be;
+    d->stream = m->compute;
+    if (m->deck->moe.moe_shared_expert_overlap) {
+        d->be->stream_create(&d->own, "dispatch");
+        d->own.deferred = true;
+        d->stream = &d->own;
+    }
+    d->be->event_create(&d->event);
     d->size = g->ep_size;
     d->rank = g->ep_rank;
     d->experts = experts;
@@ -21,6 +29,9 @@ void dispatch_free(struct dispatch *d)
 {
     if (!d)
         return;
+    d->be->event_destroy(&d->event);
+    if (d->stream == &d->own)
+        d->be->stream_destroy(&d->own);
     free(d->send_rows);
     free(d->recv_rows);
     free(d->count);
@@ -41,7 +52,8 @@ void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64
     d->host_order = arena_1d(data, "dispatch.host_order", DTYPE_I32, d->max_rows);
     d->host_inverse = arena_1d(data, "dispatch.host_inverse", DTYPE_I32, d->max_rows);
     const size_t mark = arena_mark(comm);
-    d->buffer = arena_2d(comm, "dispatch.buffer", m->acc, d->max_rows, m->deck->language.hidden_size);
+    d->buffer[DISPATCH_ROWS] = arena_2d(comm, "dispatch.rows", m->act, d->max_rows, m->deck->language.hidden_size);
+    d->buffer[DISPATCH_PROBS] = arena_2d(comm, "dispatch.probs", m->acc, d->max_rows, 1);
     arena_rewind(comm, mark);   /* one layer exchanges at a time */
 }
 
@@ -105,21 +117,44 @@ void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *of
     be->copy(m->compute, &back, &inverse);
 }
 
-static struct tensor buffer_view(const struct dispatch *d, const struct tensor *like)
+/* `later` goes on after what `first` holds now. */
+static void order(struct dispatch *d, struct stream *first, struct stream *later)
 {
-    return tensor_2d(d->buffer.data, like->dtype, d->buffer.place, d->received, tensor_cols(like));
+    if (first == later)
+        return;
+    d->be->event_record(&d->event, first);
+    d->be->stream_wait(later, &d->event);
 }
 
-void dispatch_forward(struct model *m, struct dispatch *d, const struct tensor *rows, const struct tensor *out)
+static struct tensor received_rows(const struct dispatch *d, enum dispatch_load load)
 {
-    const struct tensor received = buffer_view(d, rows), order = tensor_first(&d->order, d->received);
-    m->comm->all_to_all_v(m->topo->language.ep.comm, rows, d->send_rows, &received, d->recv_rows, m->compute);
-    m->be->gather_rows(m->compute, &received, &order, out);
+    return tensor_first(&d->buffer[load], d->received);
 }
 
-void dispatch_return(struct model *m, struct dispatch *d, const struct tensor *sorted, const struct tensor *rows)
+void dispatch_send(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *rows)
 {
-    const struct tensor received = buffer_view(d, sorted), inverse = tensor_first(&d->inverse, d->received);
+    const struct tensor received = received_rows(d, load);
+    order(d, m->compute, d->stream);
+    m->comm->all_to_all_v(m->topo->language.ep.comm, rows, d->send_rows, &received, d->recv_rows, d->stream);
+}
+
+void dispatch_return(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *sorted,
+                     const struct tensor *rows)
+{
+    const struct tensor received = received_rows(d, load), inverse = tensor_first(&d->inverse, d->received);
     m->be->gather_rows(m->compute, sorted, &inverse, &received);
-    m->comm->all_to_all_v(m->topo->language.ep.comm, &received, d->recv_rows, rows, d->send_rows, m->compute);
+    order(d, m->compute, d->stream);
+    m->comm->all_to_all_v(m->topo->language.ep.comm, &received, d->recv_rows, rows, d->send_rows, d->stream);
+}
+
+void dispatch_wait(struct model *m, struct dispatch *d)
+{
+    m->comm->drain(d->stream);
+    order(d, d->stream, m->compute);
+}
+
+void dispatch_unpack(struct model *m, const struct dispatch *d, enum dispatch_load load, const struct tensor *out)
+{
+    const struct tensor received = received_rows(d, load), from = tensor_first(&d->order, d->received);
+    m->be->gather_rows(m->compute, &received, &from, out);
 }

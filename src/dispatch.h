@@ -4,13 +4,23 @@
  * rank is one run of rows. Received rows arrive by (source rank, local expert, token) and are put into the order (local expert, source
  * rank, token). The host learns the split sizes once per layer and micro-batch, from the gathered counts of all ranks.
  * Any count may be zero. With one expert-parallel rank nobody makes a dispatch.
+ *
+ * A journey has a start and an end. Between them neither the rows that left nor the place of those to come may be touched; the copies' rows
+ * and their probabilities may travel at the same time. Under moe_shared_expert_overlap they travel on a stream of their own, beside what
+ * the caller computes meanwhile; else the start already completes them in the order of the compute stream.
  */
 #ifndef MIMO_DISPATCH_H
 #define MIMO_DISPATCH_H
 
 #include "model.h"
 
+/* What travels: the copies' rows (act [.,H]) or one number for each (acc [.,1]). */
+enum dispatch_load { DISPATCH_ROWS, DISPATCH_PROBS, DISPATCH_LOADS };
+
 struct dispatch {
+    const struct backend_ops *be;
+    struct stream own, *stream;      /* of the all-to-all: `own` or the model's compute stream */
+    struct event event;
     int size, rank;                  /* of language ep */
     int64_t experts, owned;          /* E, E/ep */
     int64_t max_rows;                /* rows received at most: every copy of every rank */
@@ -21,7 +31,7 @@ struct dispatch {
     struct tensor offsets;           /* I32 [E/ep+1] rows of the owned experts after sorting */
     struct tensor order, inverse;    /* I32 [max_rows] sorted row -> received row and back */
     struct tensor host_mine, host_offsets, host_order, host_inverse;
-    struct tensor buffer;            /* [max_rows,H] received rows before sorting, or sorted rows taken apart; temporary */
+    struct tensor buffer[DISPATCH_LOADS];   /* [max_rows,H], [max_rows,1] received before sorting, or sorted rows taken apart; temporary */
 };
 
 /* For E experts. Local. */
@@ -31,10 +41,15 @@ void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64
 /* Learn this micro-batch's splits from offsets I32 [E+1] of the sorted copies. Collective over language ep; the host waits for the
  * counts. */
 void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *offsets);
-/* rows [sent,w] -> out [received,w] sorted by owned expert. w is at most H, any float dtype. Collective over language ep. */
-void dispatch_forward(struct model *m, struct dispatch *d, const struct tensor *rows, const struct tensor *out);
-/* The inverse: sorted [received,w] -> rows [sent,w] in the sender's order. Collective over language ep. */
-void dispatch_return(struct model *m, struct dispatch *d, const struct tensor *sorted, const struct tensor *rows);
+/* rows [sent,w] leave for the owners of their experts. Collective over language ep. */
+void dispatch_send(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *rows);
+/* The inverse: sorted [received,w] leave for rows [sent,w] in the sender's order. Collective over language ep. */
+void dispatch_return(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *sorted,
+                     const struct tensor *rows);
+/* End of every journey under way; what was returned is there. Collective over language ep. */
+void dispatch_wait(struct model *m, struct dispatch *d);
+/* What was sent and waited for -> out [received,w], sorted by owned expert. Local. */
+void dispatch_unpack(struct model *m, const struct dispatch *d, enum dispatch_load load, const struct tensor *out);
 void dispatch_free(struct dispatch *d);
 
 #endif

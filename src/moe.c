@@ -10,6 +10,8 @@
  * on this rank's own rows of the residual stream; with expert parallelism the sorted copies travel to the owners of their experts
  * (dispatch.h) and back, R rows in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared
  * experts.
+ *
+ * A pass is a list of steps; the order in which they are issued is data (at the end), and is what moe_shared_expert_overlap chooses.
  */
 #include "moe.h"
 
@@ -244,7 +246,7 @@ struct expert_rows {
     struct tensor x, prob, offsets;        /* [R,H], acc [R], I32 [E/ep+1] */
 };
 
-/* The rows in use; x holds them between to_experts in forward and the next use of l->copies. */
+/* The rows in use; x holds them between step_receive and the next use of l->copies. */
 static struct expert_rows expert_rows(const struct moe *l)
 {
     if (!l->dispatch)
@@ -253,65 +255,169 @@ static struct expert_rows expert_rows(const struct moe *l)
     return (struct expert_rows){ n, tensor_first(&l->received, n), tensor_first(&l->received_prob, n), l->dispatch->offsets };
 }
 
-/* rows of `from` [t,H] copied for each chosen expert and brought to the expert's rank: `to` [R,H] (l->copies itself without dispatch). */
-static void to_experts(struct model *m, struct moe *l, const struct tensor *from, const struct tensor *to)
+/* ---- steps ------------------------------------------------------------------------------------------------------- */
+
+/* What the steps of one pass work on. */
+struct pass {
+    const struct ragged *b;
+    const struct tensor *x, *y;            /* [t,H] of the layer; y in forward */
+    const struct tensor *dx;               /* [t,H] in backward */
+    const struct tensor *metric;
+    bool train;
+};
+
+struct step {
+    const char *name;
+    void (*run)(struct model *m, struct moe *l, const struct pass *p);
+};
+
+/* Norm, choice, sort, and how many rows go where. */
+static void step_route(struct model *m, struct moe *l, const struct pass *p)
+{
+    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
+    route(m, l, p->b, p->train, p->metric);
+    if (l->dispatch)
+        dispatch_begin(m, l->dispatch, &l->offsets);
+}
+
+/* rows of `from` [t,H], copied for each chosen expert, leave for the expert's rank; they stay in l->copies without dispatch. */
+static void send_copies(struct model *m, struct moe *l, const struct tensor *from)
 {
     m->be->gather_rows(m->compute, from, &l->row_token, &l->copies);
     if (l->dispatch)
-        dispatch_forward(m, l->dispatch, &l->copies, to);
+        dispatch_send(m, l->dispatch, DISPATCH_ROWS, &l->copies);
 }
 
-/* [R,H] of the owned experts back to this rank's sorted copies; returns them. */
-static const struct tensor *from_experts(struct model *m, struct moe *l, const struct tensor *rows)
+static void step_send_rows(struct model *m, struct moe *l, const struct pass *p)
 {
-    if (!l->dispatch)
-        return rows;
-    dispatch_return(m, l->dispatch, rows, &l->copies);
-    return &l->copies;
+    send_copies(m, l, &l->hn);
 }
 
-void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
-                 bool train, const struct tensor *metric)
+static void step_send_probs(struct model *m, struct moe *l, const struct pass *p)
+{
+    const struct tensor prob = column(&l->row_prob);
+    if (l->dispatch)
+        dispatch_send(m, l->dispatch, DISPATCH_PROBS, &prob);
+}
+
+static void step_receive(struct model *m, struct moe *l, const struct pass *p)
+{
+    const struct expert_rows r = expert_rows(l);
+    const struct tensor prob = column(&r.prob);
+    if (!l->dispatch)
+        return;
+    dispatch_wait(m, l->dispatch);
+    dispatch_unpack(m, l->dispatch, DISPATCH_ROWS, &r.x);
+    dispatch_unpack(m, l->dispatch, DISPATCH_PROBS, &prob);
+}
+
+static void step_experts(struct model *m, struct moe *l, const struct pass *p)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    be->rmsnorm_forward(s, x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
-    route(m, l, b, train, metric);
-    if (l->dispatch) {
-        const struct tensor prob = column(&l->row_prob);
-        dispatch_begin(m, l->dispatch, &l->offsets);
-        const struct expert_rows r = expert_rows(l);
-        const struct tensor received_prob = column(&r.prob);
-        dispatch_forward(m, l->dispatch, &prob, &received_prob);
-    }
     const struct expert_rows r = expert_rows(l);
     const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), yp = tensor_first(&l->yp, r.n);
-    to_experts(m, l, &l->hn, &r.x);
     be->grouped_gemm(s, BACKEND_GROUPED_NT, &r.x, &model_param(m, l->fc1)->value, &r.offsets, r.n, &h);
     be->expert_act_forward(s, &h, &r.prob, &a);
     be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n, &yp);
     count_expert_flops(m, l, r.n, 2);
-    if (l->shared_fc1 >= 0) {
-        linear_forward(m, model_param(m, l->shared_fc1), linear_gather(m, &l->hn, &m->gathered), NULL, &l->shared_h);
-        be->activation_forward(s, BACKEND_RELU2, &l->shared_h, &l->shared_a);
-        linear_row_forward(m, model_param(m, l->shared_fc2), &l->shared_a, x, y);
-    } else {
-        be->copy(s, x, y);
-    }
-    be->gather_sum_rows(s, from_experts(m, l, &yp), &l->token_row, 1.0, y);
 }
 
-/* Routed experts: from dout [t,H] to dhn (overwritten), dprob and the experts' weight gradients. */
-static void experts_backward(struct model *m, struct moe *l, const struct tensor *dout)
+/* [R,H] of the owned experts leave for the ranks of their copies. */
+static void step_return_rows(struct model *m, struct moe *l, const struct pass *p)
+{
+    const struct tensor yp = tensor_first(&l->yp, expert_rows(l).n);
+    if (l->dispatch)
+        dispatch_return(m, l->dispatch, DISPATCH_ROWS, &yp, &l->copies);
+}
+
+/* What came back, in the order of this rank's copies. */
+static const struct tensor *returned(struct model *m, struct moe *l)
+{
+    if (!l->dispatch)
+        return &l->yp;
+    dispatch_wait(m, l->dispatch);
+    return &l->copies;
+}
+
+static void step_combine(struct model *m, struct moe *l, const struct pass *p)
+{
+    m->be->gather_sum_rows(m->compute, returned(m, l), &l->token_row, 1.0, p->y);
+}
+
+/* Nothing between this step and step_shared_fc1 may use m->gathered. */
+static void step_shared_gather(struct model *m, struct moe *l, const struct pass *p)
+{
+    if (l->shared_fc1 >= 0)
+        linear_gather(m, &l->hn, &m->gathered);
+}
+
+static void step_shared_fc1(struct model *m, struct moe *l, const struct pass *p)
+{
+    if (l->shared_fc1 < 0)
+        return;
+    const struct tensor *hn = m->topo->language.tp_size > 1 ? &m->gathered : &l->hn;
+    linear_forward(m, model_param(m, l->shared_fc1), hn, NULL, &l->shared_h);
+    m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
+}
+
+/* y = x + the shared expert's output, to which step_combine adds. */
+static void step_shared_fc2(struct model *m, struct moe *l, const struct pass *p)
+{
+    if (l->shared_fc1 >= 0)
+        linear_row_forward(m, model_param(m, l->shared_fc2), &l->shared_a, p->x, p->y);
+    else
+        m->be->copy(m->compute, p->x, p->y);
+}
+
+/* ---- steps of backward ------------------------------------------------------------------------------------------- */
+
+/* hN again, and the gradient of each copy on its way to the expert's rank. */
+static void back_send_rows(struct model *m, struct moe *l, const struct pass *p)
+{
+    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
+    send_copies(m, l, p->dx);
+}
+
+static void back_shared_fc2(struct model *m, struct moe *l, const struct pass *p)
+{
+    if (l->shared_fc1 < 0)
+        return;
+    m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
+    linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, p->dx, &l->shared_da);
+    m->be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da, &l->shared_da);
+}
+
+static void back_shared_fc1(struct model *m, struct moe *l, const struct pass *p)
+{
+    if (l->shared_fc1 >= 0)
+        linear_column_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da, &l->dshared);
+}
+
+static void back_receive(struct model *m, struct moe *l, const struct pass *p)
+{
+    const struct tensor dy = tensor_first(&l->yp, expert_rows(l).n);
+    if (!l->dispatch)
+        return;
+    dispatch_wait(m, l->dispatch);
+    dispatch_unpack(m, l->dispatch, DISPATCH_ROWS, &dy);
+}
+
+/* Gradients of the probabilities of this rank's expert rows: acc [R]. */
+static struct tensor drow_here(const struct moe *l)
+{
+    return l->dispatch ? tensor_first(&l->dreceived_prob, l->dispatch->received) : l->drow;
+}
+
+/* From dy to the gradients of the experts' weights, probabilities and inputs (in yp). */
+static void back_experts(struct model *m, struct moe *l, const struct pass *p)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     const struct param *fc1 = model_param(m, l->fc1), *fc2 = model_param(m, l->fc2);
     const struct expert_rows r = expert_rows(l);
     const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), da = tensor_first(&l->da, r.n);
-    const struct tensor yp = tensor_first(&l->yp, r.n), drow = l->dispatch ? tensor_first(&l->dreceived_prob, r.n) : l->drow;
-    const struct tensor dy = l->dispatch ? yp : l->copies;
-    to_experts(m, l, dout, &dy);
+    const struct tensor yp = tensor_first(&l->yp, r.n), drow = drow_here(l), dy = l->dispatch ? yp : l->copies;
     be->grouped_gemm(s, BACKEND_GROUPED_NN, &dy, &fc2->value, &r.offsets, r.n, &da);
     if (fc2->trainable) {
         be->expert_act_forward(s, &h, &r.prob, &a);
@@ -325,35 +431,31 @@ static void experts_backward(struct model *m, struct moe *l, const struct tensor
     }
     be->grouped_gemm(s, BACKEND_GROUPED_NN, &da, &fc1->value, &r.offsets, r.n, &yp);
     count_expert_flops(m, l, r.n, 2 + (fc1->trainable ? 1 : 0) + (fc2->trainable ? 1 : 0));
-    if (l->dispatch) {
-        const struct tensor back = column(&l->drow), received = column(&drow);
-        dispatch_return(m, l->dispatch, &received, &back);
-    }
-    be->gather_sum_rows(s, from_experts(m, l, &yp), &l->token_row, 0.0, &l->dhn);
-    be->moe_unsort_prob(s, &l->drow, &l->token_row, &l->dprob);
 }
 
-/* dhn += the shared expert's part. */
-static void shared_backward(struct model *m, struct moe *l, const struct tensor *dx)
+static void back_return_probs(struct model *m, struct moe *l, const struct pass *p)
 {
-    const struct backend_ops *be = m->be;
-    be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
-    linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, dx, &l->shared_da);
-    be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da, &l->shared_da);
-    linear_column_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da, &l->dshared);
-    be->add(m->compute, &l->dshared, &l->dhn);
+    const struct tensor drow = drow_here(l), received = column(&drow), back = column(&l->drow);
+    if (l->dispatch)
+        dispatch_return(m, l->dispatch, DISPATCH_PROBS, &received, &back);
 }
 
-void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
+/* dhn = the routed experts' part; dprob. */
+static void back_combine(struct model *m, struct moe *l, const struct pass *p)
+{
+    m->be->gather_sum_rows(m->compute, returned(m, l), &l->token_row, 0.0, &l->dhn);
+    m->be->moe_unsort_prob(m->compute, &l->drow, &l->token_row, &l->dprob);
+}
+
+/* The router's and the shared expert's parts of dhn in this order, and the norm. */
+static void back_route(struct model *m, struct moe *l, const struct pass *p)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     const struct param *norm = model_param(m, l->norm), *router = model_param(m, l->router);
     const int64_t router_flops = 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
-    be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->hn, &l->rs);
-    experts_backward(m, l, dx);
     be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling, l->balance ? &l->balance_count : NULL,
-                        l->coeff, first_row(m, b), b->max_len, &l->logits);
+                        l->coeff, first_row(m, p->b), p->b->max_len, &l->logits);
     if (router->trainable) {
         be->gemm(s, true, false, 1.0, &l->logits, in_acc(m, &l->hn, &l->hn_acc), 1.0, &router->grad, &router->grad);
         m->gemm_flops += router_flops;
@@ -361,8 +463,62 @@ void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const 
     be->gemm(s, false, false, 1.0, &l->logits, in_acc(m, &router->value, &l->router_acc), 1.0, &l->dhn, &l->dhn);
     m->gemm_flops += router_flops;
     if (l->shared_fc1 >= 0)
-        shared_backward(m, l, dx);
-    be->rmsnorm_backward(s, x, &norm->value, &l->rs, &l->dhn, dx, param_grad(norm));
+        be->add(s, &l->dshared, &l->dhn);
+    be->rmsnorm_backward(s, p->x, &norm->value, &l->rs, &l->dhn, p->dx, param_grad(norm));
+}
+
+/* ---- orders ------------------------------------------------------------------------------------------------------ */
+
+/* Both orders of a pass hold the same steps and give the same bits. Overlapped (parallel.md 5.6), the shared expert's products are issued
+ * between the start and the end of a journey of the routed rows. */
+enum { FORWARD, BACKWARD, ORDER_MAX = 12 };
+
+static const struct step orders[2][2][ORDER_MAX] = {
+    [FORWARD] = {
+        { { "route", step_route }, { "send_rows", step_send_rows }, { "send_probs", step_send_probs }, { "receive", step_receive },
+          { "experts", step_experts }, { "return_rows", step_return_rows }, { "shared_gather", step_shared_gather },
+          { "shared_fc1", step_shared_fc1 }, { "shared_fc2", step_shared_fc2 }, { "combine", step_combine } },
+        { { "route", step_route }, { "shared_gather", step_shared_gather }, { "send_rows", step_send_rows },
+          { "shared_fc1", step_shared_fc1 }, { "send_probs", step_send_probs }, { "receive", step_receive },
+          { "experts", step_experts }, { "return_rows", step_return_rows }, { "shared_fc2", step_shared_fc2 },
+          { "combine", step_combine } } },
+    [BACKWARD] = {
+        { { "send_rows", back_send_rows }, { "receive", back_receive }, { "experts", back_experts },
+          { "return_probs", back_return_probs }, { "return_rows", step_return_rows }, { "combine", back_combine },
+          { "shared_fc2", back_shared_fc2 }, { "shared_fc1", back_shared_fc1 }, { "route", back_route } },
+        { { "send_rows", back_send_rows }, { "shared_fc2", back_shared_fc2 }, { "receive", back_receive },
+          { "experts", back_experts }, { "return_probs", back_return_probs }, { "return_rows", step_return_rows },
+          { "shared_fc1", back_shared_fc1 }, { "combine", back_combine }, { "route", back_route } } },
+};
+
+static void run_steps(struct model *m, struct moe *l, int direction, const struct pass *p)
+{
+    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run; s++)
+        s->run(m, l, p);
+}
+
+void moe_print_order(const struct deck *deck, FILE *out)
+{
+    static const char *const direction[] = { [FORWARD] = "forward", [BACKWARD] = "backward" };
+    for (int i = 0; i < 2; i++) {
+        fprintf(out, "  expert layer, %s:", direction[i]);
+        for (const struct step *s = orders[i][deck->moe.moe_shared_expert_overlap]; s->run; s++)
+            fprintf(out, " %s", s->name);
+        fputc('\n', out);
+    }
+}
+
+void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
+                 bool train, const struct tensor *metric)
+{
+    const struct pass p = { .b = b, .x = x, .y = y, .metric = metric, .train = train };
+    run_steps(m, l, FORWARD, &p);
+}
+
+void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
+{
+    const struct pass p = { .b = b, .x = x, .dx = dx };
+    run_steps(m, l, BACKWARD, &p);
 }
 
 struct tensor moe_tokens_per_expert(const struct moe *l)

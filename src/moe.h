@@ -2,6 +2,7 @@
 #ifndef MIMO_MOE_H
 #define MIMO_MOE_H
 
+#include <stdio.h>
 #include "model.h"
 
 struct ragged;
@@ -24,6 +25,8 @@ void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const 
 struct tensor moe_tokens_per_expert(const struct moe *l);
 struct tensor moe_last_choice(const struct moe *l);
 struct param *moe_expert_bias(struct model *m, const struct moe *l);
+/* The order of the steps of a forward and a backward pass, two lines for --check. Local. */
+void moe_print_order(const struct deck *deck, FILE *out);
 void moe_free(struct moe *l);
 
 #endif

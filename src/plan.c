@@ -6,6 +6,7 @@
 #include "bridge.h"
 #include "ddp.h"
 #include "model.h"
+#include "moe.h"
 #include "optim.h"
 #include "schedule.h"
 
@@ -131,6 +132,7 @@ static void print_schedules(const struct deck *deck, const struct topology *all,
                 s->encoder_slots, s->language_slots);
         print_schedule(s, out);
     }
+    if (strchr(deck->derived.pattern, 'E')) moe_print_order(deck, out);
     for (int r = 0; r < size; r++) schedule_free(&list[r]);
     free(list);
 }

@@ -188,7 +188,7 @@ KEYS = {
     "moe.moe_router_enable_expert_bias": Probe("F", changes("lm_loss", "moe/tokens_per_expert"), "moe.moe_router_bias_update_rate=1"),
     "moe.moe_router_bias_update_rate": Probe("1", changes("lm_loss", "moe/tokens_per_expert")),
     "moe.moe_router_force_load_balancing": Probe("T", changes("lm_loss", "moe/tokens_per_expert")),
-    "moe.moe_shared_expert_overlap": refused("T"),
+    "moe.moe_shared_expert_overlap": Probe("T", table("schedule")),
     "mamba.mamba_num_heads": Probe("4", table("parameters")),
     "mamba.mamba_head_dim": Probe("4", table("parameters")),
     "mamba.mamba_num_groups": Probe("4", table("parameters")),

@@ -19,7 +19,7 @@ RANKS, BATCH, EXPERTS = (1, 2, 4, 6, 8, 16), 24, 8
 OVERLAP = {"": "none", "r": "reduce", "rp": "reduce+gather", "rpe": "reduce+gather+encoder"}
 
 
-def setting(ranks, layout, encoder, language, ep, mbs, stage, overlap, buckets):
+def setting(ranks, layout, encoder, language, ep, mbs, stage, overlap, buckets, shared):
     """The named settings of one launch; encoder and language are (tp, dp)."""
     shape = layout
     if layout == "disjoint":
@@ -27,7 +27,7 @@ def setting(ranks, layout, encoder, language, ep, mbs, stage, overlap, buckets):
     elif layout == "colocated":
         shape = "colocated equal" if encoder == language else "colocated different"
     s = {"ranks": ranks, "shape": shape, "llm_tp": language[0], "llm_dp": language[1], "ep": ep, "mbs": mbs, "stage": stage,
-         "overlap": overlap, "buckets": buckets}
+         "overlap": overlap, "buckets": buckets, "shared": shared}
     if encoder:
         s.update(encoder_tp=encoder[0], encoder_dp=encoder[1])
     return frozenset(s.items())
@@ -50,9 +50,9 @@ def possible():
                 continue
             if encoder and (max(encoder[1], dp) % min(encoder[1], dp) or mbs * dp % encoder[1]):
                 continue
-            for stage, overlap, buckets in itertools.product((1, 2, 3), OVERLAP.values(), (0, 3)):
+            for stage, overlap, buckets, shared in itertools.product((1, 2, 3), OVERLAP.values(), (0, 3), "FT"):
                 if encoder or (stage > 1 and overlap != "reduce+gather+encoder"):
-                    yield setting(ranks, layout, encoder, (tp, dp), ep, mbs, stage, overlap, buckets)
+                    yield setting(ranks, layout, encoder, (tp, dp), ep, mbs, stage, overlap, buckets, shared)
 
 
 def runs(runner):
@@ -69,7 +69,8 @@ def runs(runner):
             overlap = "".join(k for k, key in zip("rpe", ("overlap_grad_reduce", "overlap_param_gather", "encoder_ddp_overlap"))
                               if o.get(key) == "T")
             yield setting(ranks, layout, encoder, (number("llm_tp"), number("llm_dp")), number("llm_ep"), number("micro_batch_size"),
-                          number("training_stage", deck_stage), OVERLAP[overlap], number("ddp_num_buckets", "0"))
+                          number("training_stage", deck_stage), OVERLAP[overlap], number("ddp_num_buckets", "0"),
+                          o.get("moe_shared_expert_overlap", "F"))
 
 
 def coverage(tap):
@@ -80,7 +81,7 @@ def coverage(tap):
     have, wanted = set(runs(runner)), pairs(possible())
     missing = sorted(sorted(map(str, p)) for p in wanted - pairs(have))
     tap.result(len(wanted) > 500 and not missing, "every_pair_of_settings_occurs", missing)
-    layouts = {frozenset(p for p in s if p[0] not in ("stage", "overlap", "buckets")) for s in have}
+    layouts = {frozenset(p for p in s if p[0] not in ("stage", "overlap", "buckets", "shared")) for s in have}
     tap.result(len(layouts) >= 40 and {dict(s)["ranks"] for s in have} >= set(RANKS), "at_least_40_layouts_on_1_to_16_ranks", len(layouts))
     # The check itself: without one launch that alone holds a pair, a pair is missing.
     alone = [s for s in have if pairs([s]) & wanted - pairs(have - {s})]

@@ -182,6 +182,7 @@ static void test_deferred_collectives_give_the_bits_of_blocking_ones(struct comm
         for (int k = 0; k < N; k++)
             comm_mpi.all_gather(k % 2 ? other : c, &own[k], &all[k], &side);
         comm_mpi.drain(&side);
+        ASSERT(side.pending == NULL);
         for (int k = 0; k < N; k++) {
             ASSERT(memcmp(now[k], later[k], (size_t)(length[k] * c->size) * sizeof(double)) == 0);
             free(now[k]);
@@ -247,15 +248,27 @@ static void test_all_to_all_v_packs_rows_in_rank_order(struct comm *c)
     recv[n_in * COLS] = GUARD;
     const struct tensor ts = tensor_2d(send, DTYPE_F32, PLACE_HOST, n_out, COLS),
                         tr = tensor_2d(recv, DTYPE_F32, PLACE_HOST, n_in, COLS);
-    comm_take_sent_bytes(c);
-    comm_mpi.all_to_all_v(c, &ts, out, &tr, in, NULL);
-    at = 0;
-    for (int r = 0; r < c->size; r++)
-        for (int64_t i = 0; i < in[r] * COLS; i++)
-            ASSERT(recv[at++] == (float)(r * 10000 + c->rank * 100 + i));
-    ASSERT(recv[at] == GUARD);
-    ASSERT(comm_take_sent_bytes(c) == (n_out - out[c->rank]) * COLS * 4 &&
-           comm_take_sent_bytes(c) == 0);
+    /* Deferred, a second exchange with other counts is started behind it on the same communicator. */
+    struct stream side = { .name = "side", .deferred = true };
+    for (int deferred = 0; deferred < 2; deferred++) {
+        int64_t none[64] = { 0 };
+        memset(recv, 0, (size_t)(n_in * COLS) * sizeof *recv);
+        comm_take_sent_bytes(c);
+        comm_mpi.all_to_all_v(c, &ts, out, &tr, in, deferred ? &side : NULL);
+        if (deferred) {
+            comm_mpi.all_to_all_v(c, &ts, none, &tr, none, &side);
+            ASSERT(side.pending != NULL);
+            comm_mpi.drain(&side);
+        }
+        ASSERT(side.pending == NULL);
+        at = 0;
+        for (int r = 0; r < c->size; r++)
+            for (int64_t i = 0; i < in[r] * COLS; i++)
+                ASSERT(recv[at++] == (float)(r * 10000 + c->rank * 100 + i));
+        ASSERT(recv[at] == GUARD);
+        ASSERT(comm_take_sent_bytes(c) == (n_out - out[c->rank]) * COLS * 4 &&
+               comm_take_sent_bytes(c) == 0);
+    }
     free(send);
     free(recv);
 }

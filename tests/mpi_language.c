@@ -4,7 +4,10 @@
  * Every rank builds the whole model on a grid of its own (the reference) and its part of it on a grid of all ranks, in fp64. Each data
  * lane gets another micro-batch; the reference runs all of them one after the other. Losses must agree, and the gradients of every
  * parameter, reduced as the optimizer does - over data parallelism, experts over expert data parallelism, replicated parameters fed
- * with sequence-parallel rows over tp - must equal the matching elements of the reference's.
+ * with sequence-parallel rows over tp - must equal the matching elements of the reference's. The expert bias chooses how evenly the tokens
+ * are routed, down to one expert that gets a copy of every token and ranks that get none.
+ *
+ * The shared expert overlapped: the same bits, and what is issued between the start and the end of each journey of the routed rows.
  */
 #include "model_fixture.h"
 #include "rng.h"
@@ -17,6 +20,10 @@ struct module {                  /* a language module on some grid */
     struct model model;
     struct stream stream;
 };
+
+enum routing { BY_SCORE, WITHOUT_BIAS, UNEVEN, FIRST_EXPERTS, ROUTINGS };
+
+static const char *const routing_name[ROUTINGS] = { "", "_without_bias", "_uneven", "_first_experts_only" };
 
 static struct comm *world;
 static struct deck deck;
@@ -55,6 +62,33 @@ static void module_open(struct module *m, int size, int rank, int tp, int ep, bo
     model_plan(&m->model, &m->arenas);
     model_initialise(&m->model);
     model_zero_grads(&m->model);
+}
+
+/* Push the choice by the expert bias: UNEVEN leaves the last expert without tokens, FIRST_EXPERTS gives all to the first topk. */
+static void set_routing(struct module *m, enum routing routing)
+{
+    for (int layer = 0; layer < m->model.n_moe && routing >= UNEVEN; layer++) {
+        double *bias = model_expert_bias(&m->model, layer)->value.data;
+        const int64_t n = deck.moe.num_experts;
+        for (int64_t e = 0; e < n; e++)
+            bias[e] = routing == UNEVEN ? (e == n - 1 ? -100.0 : 0.02 * (double)(e % 3))
+                                        : (e < deck.moe.moe_router_topk ? 100.0 : 0.0);
+    }
+}
+
+/* What the routing promises, over all ranks. */
+static void check_routing(struct module *m, enum routing routing)
+{
+    for (int layer = 0; layer < m->model.n_moe; layer++) {
+        const struct tensor count = model_tokens_per_expert(&m->model, layer);
+        int64_t tokens[64];
+        const int64_t n = deck.moe.num_experts, k = deck.moe.moe_router_topk;
+        memcpy(tokens, count.data, (size_t)n * sizeof *tokens);
+        comm_host_reduce_i64(world, tokens, (int)n, COMM_SUM);
+        for (int64_t e = 0; e < n; e++)
+            ASSERT(routing != FIRST_EXPERTS || (e < k ? tokens[e] > 0 : tokens[e] == 0));
+        ASSERT(routing != UNEVEN || tokens[n - 1] == 0);
+    }
 }
 
 static void module_close(struct module *m)
@@ -132,18 +166,21 @@ static void compare(struct module *whole, struct module *part)
     }
 }
 
-static void check_grid(int tp, int ep, int extra, char *const *overrides)
+static void check_grid(int tp, int ep, enum routing routing)
 {
     const int lanes = world->size / tp, lane = world->rank / tp;
     const struct data_limits limits = { .seq_length = 64 };
     struct module whole, part;
     struct text_batch batch;
-    open_deck(extra, overrides);
+    char *const overrides[] = { (char[]){ "moe.moe_router_enable_expert_bias=F" } };
+    open_deck(routing == WITHOUT_BIAS, overrides);
     const size_t bytes = (size_t)(ROWS * deck.language.hidden_size) * sizeof(double);
     double *image = xcalloc(1, bytes), *dimage = xcalloc(1, bytes), *dwhole = xcalloc(1, bytes), own = 0.0;
     text_batch_init(&batch, &limits, 3);
     module_open(&whole, 1, 0, 1, 1, false);
     module_open(&part, world->size, world->rank, tp, ep, true);
+    set_routing(&whole, routing);
+    set_routing(&part, routing);
     for (int l = 0; l < lanes; l++) {
         make_batch(&batch, image, l);
         const double loss = run(&whole, &batch, image, dimage);
@@ -162,6 +199,7 @@ static void check_grid(int tp, int ep, int extra, char *const *overrides)
             if (!(fabs(dimage[i] - dwhole[i]) <= 1e-11))
                 FATAL(EXIT_INTERNAL, "tp %d ep %d: picture gradient %d is %.15e, one rank has %.15e", tp, ep, (int)i, dimage[i], dwhole[i]);
     compare(&whole, &part);
+    check_routing(&part, routing);
     module_close(&part);
     module_close(&whole);
     text_batch_free(&batch);
@@ -171,12 +209,112 @@ static void check_grid(int tp, int ep, int extra, char *const *overrides)
     free(dwhole);
 }
 
-static char all_to_one[] = "moe.moe_router_enable_expert_bias=F";
+/* ---- the shared expert while rows travel ---------------------------------------------------------------------------- */
+
+/* The order of what the layer issues, in letters: R P all-to-all of rows and of probabilities, D the end of what is under way, 1 2 a product
+ * with the shared expert's first or second matrix or its gradient while something is under way, f s the same while nothing is. */
+static struct recorder {
+    struct comm_ops comm;
+    struct backend_ops be;
+    const struct backend_ops *real;
+    const struct param *fc1, *fc2;
+    struct stream *travel;         /* of the last all-to-all */
+    char text[512];
+    size_t n;
+} recorder;
+
+static void record(char letter)
+{
+    ASSERT(recorder.n + 1 < sizeof recorder.text);
+    recorder.text[recorder.n++] = letter;
+}
+
+static void recorded_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows, const struct tensor *recv,
+                                  const int64_t *recv_rows, struct stream *s)
+{
+    record(tensor_cols(send) == 1 ? 'P' : 'R');
+    recorder.travel = s;
+    comm_mpi.all_to_all_v(c, send, send_rows, recv, recv_rows, s);
+}
+
+static void recorded_drain(struct stream *s)
+{
+    if (s == recorder.travel)
+        record('D');
+    comm_mpi.drain(s);
+}
+
+static void recorded_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
+{
+    const bool first = b->data == recorder.fc1->value.data || d->data == recorder.fc1->grad.data;
+    const bool second = b->data == recorder.fc2->value.data || d->data == recorder.fc2->grad.data;
+    const bool travels = recorder.travel && recorder.travel->pending;
+    if (first || second)
+        record(travels ? (first ? '1' : '2') : (first ? 'f' : 's'));
+    recorder.real->gemm(s, ta, tb, alpha, a, b, beta, c, d);
+}
+
+static void start_recording(struct module *m)
+{
+    recorder = (struct recorder){ .comm = comm_mpi, .be = *m->model.be, .real = m->model.be };
+    recorder.comm.all_to_all_v = recorded_all_to_all_v;
+    recorder.comm.drain = recorded_drain;
+    recorder.be.gemm = recorded_gemm;
+    /* One expert layer is enough: the second of the pattern. */
+    recorder.fc1 = model_find_param(&m->model, MODEL_LANGUAGE, "decoder.layers.1.mlp.shared_experts.linear_fc1.weight");
+    recorder.fc2 = model_find_param(&m->model, MODEL_LANGUAGE, "decoder.layers.1.mlp.shared_experts.linear_fc2.weight");
+    ASSERT(recorder.fc1 && recorder.fc2);
+    m->model.comm = &recorder.comm;
+    m->model.be = &recorder.be;
+}
+
+/* Loss and gradients of one micro-batch without and with overlap: the same bits, and the order of parallel.md 5.6. */
+static void check_overlap(int tp, int ep)
+{
+    const struct data_limits limits = { .seq_length = 64 };
+    struct module m[2];
+    struct text_batch batch;
+    double loss[2], *image = NULL, *dimage[2];
+    for (int on = 0; on < 2; on++) {
+        char *const overrides[] = { (char[]){ "language.hybrid_layer_pattern=*E" },
+                                    (char[]){ "moe.moe_shared_expert_overlap=T" } };
+        open_deck(1 + on, overrides);
+        const size_t bytes = (size_t)(ROWS * deck.language.hidden_size) * sizeof(double);
+        if (!on)
+            text_batch_init(&batch, &limits, 3);
+        image = xrealloc(image, 1, bytes);
+        dimage[on] = xcalloc(1, bytes);
+        make_batch(&batch, image, world->rank / tp);
+        module_open(&m[on], world->size, world->rank, tp, ep, true);
+        start_recording(&m[on]);
+        loss[on] = run(&m[on], &batch, image, dimage[on]);
+        const char *want = ep == 1 ? "fs" "ssff" : on ? "R1PDR2D" "R22DPR11D" : "RPDRfsD" "RDPRDssff";
+        if (strcmp(recorder.text, want) != 0)
+            FATAL(EXIT_INTERNAL, "tp %d ep %d overlap %d: issued %s, wanted %s", tp, ep, on, recorder.text, want);
+        if (!on)
+            deck_free(&deck);
+    }
+    ASSERT(memcmp(&loss[0], &loss[1], sizeof loss[0]) == 0);
+    ASSERT(memcmp(dimage[0], dimage[1], (size_t)(ROWS * deck.language.hidden_size) * sizeof(double)) == 0);
+    for (int i = 0; i < m[0].model.n_params; i++) {
+        const struct param *a = &m[0].model.param[i], *b = &m[1].model.param[i];
+        if (a->trainable && memcmp(a->grad.data, b->grad.data, (size_t)tensor_numel(&a->grad) * sizeof(double)) != 0)
+            FATAL(EXIT_INTERNAL, "tp %d ep %d: the gradient of %s differs with overlap", tp, ep, a->name);
+    }
+    ASSERT(m[0].model.gemm_flops == m[1].model.gemm_flops);
+    for (int on = 0; on < 2; on++) {
+        module_close(&m[on]);
+        free(dimage[on]);
+    }
+    text_batch_free(&batch);
+    deck_free(&deck);
+    free(image);
+}
 
 int main(int argc, char **argv)
 {
     static const struct { int tp, ep; } grid[] = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 }, { 2, 8 } };
-    char why[512], *const one_bias[] = { all_to_one };
+    char why[512];
     int n = 0, done = 0;
     if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
         fprintf(stderr, "%s\n", why);
@@ -187,15 +325,20 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++)
         n += world->size % grid[i].tp == 0 && world->size % grid[i].ep == 0;
     if (world->rank == 0)
-        printf("1..%d\n", 2 * n);
-    for (int variant = 0; variant < 2; variant++)
+        printf("1..%d\n", (ROUTINGS + 1) * n);
+    for (int routing = 0; routing <= ROUTINGS; routing++)
         for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++) {
             if (world->size % grid[i].tp || world->size % grid[i].ep)
                 continue;
-            check_grid(grid[i].tp, grid[i].ep, variant, one_bias);
+            if (routing < ROUTINGS)
+                check_grid(grid[i].tp, grid[i].ep, routing);
+            else
+                check_overlap(grid[i].tp, grid[i].ep);
             comm_host_barrier(world);
-            if (world->rank == 0)
-                printf("ok %d - m6_12_m6_19_m6_25_tp%d_ep%d%s\n", ++done, grid[i].tp, grid[i].ep, variant ? "_without_bias" : "");
+            if (world->rank == 0 && routing < ROUTINGS)
+                printf("ok %d - m6_12_m6_19_m6_25_p12_53_54_58_tp%d_ep%d%s\n", ++done, grid[i].tp, grid[i].ep, routing_name[routing]);
+            else if (world->rank == 0)
+                printf("ok %d - p12_56_shared_expert_overlap_tp%d_ep%d\n", ++done, grid[i].tp, grid[i].ep);
             fflush(stdout);
         }
     comm_finish(world);

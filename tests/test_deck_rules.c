@@ -453,6 +453,24 @@ static void huge_sizes_do_not_overflow(void **state)
     errors_free(&errors);
 }
 
+static void shared_expert_overlap_excludes_its_recomputation(void **state)
+{
+    static const char message[] =
+        "moe.moe_shared_expert_overlap = .true.: not together with 'shared_experts' in language.recompute_modules";
+    const char *const overrides[] = { "moe.moe_shared_expert_overlap=T", "language.recompute_modules=mlp,shared_experts",
+                                      "language.recompute_granularity=selective", NULL };
+    const char *const others[] = { "moe.moe_shared_expert_overlap=T", "language.recompute_modules=mlp,moe",
+                                   "language.recompute_granularity=selective", NULL };
+    for (int i = 0; i < 2; i++) {
+        struct deck deck = { 0 };
+        struct errors errors = { 0 };
+        make_deck_file(&deck, "input/mock_tiny.nml", 1, &errors, i ? others : overrides);
+        assert_int_equal(has_error(&errors, message), i == 0);
+        deck_free(&deck);
+        errors_free(&errors);
+    }
+}
+
 /* ---- overrides ----------------------------------------------------------------------------------------------------- */
 
 static void overrides_win_and_strings_need_no_quotes(void **state)
@@ -742,6 +760,7 @@ int main(void)
         cmocka_unit_test(eval_iters_follow_whether_validation_is_asked_for),
         cmocka_unit_test(a_missing_backend_still_resolves_everything),
         cmocka_unit_test(huge_sizes_do_not_overflow),
+        cmocka_unit_test(shared_expert_overlap_excludes_its_recomputation),
         cmocka_unit_test(overrides_win_and_strings_need_no_quotes),
         cmocka_unit_test(wrong_overrides_are_refused),
         cmocka_unit_test(echo_of_every_input_deck_reads_back_to_equal_values),
