@@ -12,16 +12,17 @@ VERSION = 0.1.0
 GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 
 CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) -fno-math-errno $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
-LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl
+LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl $(if $(CUDA_HOME),$(CUDA_LIBS))
 LDFLAGS = $(SANFLAGS_$(SAN)) -Wl,--as-needed
 
-SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(if $(CUDA_HOME),,src/cuda/none.c)
+include src/cuda/cuda.mk
+SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(CUDA_C)
 REF     = $(filter-out src/ref/backend_ref.c,$(wildcard src/ref/*.c))
-OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
+OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(CUDA_OBJ) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help check regression demo data lint format clean tests bench-cpu
+.PHONY: all help cuda check regression demo data lint format clean tests bench-cpu
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -64,6 +65,9 @@ data: data/demo/train              ## make the demo's pictures, texts and tokeni
 data/demo/train: tools/make_shards.py
 	$(PYTHON) tools/make_shards.py --out data/demo
 	@touch $@
+
+cuda:                              ## build build/gpu/mimo with CUDA's libraries from .cuda
+	$(MAKE) BUILD=build/gpu $(CUDA_HERE) build/gpu/mimo
 
 demo:                              ## install, build, make the data, train on 8 ranks, show the result
 	tools/demo.sh

@@ -24,6 +24,7 @@ struct attention {
     struct tensor o;                       /* [T,n*d] */
     struct tensor lse;                     /* acc [T,n] */
     struct tensor u, du;                   /* [T/t,H] temporaries */
+    struct tensor work;                    /* U8: the backend's */
     struct tensor d_o, dqkv;               /* [T,n*d], [T,(n+2g)d] temporaries */
 };
 
@@ -49,7 +50,8 @@ struct attention *attention_init(struct model *m, int i)
     return l;
 }
 
-void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens)
+void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens, int64_t segments,
+                    int64_t max_len)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d, qkv = nd + 2 * (int64_t)l->g * l->d;
@@ -63,6 +65,8 @@ void attention_plan(struct model *m, struct attention *l, struct arenas *as, int
     l->du = arena_2d(work, "attention.du", m->act, local, h);
     l->d_o = arena_2d(work, "attention.do", m->act, tokens, nd);
     l->dqkv = arena_2d(work, "attention.dqkv", m->act, tokens, qkv);
+    l->work = arena_1d(work, "attention.work", DTYPE_U8,
+                       m->be->attention_work(tokens, segments, max_len, l->n, l->g, l->d, true));
     arena_rewind(work, mark);
 }
 
@@ -72,7 +76,8 @@ void attention_forward(struct model *m, struct attention *l, const struct ragged
     const struct backend_ops *be = m->be;
     be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
     linear_forward(m, model_param(m, l->qkv_weight), linear_gather(m, &l->u, &m->gathered), NULL, &l->qkv);
-    be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse);
+    be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->work,
+                          &l->o, &l->lse);
     linear_row_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
 }
 
@@ -83,7 +88,7 @@ void attention_backward(struct model *m, struct attention *l, const struct ragge
     const struct param *norm = model_param(m, l->norm);
     linear_row_backward(m, model_param(m, l->proj_weight), &l->o, dx, &l->d_o);
     be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse, &l->d_o,
-                           &l->dqkv);
+                           &l->work, &l->dqkv);
     be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
     linear_column_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, &l->du);
     be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));

@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "comm.h"
+#include "deck.h"
 
 enum width { WIDTH_UNKNOWN, WIDTH_128, WIDTH_256, WIDTH_512 };
 
@@ -20,9 +22,23 @@ static enum width core_width(const char *core);
 static enum width cpu_width(void);
 static bool has_flag(const char *line, const char *flag);
 
-const struct backend_ops *backend_select(bool fp64)
+const struct backend_ops *backend_select(const struct deck *deck)
 {
-    return fp64 ? &backend_ref_f64 : &backend_ref_f32;
+    if (deck->run.backend == DECK_BACKEND_REF)
+        return deck->derived.fp64 ? &backend_ref_f64 : &backend_ref_f32;
+    return deck->derived.bf16 ? &backend_cuda_bf16 : &backend_cuda_f32;
+}
+
+const struct backend_ops *backend_sizing(const struct deck *deck)
+{
+    if (deck->run.backend == DECK_BACKEND_REF)
+        return backend_select(deck);
+    return deck->derived.bf16 ? &backend_sizes_bf16 : &backend_sizes_f32;
+}
+
+const struct comm_ops *comm_select(const struct deck *deck)
+{
+    return deck->run.backend == DECK_BACKEND_REF ? &comm_mpi : &comm_nccl;
 }
 
 void backend_blas_start(char **argv)

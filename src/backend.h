@@ -35,6 +35,7 @@ typedef const struct tensor *out_t;   /* written: the view is const, its memory 
 struct backend_ops {
     const char *name;                 /* "ref" */
     enum dtype act, acc;
+    size_t scratch_bytes;             /* temporaries of single operations on a stream that computes: see stream_scratch */
 
     /* ---- memory ---------------------------------------------------------------------------------------------- */
     void *(*alloc)(size_t bytes);                                     /* device memory, 256-byte aligned; fatal when none */
@@ -46,6 +47,9 @@ struct backend_ops {
     /* ---- streams --------------------------------------------------------------------------------------------- */
     void (*stream_create)(struct stream *s, const char *name);
     void (*stream_destroy)(struct stream *s);
+    /* Hands s its scratch, U8 [scratch_bytes] on the device; the caller keeps it alive. A stream without one only copies,
+     * fills, communicates and waits. Call it before the first operation. */
+    void (*stream_scratch)(struct stream *s, in_t memory);
     void (*stream_sync)(struct stream *s);                            /* host waits for s; not inside a step */
     void (*event_create)(struct event *e);
     void (*event_destroy)(struct event *e);
@@ -73,11 +77,13 @@ struct backend_ops {
     void (*layernorm_forward)(struct stream *s, in_t x, in_t w, in_t b, double eps, out_t y, out_t mean, out_t rs);
     void (*layernorm_backward)(struct stream *s, in_t x, in_t w, in_t mean, in_t rs, in_t dy, out_t dx, out_t dw, out_t db);
     /* qkv [T, (n+2g)d], rows grouped per KV group: n/g query heads, key, value (g = n: q k v of each head). o [T, n*d];
-     * lse acc [T, n] = log-sum-exp of the scaled scores. scale = 1/sqrt(d). */
-    void (*attention_forward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal, out_t o,
-                              out_t lse);
+     * lse acc [T, n] = log-sum-exp of the scaled scores. scale = 1/sqrt(d). work: scratch of attention_work() bytes, U8. */
+    void (*attention_forward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal, in_t work,
+                              out_t o, out_t lse);
     void (*attention_backward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal, in_t o,
-                               in_t lse, in_t do_, out_t dqkv);
+                               in_t lse, in_t do_, in_t work, out_t dqkv);
+    /* Scratch for `tokens` rows in at most `segments` segments of at most max_len rows, in bytes; enough for both directions. */
+    int64_t (*attention_work)(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d, bool causal);
 
     /* ---- rows ------------------------------------------------------------------------------------------------ */
     /* out[i,:] = index[i] >= 0 ? in[index[i],:] : 0. */
@@ -163,10 +169,19 @@ struct backend_ops {
 };
 
 extern const struct backend_ops backend_ref_f32, backend_ref_f64;
+/* act = BF16, F32; empty in a binary without CUDA (cuda/none.c). */
+extern const struct backend_ops backend_cuda_bf16, backend_cuda_f32;
+struct deck;
 /* The table for a resolved deck (backend, precision). Local. */
-const struct backend_ops *backend_select(bool fp64);
+const struct backend_ops *backend_select(const struct deck *deck);
+/* The same table's types and sizes, with streams that do nothing: what counts memory where no GPU is. Local. */
+const struct backend_ops *backend_sizing(const struct deck *deck);
+extern const struct backend_ops backend_sizes_bf16, backend_sizes_f32;   /* of the cuda tables */
 /* NULL when this binary has the CUDA backend, else one sentence for the user. Local. */
 const char *backend_cuda_missing(void);
+/* True when this machine can run it: a GPU of compute capability 9.0 for each of the host's `node_size` ranks, libraries new enough;
+ * else one sentence in why and false. Takes GPU node_rank for this process. Local. */
+bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size);
 /* "SkylakeX", "Prescott", ...: what the BLAS chose, and whether the CPU has wider vectors than it uses (`warning` gets one sentence or
  * ""); backend_blas_start must be the first call of the program: it restarts the process once with OPENBLAS_CORETYPE set when the
  * library does not know this CPU and would run several times slower. Local. */

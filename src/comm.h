@@ -22,11 +22,16 @@ struct comm {                /* a group of ranks with a context of its own; NULL
     int size, rank;          /* rank inside the group */
     const char *name;        /* family, for messages: "language.dp" */
     struct comm_native *native;
+    void *device;            /* comm_ops.attach's; NULL: nothing attached */
     int64_t sent_bytes;      /* by this rank through the device plane since the last comm_take_sent_bytes */
 };
 
 struct comm_ops {
     const char *name;
+    /* Prepares c for the device plane; every communicator that a tensor crosses, once, after the device was taken. detach before
+     * comm_free. Collective over c. */
+    void (*attach)(struct comm *c);
+    void (*detach)(struct comm *c);
     /* In place. buf: any dense tensor. Collective over c. */
     void (*all_reduce)(struct comm *c, const struct tensor *buf, enum comm_op op, struct stream *s);
     /* recv = the ranks' send one after the other, in rank order; send may be recv's own slice. Collective over c. */
@@ -49,6 +54,10 @@ struct comm_ops {
 };
 
 extern const struct comm_ops comm_mpi;   /* host buffers, used with ref */
+extern const struct comm_ops comm_nccl;  /* device buffers, used with cuda; empty in a binary without CUDA */
+struct deck;
+/* The device plane that goes with the deck's backend. Local. */
+const struct comm_ops *comm_select(const struct deck *deck);
 
 /* MPI itself. comm_start: MPI_Init_thread(FUNNELED) and the world communicator; refuses (message, false) a launcher that
  * started N singletons while SLURM_NTASKS or PMI_SIZE say otherwise. Collective over the world. */

@@ -285,8 +285,14 @@ static void mpi_drain(struct stream *s)
     }
 }
 
+/* Messages over MPI need nothing beyond the communicator. */
+static void mpi_attach(struct comm *c) {}
+static void mpi_detach(struct comm *c) {}
+
 const struct comm_ops comm_mpi = {
     .name = "mpi",
+    .attach = mpi_attach,
+    .detach = mpi_detach,
     .all_reduce = mpi_all_reduce,
     .all_gather = mpi_all_gather,
     .reduce_scatter = mpi_reduce_scatter,

@@ -81,7 +81,7 @@ static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int6
     l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens), m->deck->language.hidden_size);
     switch (l->kind) {
     case 'M': mamba_plan(m, l->mamba, as, tokens, sequences); break;
-    case '*': attention_plan(m, l->attention, as, tokens); break;
+    case '*': attention_plan(m, l->attention, as, tokens, sequences, tokens / sequences); break;
     case '-': mlp_plan(m, l->mlp, as, tokens); break;
     default: moe_plan(m, l->moe, as, tokens, sequences); break;
     }

@@ -104,7 +104,7 @@ static void declare(struct model *m)
 void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
                 struct stream *compute)
 {
-    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .comm = &comm_mpi, .compute = compute };
+    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .comm = comm_select(deck), .compute = compute };
     m->act = deck->derived.fp64 ? DTYPE_F64 : deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
     m->acc = deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
     m->has_encoder = topo->encoder.member;
@@ -148,6 +148,9 @@ int64_t model_param_numel(const struct model *m, const struct param *p)
 void model_plan(struct model *m, struct arenas *as)
 {
     ddp_plan(m->ddp, as);
+    const struct tensor scratch = arena_1d(&as->a[ARENA_WORKSPACE], "operations", DTYPE_U8, (int64_t)m->be->scratch_bytes);
+    if (scratch.data)
+        m->be->stream_scratch(m->compute, &scratch);
     for (int i = 0; i < m->n_params; i++) {
         struct param *p = &m->param[i];
         int64_t shape[TENSOR_MAX_DIMS];

@@ -39,7 +39,7 @@ static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
 
 static void print_memory_row(const struct deck *deck, const struct topology *t, FILE *out)
 {
-    const struct backend_ops *be = backend_select(deck->derived.fp64);
+    const struct backend_ops *be = backend_sizing(deck);
     struct stream stream = {.name = "none"};
     struct bridge *bridge = NULL;
     struct arenas arenas;
@@ -48,8 +48,8 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
     double total = 0.0;
 
     model_init(&model, deck, t, be, &stream);
-    optim_init(&optim, deck, t, &model, be, &comm_mpi, &stream);
-    if (t->encoder.present) bridge = bridge_init(deck, t, &comm_mpi, be, &stream);
+    optim_init(&optim, deck, t, &model, be, comm_select(deck), &stream);
+    if (t->encoder.present) bridge = bridge_init(deck, t, comm_select(deck), be, &stream);
     arenas_init(&arenas);
     model_plan(&model, &arenas);
     optim_plan(&optim, &arenas);
@@ -68,7 +68,7 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
 
 static void print_buffers(const struct deck *deck, const struct topology *t, FILE *out)
 {
-    const struct backend_ops *be = backend_select(deck->derived.fp64);
+    const struct backend_ops *be = backend_sizing(deck);
     struct stream stream = {.name = "none"};
     struct model model;
 

@@ -72,6 +72,7 @@ struct encoder {
     struct tensor e;                        /* [P,Wv] temporary */
     struct replicated_columns gathered;     /* of the embedder's output */
     struct tensor u, a;                     /* [R,Wv], [R,Fv/t] temporaries */
+    struct tensor work;                     /* U8: attention's scratch */
     struct tensor du, d_o, dqkv, da;        /* [R,Wv], [R,Wv/t], [R,3Wv/t], [R,Fv/t] temporaries */
     struct tensor dx, dnormed;              /* [R,Wv] */
     struct tensor dfeatures;                /* [N,per*Wv] */
@@ -245,6 +246,9 @@ void radio_plan(struct model *m, struct encoder *v, struct arenas *as)
     replicated_plan(m, &v->gathered, work, patches, v->width);
     v->u = arena_2d(work, "radio.u", m->act, v->max_rows, v->width);
     v->a = arena_2d(work, "radio.a", m->act, v->max_rows, v->ffn / t);
+    v->work = arena_1d(work, "radio.attention", DTYPE_U8,
+                       m->be->attention_work(v->max_rows, tiles, lim.max_patches_per_sample + v->class_tokens, v->heads,
+                                             v->heads, v->head_dim, false));
     if (v->trains) {
         v->du = arena_2d(work, "radio.du", m->act, v->max_rows, v->width);
         v->d_o = arena_2d(work, "radio.do", m->act, v->max_rows, v->width / t);
@@ -346,7 +350,7 @@ static void block_forward(struct model *m, struct encoder *v, struct radio_slot 
     be->layernorm_forward(m->compute, &k.x, value(m, b->ln1_w), value(m, b->ln1_b), v->eps, &u, &k.mean1, &k.rs1);
     linear_forward(m, model_param(m, b->qkv_w), &u, NULL, &k.qkv);
     be->add_bias(m->compute, value(m, b->qkv_b), &k.qkv);
-    be->attention_forward(m->compute, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &k.o, &k.lse);
+    be->attention_forward(m->compute, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &v->work, &k.o, &k.lse);
     replicated_row_forward(m, model_param(m, b->proj_w), model_param(m, b->proj_b), &k.o, &k.x, &k.mid);
     be->layernorm_forward(m->compute, &k.mid, value(m, b->ln2_w), value(m, b->ln2_b), v->eps, &u, &k.mean2, &k.rs2);
     linear_forward(m, model_param(m, b->fc1_w), &u, NULL, &k.h);
@@ -427,7 +431,8 @@ static void block_backward(struct model *m, struct encoder *v, struct radio_slot
 
     be->bias_backward(st, dx, param_grad(model_param(m, b->proj_b)));
     linear_backward(m, model_param(m, b->proj_w), &k.o, dx, 0.0, &d_o);
-    be->attention_backward(st, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &k.o, &k.lse, &d_o, &dqkv);
+    be->attention_backward(st, &k.qkv, &cu, s->max_len, v->heads, v->heads, v->head_dim, false, &k.o, &k.lse, &d_o, &v->work,
+                           &dqkv);
     be->bias_backward(st, &dqkv, param_grad(model_param(m, b->qkv_b)));
     be->layernorm_forward(st, &k.x, value(m, b->ln1_w), value(m, b->ln1_b), v->eps, &u, &k.mean1, &k.rs1);
     replicated_column_backward(m, model_param(m, b->qkv_w), &u, &dqkv, &du);

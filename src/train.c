@@ -67,13 +67,13 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
     t->deck = deck;
     t->topo = topo;
     t->run = run;
-    t->comm = &comm_mpi;
+    t->comm = comm_select(deck);
     t->last_saved = t->last_validated = -1;
     t->has_data = deck->run.mode == DECK_MODE_TRAIN;
     if (t->has_data) data_init(&t->data, deck, DATA_TRAIN, errors);
     if (errors->count == 0) eval_init(&t->eval, deck, topo, errors);
     if (errors->count > 0) return;
-    t->be = backend_select(deck->derived.fp64);
+    t->be = backend_select(deck);
     t->be->stream_create(&t->stream, "compute");
     model_init(&t->model, deck, topo, t->be, &t->stream);
     optim_init(&t->optim, deck, topo, &t->model, t->be, t->comm, &t->stream);

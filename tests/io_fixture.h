@@ -60,7 +60,7 @@ static inline void job_open(struct job *j, struct comm *comm, const char *overri
     if (e.count) errors_print(&e);
     assert_int_equal(e.count, 0);
     topology_connect(&j->topo, comm);
-    j->be = backend_select(j->deck.derived.fp64);
+    j->be = backend_select(&j->deck);
     j->be->stream_create(&j->stream, "compute");
     model_init(&j->model, &j->deck, &j->topo, j->be, &j->stream);
     optim_init(&j->optim, &j->deck, &j->topo, &j->model, j->be, &comm_mpi, &j->stream);

@@ -48,7 +48,7 @@ static inline void fixture_open(struct fixture *f, int n, const char *const *ove
         errors_print(&e);
     assert_int_equal(e.count, 0);
     topology_init(&f->topo, &f->deck, 1, 0, &e);
-    f->be = backend_select(f->deck.derived.fp64);
+    f->be = backend_select(&f->deck);
     f->be->stream_create(&f->stream, "compute");
     model_init(&f->model, &f->deck, &f->topo, f->be, &f->stream);
     arenas_init(&f->arenas);

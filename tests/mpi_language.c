@@ -53,7 +53,7 @@ static void module_open(struct module *m, int size, int rank, int tp, int ep, bo
     ASSERT(e.count == 0);
     if (connect)
         topology_connect(&m->topo, world);
-    const struct backend_ops *be = backend_select(true);
+    const struct backend_ops *be = &backend_ref_f64;
     be->stream_create(&m->stream, "compute");
     model_init(&m->model, &deck, &m->topo, be, &m->stream);
     arenas_init(&m->arenas);
@@ -94,7 +94,7 @@ static void check_routing(struct module *m, enum routing routing)
 static void module_close(struct module *m)
 {
     model_free(&m->model);
-    arenas_free(&m->arenas, backend_select(true));
+    arenas_free(&m->arenas, &backend_ref_f64);
     topology_free(&m->topo);
 }
 

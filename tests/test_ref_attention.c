@@ -54,7 +54,7 @@ static void attend(const struct attention_context *a, const struct tensor *qkv,
                    const struct tensor *o, const struct tensor *lse)
 {
     REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_forward)(
-        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse);
+        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, NULL, o, lse);
 }
 
 static void attend_back(const struct attention_context *a, const struct tensor *qkv,
@@ -62,7 +62,7 @@ static void attend_back(const struct attention_context *a, const struct tensor *
                         const struct tensor *dqkv)
 {
     REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_backward)(
-        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse, dout, dqkv);
+        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse, dout, NULL, dqkv);
 }
 
 /* One query of one head, straight from the definition. out [d]; returns the log-sum-exp. */

@@ -1,7 +1,19 @@
 /* none.c - linked in place of the CUDA backend when Makefile.inc names no CUDA_HOME. */
+#include <stdio.h>
 #include "backend.h"
+#include "comm.h"
+
+const struct backend_ops backend_cuda_bf16 = { .name = "cuda" }, backend_cuda_f32 = { .name = "cuda" };
+static void nothing(struct stream *s) {}
+const struct comm_ops comm_nccl = { .name = "nccl", .drain = nothing };   /* a model that is only sized drains its streams */
 
 const char *backend_cuda_missing(void)
 {
     return "this binary was built without CUDA";
+}
+
+bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size)
+{
+    snprintf(why, why_size, "%s", backend_cuda_missing());
+    return false;
 }

@@ -37,8 +37,15 @@ static int smaller(int a, int b)
     return a < b ? a : b;
 }
 
+/* The tiles lie on the stack. */
+int64_t REF(attention_work)(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d,
+                            bool causal)
+{
+    return 0;
+}
+
 void REF(attention_forward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g,
-                            int d, bool causal, out_t o, out_t lse)
+                            int d, bool causal, in_t work, out_t o, out_t lse)
 {
     check_arguments(qkv, cu, max_len, n, g, d, o, lse);
     const int32_t *first = cu->data;
@@ -51,7 +58,8 @@ void REF(attention_forward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len
 }
 
 void REF(attention_backward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g,
-                             int d, bool causal, in_t o, in_t lse, in_t do_, out_t dqkv)
+                             int d, bool causal, in_t o, in_t lse, in_t do_, in_t work,
+                             out_t dqkv)
 {
     check_arguments(qkv, cu, max_len, n, g, d, o, lse);
     ref_expect(do_, tensor_rows(o), tensor_cols(o));

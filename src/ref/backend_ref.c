@@ -106,6 +106,7 @@ static void ref_stream_create(struct stream *s, const char *name)
     *s = (struct stream){ .name = name };
 }
 
+static void ref_stream_scratch(struct stream *s, in_t memory) {}
 static void ref_stream_destroy(struct stream *s)
 {
     *s = (struct stream){ 0 };
@@ -124,14 +125,14 @@ static void ref_stream_wait(struct stream *s, const struct event *e) {}
 #define COMMON                                                                                     \
     .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, \
     .cast = ref_cast, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
-    .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
+    .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
     .event_destroy = ref_event_destroy, .event_record = ref_event_record,                          \
     .stream_wait = ref_stream_wait,
 
 /* clang-format off */
 const struct backend_ops backend_ref_f32 = {
     COMMON
-    .act = DTYPE_F32, .acc = DTYPE_F32, .ssd_work = ref_ssd_work_f32,
+    .act = DTYPE_F32, .acc = DTYPE_F32, .ssd_work = ref_ssd_work_f32, .attention_work = ref_attention_work_f32,
 #define X(op) .op = ref_##op##_f32,
     REF_OPS(X)
 #undef X
@@ -139,7 +140,7 @@ const struct backend_ops backend_ref_f32 = {
 
 const struct backend_ops backend_ref_f64 = {
     COMMON
-    .act = DTYPE_F64, .acc = DTYPE_F64, .ssd_work = ref_ssd_work_f64,
+    .act = DTYPE_F64, .acc = DTYPE_F64, .ssd_work = ref_ssd_work_f64, .attention_work = ref_attention_work_f64,
 #define X(op) .op = ref_##op##_f64,
     REF_OPS(X)
 #undef X

@@ -32,5 +32,6 @@
 REF_OPS(X)
 #undef X
 extern __typeof__(*((struct backend_ops *)0)->ssd_work) ref_ssd_work_f32, ref_ssd_work_f64;
+extern __typeof__(*((struct backend_ops *)0)->attention_work) ref_attention_work_f32, ref_attention_work_f64;
 
 #endif

@@ -1,0 +1,146 @@
+/* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables are checked member by member.
+ *
+ * One process drives one GPU. Compute runs on the stream the training loop makes; copies from pageable host memory return
+ * once the source may be reused.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <cublasLt.h>
+#include <cudnn_version.h>
+#include <nccl.h>
+#include "cuda_ops.h"
+#include "cuda_sizes.h"
+#include "cuda_util.h"
+
+enum { COMPUTE_CAPABILITY = 90, NCCL_OLDEST = 22000, CUBLASLT_OLDEST = 130000, CUDNN_OLDEST = 91900 };
+
+size_t cudnnGetVersion(void);
+
+const char *backend_cuda_missing(void)
+{
+    return NULL;
+}
+
+bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size)
+{
+    int n = 0, driver = 0, nccl = 0, major = 0, minor = 0;
+    const cudaError_t status = cudaGetDeviceCount(&n);
+    cudaDriverGetVersion(&driver);
+    if (status != cudaSuccess || n == 0) {
+        snprintf(why, why_size, "no GPU can be used: %s (driver's CUDA %d.%d, this binary's %d.%d)",
+                 status == cudaSuccess ? "none is visible" : cudaGetErrorString(status), driver / 1000, driver % 1000 / 10,
+                 CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+        return false;
+    }
+    if (node_size > n) {
+        snprintf(why, why_size, "%d ranks on this host but %d visible GPU%s: one rank needs one GPU", node_size, n,
+                 n == 1 ? "" : "s");
+        return false;
+    }
+    CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, node_rank));
+    CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, node_rank));
+    if (10 * major + minor != COMPUTE_CAPABILITY) {
+        snprintf(why, why_size, "GPU %d has compute capability %d.%d; this binary's kernels are for 9.0 (H100, H200)",
+                 node_rank, major, minor);
+        return false;
+    }
+    if (ncclGetVersion(&nccl) != ncclSuccess || nccl < NCCL_OLDEST || cublasLtGetVersion() < CUBLASLT_OLDEST
+        || cudnnGetVersion() < CUDNN_OLDEST) {
+        snprintf(why, why_size, "libraries are too old: NCCL %d (needs %d), cuBLASLt %zu (needs %d), cuDNN %zu (needs %d)", nccl,
+                 NCCL_OLDEST, cublasLtGetVersion(), CUBLASLT_OLDEST, cudnnGetVersion(), CUDNN_OLDEST);
+        return false;
+    }
+    CHECK_CUDA(cudaSetDevice(node_rank));
+    return true;
+}
+
+/* ---- memory ---- */
+
+static void *cuda_alloc(size_t bytes)
+{
+    void *p = NULL;
+    const cudaError_t status = cudaMalloc(&p, bytes ? bytes : 256);
+    if (status == cudaErrorMemoryAllocation) {
+        size_t available = 0, total = 0;
+        cudaMemGetInfo(&available, &total);
+        FATAL(EXIT_ENVIRONMENT, "out of GPU memory: %zu bytes wanted, %zu of %zu are free", bytes, available, total);
+    }
+    CHECK_CUDA(status);
+    return p;
+}
+
+static void cuda_release(void *p)
+{
+    CHECK_CUDA(cudaFree(p));
+}
+
+/* ---- streams ---- */
+
+static void cuda_stream_create(struct stream *s, const char *name)
+{
+    struct cuda_context *c = xcalloc(1, sizeof *c);
+    int device = 0;
+    CHECK_CUDA(cudaGetDevice(&device));
+    CHECK_CUDA(cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, device));
+    CHECK_CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    *s = (struct stream){ .name = name, .native = c };
+}
+
+static void cuda_stream_destroy(struct stream *s)
+{
+    struct cuda_context *c = s->native;
+    CHECK_CUDA(cudaStreamSynchronize(c->stream));
+    cuda_gemm_free(c->gemm);
+    cuda_attention_free(c->attention);
+    CHECK_CUDA(cudaStreamDestroy(c->stream));
+    free(c);
+    *s = (struct stream){ 0 };
+}
+
+static void cuda_stream_scratch(struct stream *s, in_t memory)
+{
+    struct cuda_context *c = s->native;
+    c->scratch = memory->data;
+    c->scratch_bytes = (size_t)tensor_numel(memory);
+}
+
+static void cuda_stream_sync(struct stream *s)
+{
+    CHECK_CUDA(cudaStreamSynchronize(cuda_stream_of(s)));
+}
+
+static void cuda_event_create(struct event *e)
+{
+    cudaEvent_t event;
+    CHECK_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    e->native = event;
+}
+
+static void cuda_event_destroy(struct event *e)
+{
+    if (e->native)
+        CHECK_CUDA(cudaEventDestroy(e->native));
+    e->native = NULL;
+}
+
+static void cuda_event_record(struct event *e, struct stream *s)
+{
+    CHECK_CUDA(cudaEventRecord(e->native, cuda_stream_of(s)));
+}
+
+static void cuda_stream_wait(struct stream *s, const struct event *e)
+{
+    CHECK_CUDA(cudaStreamWaitEvent(cuda_stream_of(s), e->native, 0));
+}
+
+#define COMMON                                                                                                          \
+    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release,      \
+    .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
+    .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
+    .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .attention_work = cuda_attention_work,          \
+    .ssd_work = cuda_ssd_work,
+
+#define X(op) .op = cuda_##op,
+const struct backend_ops backend_cuda_bf16 = { COMMON .act = DTYPE_BF16, CUDA_OPS(X) };
+const struct backend_ops backend_cuda_f32 = { COMMON .act = DTYPE_F32, CUDA_OPS(X) };
+#undef X

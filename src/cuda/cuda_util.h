@@ -1,0 +1,67 @@
+/* cuda_util.h - what every file of this folder shares: the context behind a stream, checks, small helpers. C and C++.
+ *
+ * stream->native is a struct cuda_context. Operations take their temporaries from its scratch (cuda_scratch), which the next
+ * operation on the stream overwrites: no operation may keep anything there. Library handles and chosen plans hang on the
+ * context as well; each library's file owns its member, makes it at first use and frees it in its *_free.
+ */
+#ifndef MIMO_CUDA_UTIL_H
+#define MIMO_CUDA_UTIL_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include <cuda_runtime_api.h>
+#include "backend.h"
+#include "check.h"
+
+struct cuda_gemm;        /* gemm.c: cuBLASLt's handle, workspace and chosen algorithms */
+struct cuda_attention;   /* attention.cpp: cuDNN's handle and plans */
+
+struct cuda_context {
+    cudaStream_t stream;
+    char *scratch;
+    size_t scratch_bytes;
+    int sm_count;
+    struct cuda_gemm *gemm;
+    struct cuda_attention *attention;
+};
+
+void cuda_gemm_free(struct cuda_gemm *g);
+void cuda_attention_free(struct cuda_attention *a);
+
+#define CHECK_CUDA(call) cuda_check((call), #call, __FILE__, __LINE__)
+/* After a kernel launch. */
+#define CHECK_LAUNCH() cuda_check(cudaGetLastError(), "kernel launch", __FILE__, __LINE__)
+
+static inline void cuda_check(cudaError_t status, const char *call, const char *file, int line)
+{
+    if (status != cudaSuccess)
+        fatal(status == cudaErrorMemoryAllocation ? EXIT_ENVIRONMENT : EXIT_INTERNAL, file, line, NULL, "%s: %s (%s)", call,
+              cudaGetErrorString(status), cudaGetErrorName(status));
+}
+
+static inline struct cuda_context *cuda_context_of(const struct stream *s)
+{
+    return (struct cuda_context *)s->native;
+}
+
+static inline cudaStream_t cuda_stream_of(const struct stream *s)
+{
+    return cuda_context_of(s)->stream;
+}
+
+/* The first `bytes` of the stream's scratch, 256-byte aligned; fatal when it is smaller. */
+static inline void *cuda_scratch(const struct stream *s, size_t bytes)
+{
+    const struct cuda_context *c = cuda_context_of(s);
+    if (bytes > c->scratch_bytes)
+        fatal(EXIT_INTERNAL, __FILE__, __LINE__, NULL, "an operation on stream %s needs %zu bytes of scratch, %zu are there",
+              s->name, bytes, c->scratch_bytes);
+    return c->scratch;
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif

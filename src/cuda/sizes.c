@@ -1,0 +1,43 @@
+/* sizes.c - memory needs of the CUDA tables (cuda_sizes.h), and tables that count but do nothing. No CUDA header: every
+ * binary has this file. */
+#include "cuda_sizes.h"
+
+static const int64_t ATTENTION_CAP = (int64_t)2 << 30;
+
+int cuda_attention_chunk(int64_t segments, int64_t max_len, int n, int g)
+{
+    /* cuDNN rounds the length to its tile of 128. */
+    const int64_t len = (max_len + 127) / 128 * 128, head = segments * len * len * 2;
+    const int per = n / g;
+    int groups = g;
+    while (groups > 1 && (g % groups != 0 || groups * per * head > ATTENTION_CAP))
+        groups--;
+    return groups * per;
+}
+
+static void no_stream(struct stream *s, const char *name) { *s = (struct stream){ .name = name }; }
+static void no_stream_end(struct stream *s) { *s = (struct stream){ 0 }; }
+static void no_event(struct event *e) { e->native = NULL; }
+
+#define SIZES                                                                                                        \
+    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .attention_work = cuda_attention_work,          \
+    .ssd_work = cuda_ssd_work, .stream_create = no_stream, .stream_destroy = no_stream_end, .event_create = no_event, \
+    .event_destroy = no_event
+
+const struct backend_ops backend_sizes_bf16 = { SIZES, .act = DTYPE_BF16 };
+const struct backend_ops backend_sizes_f32 = { SIZES, .act = DTYPE_F32 };
+
+/* The deterministic backward of one chunk of heads (one segment slot per picture or sequence), the gradients' row sums and a
+ * margin for cuDNN's alignment; the composed fp32 form needs the scores of one head at most, which is less. */
+int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d, bool causal)
+{
+    const int64_t len = (max_len + 127) / 128 * 128, heads = cuda_attention_chunk(segments, max_len, n, g);
+    return heads * segments * len * len * 2 + tokens * n * (int64_t)(d + 2) * 4 + ((int64_t)16 << 20);
+}
+
+/* Chunk states and their gradients in fp32, and per-chunk cumulative decays. */
+int64_t cuda_ssd_work(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk)
+{
+    const int64_t chunks = tokens / chunk + segments + 1;
+    return 2 * chunks * heads * head_dim * state + 8 * (tokens + chunks * chunk) * heads;
+}
