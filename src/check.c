@@ -91,6 +91,7 @@ void errors_add(struct errors *e, enum exit_code code, const char *fmt, ...)
 
 void errors_print(const struct errors *e)
 {
+    log_clear_progress();
     for (int i = 0; i < e->count && i < ERRORS_SHOWN; i++)
         fprintf(stderr, "%s\n", e->line[i]);
     if (e->count > ERRORS_SHOWN)
@@ -186,6 +187,7 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
         _exit(code);
     }
     char clean[2 * TEXT_MAX], out[4 * TEXT_MAX];
+    log_clear_progress();
     printable(clean, sizeof clean, text);
     if (claim_exit_file(code, clean)) {
         const char *base = strrchr(file, '/');

@@ -173,7 +173,6 @@ static void close_album(struct ablation *a)
 
 /* ---- one validation ----------------------------------------------------------------------------------------------- */
 
-/* Mean loss per token over all batches; `kind` is one of DECK_ABLATION_*. */
 /* Why the run is asked to stop, the same on every rank, or NULL. Collective over the world. */
 static const char *asked_to_stop(const struct eval *e, const struct step *step)
 {
@@ -190,6 +189,7 @@ static const char *asked_to_stop(const struct eval *e, const struct step *step)
     return NULL;
 }
 
+/* Mean loss per token over all batches; `kind` is one of DECK_ABLATION_*. *stop: see asked_to_stop. */
 static double pass(struct eval *e, struct step *step, int kind, const char **stop)
 {
     struct ablation a = {.deck = e->deck};
@@ -203,6 +203,7 @@ static double pass(struct eval *e, struct step *step, int kind, const char **sto
         if (rotate) open_album(&a, e, i);
         step_forward(step, &e->data, i, kind == DECK_ABLATION_NONE ? NULL : &change, &sum[0], &sum[1]);
         if (rotate) close_album(&a);
+        log_progress(" validation: batch %lld/%lld%s", (long long)i + 1, (long long)e->iters, kind == DECK_ABLATION_NONE ? "" : ", other pictures");
     }
     if (rotate && a.without_partner > 0 && e->consumed == 0)
         log_line("validation: %lld of %lld samples with pictures keep their own, no other of their batch has equal picture sizes",

@@ -8,16 +8,22 @@
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
 #include "check.h"
 
-enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192 };
+enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192, PROGRESS_MS = 200 };
 
 static struct {
     FILE *file;
     bool writer;
+    bool terminal;                 /* stdout is one that can erase a line */
+    bool progress;                 /* such a line stands there now */
+    long progress_ms;              /* when the last one was written */
     uint64_t warned[WARNINGS_MAX]; /* hashes of the texts already given */
     int n_warned;
     long suppressed;
@@ -34,7 +40,9 @@ struct log_process *log_process(void)
 
 bool log_open(const char *path, bool writer)
 {
+    const char *term = getenv("TERM");
     state.writer = writer;
+    state.terminal = writer && isatty(STDOUT_FILENO) && term && strcmp(term, "dumb") != 0;
     if (!writer || !path)
         return true;
     state.file = fopen(path, "ae");
@@ -43,6 +51,7 @@ bool log_open(const char *path, bool writer)
 
 void log_close(void)
 {
+    log_clear_progress();
     if (state.suppressed > 0) {
         char text[160];
         snprintf(text, sizeof text,
@@ -62,6 +71,7 @@ void log_line(const char *fmt, ...)
 {
     if (!state.writer)
         return;
+    log_clear_progress();
     va_list ap;
     va_start(ap, fmt);
     vprintf(fmt, ap);
@@ -75,6 +85,37 @@ void log_line(const char *fmt, ...)
         fputc('\n', state.file);
         fflush(state.file);
     }
+}
+
+void log_progress(const char *fmt, ...)
+{
+    char text[256];
+    struct timespec t;
+    struct winsize window;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    const long now = 1000 * (long)t.tv_sec + t.tv_nsec / 1000000;
+    if (!state.terminal || now - state.progress_ms < PROGRESS_MS)
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    /* A line that wraps could not be erased. */
+    const bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1;
+    printf("\r%.*s\033[K", known ? window.ws_col - 1 : 79, text);
+    fflush(stdout);
+    state.progress = true;
+    state.progress_ms = now;
+}
+
+void log_clear_progress(void)
+{
+    static const char erase[] = "\r\033[K";
+    if (!state.progress)
+        return;
+    state.progress = false;
+    const ssize_t ignored = write(STDOUT_FILENO, erase, sizeof erase - 1);
+    (void)ignored;
 }
 
 void log_warn(const char *fmt, ...)
@@ -92,6 +133,7 @@ void log_warn(const char *fmt, ...)
                  process.host, text);
     else
         snprintf(line, sizeof line, "warning: %s\n", text);
+    log_clear_progress();
     const ssize_t ignored =
         write(STDERR_FILENO, line, strlen(line)); /* nowhere to tell that stderr is gone */
     (void)ignored;

@@ -24,6 +24,11 @@ bool log_open(const char *path, bool writer);
 void log_close(void);
 /* One line to stdout and run.log, flushed; nothing on ranks that are not the writer. */
 void log_line(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* What the run is doing, on a line that the next one of either kind replaces; only where stdout is a terminal, at most 5 a second, never
+ * in run.log. */
+void log_progress(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+/* Take that line away, before something else is written to the terminal. */
+void log_clear_progress(void);
 /* "warning: ..." to stderr and run.log, once per distinct text, at most 20 of them per rank, then a count at log_close. */
 void log_warn(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 

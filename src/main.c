@@ -98,6 +98,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
         }
         /* 8. the loop */
         if (status == EXIT_OK) {
+            timer_stop(TIMER_START);
             train_begin(&train);
             while (train_goes_on(&train)) train_iterate(&train);
             status = train_end(&train);
@@ -139,6 +140,7 @@ int main(int argc, char **argv)
     check_identify(world->rank, world->size, "", NULL);
     log_open(NULL, world->rank == 0);
     timer_reset();
+    timer_start(TIMER_START);
     status = agree(world, &errors);
     /* 3. deck */
     int size = cli.ranks > 0 ? cli.ranks : world->size;

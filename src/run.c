@@ -40,7 +40,7 @@ static const char *job_id(void)
 
 /* ---- directory and lock ------------------------------------------------------------------------------------------- */
 
-static bool make_directories(const char *dir)
+bool run_make_directories(const char *dir)
 {
     char path[PATH_BYTES];
 
@@ -183,7 +183,7 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
     *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now()};
     catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
     if (world->rank == 0) {
-        if (!make_directories(r->dir)) {
+        if (!run_make_directories(r->dir)) {
             errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s", deck_where(deck, "run", "output_dir"), r->dir,
                        strerror(errno));
         } else if ((r->lock = take_lock(r->dir, &cannot_write, why, sizeof why)) < 0) {

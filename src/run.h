@@ -23,6 +23,8 @@ struct run {
     int64_t starts;                  /* of this trace, with this one */
 };
 
+/* mkdir -p. False, errno set: it cannot be made or is no directory. Local. */
+bool run_make_directories(const char *dir);
 /* Create and lock the directory, remove an old EXIT, catch signals. Mistakes are collected (EXIT_ENVIRONMENT, EXIT_WRITE).
  * Collective over the world. */
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors);

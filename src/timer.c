@@ -13,7 +13,7 @@ static const double note_share = 0.10;
 
 static struct {
     double begin, iteration_begin, running_since;
-    double total[TIMER_SECTIONS], at_iteration[TIMER_SECTIONS];
+    double total[TIMER_SECTIONS], at_iteration[TIMER_SECTIONS], at_sample[TIMER_SECTIONS];
     int64_t calls[TIMER_SECTIONS];
     enum timer_section open[DEPTH];
     int depth;
@@ -27,7 +27,7 @@ static const char *const names[TIMER_SECTIONS] = {
 
 static void settle(double now);
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
-                       void (*line)(void *ctx, const char *text), void *ctx);
+                       const char *other, void (*line)(void *ctx, const char *text), void *ctx);
 static void to_log(void *ctx, const char *text);
 
 double timer_now(void)
@@ -87,16 +87,21 @@ void timer_take_sample(struct timer_sample *out, int role)
         covered += state.total[s];
     }
     out->seconds[TIMER_IDLE] = out->wall > covered ? out->wall - covered : 0;
+    for (int s = 0; s < TIMER_SECTIONS; s++) {
+        out->recent[s] = out->seconds[s] - state.at_sample[s];
+        state.at_sample[s] = out->seconds[s];
+    }
 }
 
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx)
 {
     for (int role = 0; role < n_roles; role++)
-        role_table(samples, n, role, roles[role], line, ctx);
+        role_table(samples, n, role, roles[role], role < 2 && n_roles > 1 ? roles[1 - role] : "other",
+                   line, ctx);
 }
 
-void timer_report(struct comm *world, int role, const char *const *roles, int n_roles)
+void timer_report(struct comm *world, int role, const char *const *roles, int n_roles, double *seconds)
 {
     struct timer_sample own, *all = NULL;
     timer_take_sample(&own, role);
@@ -105,7 +110,17 @@ void timer_report(struct comm *world, int role, const char *const *roles, int n_
     comm_host_gather(world, &own, sizeof own, all, 0);
     if (all)
         timer_table(all, world->size, roles, n_roles, to_log, NULL);
+    for (int s = 0; all && seconds && s < TIMER_SECTIONS; s++) {
+        seconds[s] = 0;
+        for (int i = 0; i < world->size; i++)
+            seconds[s] = all[i].recent[s] > seconds[s] ? all[i].recent[s] : seconds[s];
+    }
     free(all);
+}
+
+const char *timer_name(enum timer_section section)
+{
+    return names[section];
 }
 
 /* Book the time since the last change to the innermost open section. */
@@ -116,20 +131,36 @@ static void settle(double now)
     state.running_since = now;
 }
 
-static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
-                       void (*line)(void *ctx, const char *text), void *ctx)
+/* What to do about time that trained nothing. */
+static void notes(const double mean[TIMER_SECTIONS], double wall, const char *name,
+                  const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
-    static const struct {
+    char grid[64], text[256];
+    const struct {
         enum timer_section section;
-        const char *what;
+        const char *what, *cure;
     } waste[] = {
-        { TIMER_BRIDGE_WAIT, "waiting for the other grid; move ranks to it" },
-        { TIMER_DATA_WAIT, "waiting for data; more data.num_workers or a faster file system" },
-        { TIMER_GRAD_SYNC,
-          "reducing gradients (and waiting for slower ranks); larger micro-batches or overlap" },
-        { TIMER_SAVE, "saving checkpoints; a larger checkpoint.save_interval" },
-        { TIMER_IDLE, "in no section at all" },
+        { TIMER_BRIDGE_WAIT, grid, "give that one more ranks" },
+        { TIMER_DATA_WAIT, "waiting for data", "more data.num_workers or a faster file system" },
+        { TIMER_GRAD_SYNC, "reducing gradients and waiting for slower ranks",
+          "larger micro-batches or overlap" },
+        { TIMER_SAVE, "saving checkpoints", "a larger checkpoint.save_interval" },
+        { TIMER_IDLE, "in no section at all", "other programs on these cores?" },
     };
+    snprintf(grid, sizeof grid, "waiting for the %s grid", other);
+    for (size_t w = 0; w < sizeof waste / sizeof *waste; w++) {
+        const double spent = mean[waste[w].section];
+        if (spent < note_share * wall)
+            continue;
+        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s; %s",
+                 100 * spent / wall, name, waste[w].what, waste[w].cure);
+        line(ctx, text);
+    }
+}
+
+static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
+                       const char *other, void (*line)(void *ctx, const char *text), void *ctx)
+{
     double wall = 0, mean[TIMER_SECTIONS] = { 0 };
     char text[256];
     int ranks = 0;
@@ -170,15 +201,7 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
                  (long long)calls, least, mean[s], most, most_rank, 100 * mean[s] / wall);
         line(ctx, text);
     }
-    size_t worst = 0;
-    for (size_t w = 1; w < sizeof waste / sizeof *waste; w++)
-        if (mean[waste[w].section] > mean[waste[worst].section])
-            worst = w;
-    if (mean[waste[worst].section] >= note_share * wall) {
-        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s",
-                 100 * mean[waste[worst].section] / wall, name, waste[worst].what);
-        line(ctx, text);
-    }
+    notes(mean, wall, name, other, line, ctx);
 }
 
 static void to_log(void *ctx, const char *text)

@@ -12,7 +12,7 @@
 
 /* X(SECTION, "name in the table") */
 #define TIMER_SECTIONS_X(X)                                                                        \
-    X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait")                    \
+    X(START, "start") X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait")                    \
     X(GRAD_SYNC, "grad sync") X(OPTIMIZER, "optimizer") X(DATA_WAIT, "data wait")                  \
     X(SAVE, "save") X(EVAL, "eval") X(LOG, "log") X(IDLE, "idle")
 
@@ -28,6 +28,7 @@ struct timer_sample {
     int role; /* index into the role names of timer_table */
     double wall;
     double seconds[TIMER_SECTIONS];
+    double recent[TIMER_SECTIONS]; /* of them since the sample before this one */
     int64_t calls[TIMER_SECTIONS];
 };
 
@@ -43,11 +44,14 @@ void timer_stop(enum timer_section section);
 double timer_take_iteration(double seconds[TIMER_SECTIONS]);
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
- * the maximum and the share of the wall time; then a NOTE for a section that wastes a tenth or
- * more. samples [n] in rank order; one call of `line` each. Local. */
+ * the maximum and the share of the wall time; then a NOTE for each section that wastes a tenth or
+ * more. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx);
-/* Gather the samples and log the table on rank 0. Collective over the world. */
-void timer_report(struct comm *world, int role, const char *const *roles, int n_roles);
+/* Gather the samples and log the table on rank 0. seconds [TIMER_SECTIONS], or NULL: there, on rank
+ * 0, the most that any rank spent since its sample before this one. Collective over the world. */
+void timer_report(struct comm *world, int role, const char *const *roles, int n_roles, double *seconds);
+/* "bridge wait". Local. */
+const char *timer_name(enum timer_section section);
 
 #endif

@@ -172,6 +172,7 @@ static void open_trace(struct train *t)
     t->trace = trace_open(path, t->deck, t->topo, t->step.n_moe, rows, t->run->continues ? done : 0,
                           eval_most(&t->eval, rows, t->run->starts), bytes);
     free(path);
+    if (t->topo->rank == 0) t->board = tensorboard_open(t->deck->log.tensorboard_dir, t->run->continues);
     if (t->deck->log.dump_batches > t->state.iteration && t->has_data) {
         path = xasprintf("%s/batches.h5", t->run->dir);
         t->dump = batch_dump_open(path, t->deck, t->topo);
@@ -230,6 +231,10 @@ static void validate(struct train *t, const char *suffix)
         return;
     }
     trace_write_eval(t->trace, t->state.iteration, r.lm_loss, r.lm_loss_ablated);
+    tensorboard_put(t->board, "lm loss validation", TENSORBOARD_BOTH, r.lm_loss);
+    tensorboard_put(t->board, "lm loss validation ppl", TENSORBOARD_BOTH, exp(fmin(20.0, r.lm_loss)));
+    if (!isnan(r.lm_loss_ablated)) tensorboard_put(t->board, "lm loss validation ablated", TENSORBOARD_BOTH, r.lm_loss_ablated);
+    tensorboard_write(t->board, t->state.iteration, t->state.consumed_train_samples);
     t->last_validated = t->state.iteration;
     t->interval_start += timer_now() - start;
 }
@@ -262,15 +267,18 @@ static void put_eta(char *line, size_t size, double seconds)
     else put(line, size, " eta: %lld:%02lld:%02lld |", (long long)(s / 3600), (long long)(s / 60 % 60), (long long)(s % 60));
 }
 
-static void print_line(struct train *t, const struct trace_row *row)
+static bool has_balance_loss(const struct train *t)
+{
+    return t->step.n_moe > 0 && t->deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
+}
+
+static void print_line(const struct train *t, const struct trace_row *row, double elapsed, double tflops)
 {
     const struct deck *deck = t->deck;
     char line[2048] = "", stamp[40];
     struct timeval tv;
     struct tm tm;
-    double elapsed = (timer_now() - t->interval_start) / (double)(t->advanced + t->skipped);
     double updates = t->advanced > 0 ? (double)t->advanced : 1.0;
-    double tflops = row->tflops_per_gpu * row->iteration_seconds / elapsed;
 
     gettimeofday(&tv, NULL);
     strftime(stamp, sizeof stamp, "%Y-%m-%d %H:%M:%S", localtime_r(&tv.tv_sec, &tm));
@@ -285,8 +293,7 @@ static void print_line(struct train *t, const struct trace_row *row)
         put(line, sizeof line, " learning rate: %.6E |", lr_at(&t->state.lr, (double)t->state.lr.n));
     put(line, sizeof line, " global batch size: %5lld |", (long long)deck->batch.global_batch_size);
     put_value(line, sizeof line, "lm loss", t->loss_sum / updates);
-    if (t->step.n_moe > 0 && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS)
-        put_value(line, sizeof line, "seq_load_balancing_loss", t->balance_sum / updates);
+    if (has_balance_loss(t)) put_value(line, sizeof line, "seq_load_balancing_loss", t->balance_sum / updates);
     put(line, sizeof line, " loss scale: %.1f | grad norm: %.3f |", 1.0, fabs(row->grad_norm));
     if (row->num_zeros >= 0) put(line, sizeof line, " num zeros: %lld |", (long long)row->num_zeros);
     if (deck->log.log_params_norm) put(line, sizeof line, " params norm: %.3f |", row->params_norm);
@@ -296,23 +303,77 @@ static void print_line(struct train *t, const struct trace_row *row)
     log_line("%s", line);
 }
 
-static void print_iteration(struct train *t, const struct trace_row *row)
+static void print_progress(const struct train *t, const struct trace_row *row, double elapsed)
 {
+    int64_t done = t->state.iteration, all = t->deck->derived.train_iterations;
+    char line[256] = "";
+
+    put(line, sizeof line, " iteration %lld/%lld | %.0f %% |", (long long)done, (long long)all, 100.0 * (double)done / (double)all);
+    put_eta(line, sizeof line, elapsed * (double)(all - done));
+    put_value(line, sizeof line, "lm loss", row->lm_loss);
+    put(line, sizeof line, " %.1f ms |", 1000.0 * elapsed);
+    log_progress("%s", line);
+}
+
+/* training.md 3.3. As in the line, the learning rate is the next iteration's. */
+static void put_row(const struct train *t, const struct trace_row *row)
+{
+    struct tensorboard *b = t->board;
+
+    if (!t->deck->derived.freeze_language)
+        tensorboard_put(b, "learning-rate", TENSORBOARD_BOTH, lr_at(&t->state.lr, (double)t->state.lr.n));
+    if (t->state.skipped_train_samples > 0)
+        tensorboard_put(b, "skipped-train-samples", TENSORBOARD_ITERATIONS, (double)t->state.skipped_train_samples);
+    tensorboard_put(b, "batch-size", TENSORBOARD_BOTH, (double)t->deck->batch.global_batch_size);
+    tensorboard_put(b, "lm loss", TENSORBOARD_BOTH, row->lm_loss);
+    if (has_balance_loss(t)) tensorboard_put(b, "seq_load_balancing_loss", TENSORBOARD_ITERATIONS, row->seq_load_balancing_loss);
+    tensorboard_put(b, "loss-scale", TENSORBOARD_BOTH, 1.0);
+    if (!isnan(row->grad_norm)) tensorboard_put(b, "grad-norm", TENSORBOARD_BOTH, row->grad_norm);
+    if (row->num_zeros >= 0) tensorboard_put(b, "num-zeros", TENSORBOARD_BOTH, (double)row->num_zeros);
+    if (!isnan(row->params_norm)) tensorboard_put(b, "params-norm", TENSORBOARD_BOTH, row->params_norm);
+}
+
+/* The timers up to now; with a log line also as "<section>-time", seconds an iteration of the slowest rank. */
+static void report_timers(struct train *t, int64_t iterations)
+{
+    static const char *const roles[] = {"encoder", "language", "both"};
+    int role = t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1;
+    double seconds[TIMER_SECTIONS];
+
+    timer_report(t->topo->world, role, roles, 3, seconds);
+    if (!t->board || iterations == 0) return;
+    for (int i = 0; i < TIMER_SECTIONS; i++) {
+        char tag[40];
+        int n = snprintf(tag, sizeof tag, "%s-time", timer_name(i));
+        for (int j = 0; j < n; j++) tag[j] = tag[j] == ' ' ? '-' : tag[j];
+        tensorboard_put(t->board, tag, TENSORBOARD_ITERATIONS, seconds[i] / (double)iterations);
+    }
+}
+
+static void report_iteration(struct train *t, const struct trace_row *row)
+{
+    int64_t iterations = t->advanced + t->skipped;
     bool due = t->state.iteration % t->deck->log.log_interval == 0;
+    double elapsed = (timer_now() - t->interval_start) / (double)iterations;
+    double tflops = row->tflops_per_gpu * row->iteration_seconds / elapsed;
 
     timer_start(TIMER_LOG);
-    if (due || !t->logged_first) print_line(t, row);
+    if (due || !t->logged_first) print_line(t, row, elapsed, tflops);
+    else print_progress(t, row, elapsed);
     t->logged_first = true;
+    put_row(t, row);
     if (due) {
+        tensorboard_put(t->board, "iteration-time", TENSORBOARD_ITERATIONS, elapsed);
+        tensorboard_put(t->board, "throughput", TENSORBOARD_ITERATIONS, tflops);
         t->loss_sum = t->balance_sum = 0.0;
         t->advanced = t->skipped = t->nan = 0;
         t->interval_start = timer_now();
     }
     timer_stop(TIMER_LOG);
-    if (due && t->deck->log.log_timers) {
-        static const char *const roles[] = {"encoder", "language", "both"};
-        timer_report(t->topo->world, t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1, roles, 3);
-    }
+    if (due && t->deck->log.log_timers) report_timers(t, iterations);
+    timer_start(TIMER_LOG);
+    tensorboard_write(t->board, t->state.iteration, t->state.consumed_train_samples);
+    timer_stop(TIMER_LOG);
 }
 
 /* ---- the loop --------------------------------------------------------------------------------------------------------- */
@@ -412,19 +473,17 @@ void train_iterate(struct train *t)
         t->loss_sum += row.lm_loss;
         t->balance_sum += row.seq_load_balancing_loss;
     }
-    print_iteration(t, &row);
+    report_iteration(t, &row);
     if (eval_due(&t->eval, t->state.iteration)) validate(t, "");
     if (!t->stop) save_and_decide(t, &r);
 }
 
 int train_end(struct train *t)
 {
-    static const char *const roles[] = {"encoder", "language", "both"};
-
     check_step(-1);
     if (t->has_data && !t->stop && t->state.iteration > 0) save(t);
     if (t->has_data && !t->stop) validate(t, " on validation set");
-    timer_report(t->topo->world, t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1, roles, 3);
+    report_timers(t, 0);
     if (!t->stop) {
         t->why = t->has_data ? "all iterations done" : "evaluation done";
         return EXIT_OK;
@@ -438,6 +497,7 @@ void train_free(struct train *t)
 {
     if (t->dump) batch_dump_close(t->dump);
     if (t->trace) trace_close(t->trace);
+    tensorboard_close(t->board);
     if (t->be) {
         step_free(&t->step);
         model_free(&t->model);

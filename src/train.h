@@ -9,6 +9,7 @@
 
 #include "eval.h"
 #include "run.h"
+#include "tensorboard.h"
 
 struct train {
     const struct deck *deck;
@@ -26,6 +27,7 @@ struct train {
     bool has_data;                      /* training data are open (not in mode eval) */
     struct trace *trace;
     struct batch_dump *dump;
+    struct tensorboard *board;          /* NULL: none, or not rank 0 */
     struct train_state state;
     int64_t last_saved, last_validated; /* iterations, -1 = none */
     bool stop;                          /* leave the loop before the last iteration */

@@ -301,7 +301,7 @@ KEYS = {
     "checkpoint.import_projector": refused("dir"),
     "log.log_interval": Probe("3", holds(lambda b, n: b.stdout.count("lm loss:") == 3 and 1 <= n.stdout.count("lm loss:") <= 2,
                                          "fewer lines")),
-    "log.tensorboard_dir": refused("tb"),
+    "log.tensorboard_dir": Probe("%OUT%/tb", makes("tb")),
     "log.log_timers": Probe("T", holds(lambda b, n: n.stdout.count("timers:") == 3 + b.stdout.count("timers:"), "timers at each line")),
     "log.log_num_zeros_in_grad": Probe("T", holds(lambda b, n: all(b.trace["num_zeros"] == -1) and all(n.trace["num_zeros"] > 0) and
                                                   "num zeros:" in n.stdout, "zeros are counted and logged")),

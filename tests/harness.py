@@ -85,6 +85,15 @@ class Mimo:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
 
+def python_with(*modules):
+    """A Python interpreter that can import these packages of the Python index, or None. ORACLE_PYTHON names one to try first."""
+    for python in (os.environ.get("ORACLE_PYTHON"), sys.executable, shutil.which("python3")):
+        if python and subprocess.run([python, "-c", "import " + ", ".join(modules)], stdout=subprocess.DEVNULL,
+                                     stderr=subprocess.DEVNULL).returncode == 0:
+            return python
+    return None
+
+
 def trace(directory):
     """Valid rows of a trace as {name: array}."""
     with h5py.File(os.path.join(directory, "trace.h5"), "r", locking=False) as f:

@@ -455,6 +455,9 @@ static void test_timer_sections_are_exclusive_and_never_exceed_the_wall(void **s
     timer_take_sample(&sample, 1);
     assert_int_equal(sample.calls[TIMER_FORWARD], 1);
     assert_true(sample.seconds[TIMER_BRIDGE_WAIT] >= 0.04);
+    assert_true(sample.recent[TIMER_BRIDGE_WAIT] == sample.seconds[TIMER_BRIDGE_WAIT]);
+    timer_take_sample(&sample, 1);
+    assert_true(sample.recent[TIMER_BRIDGE_WAIT] == 0 && sample.seconds[TIMER_BRIDGE_WAIT] >= 0.04);
 }
 
 static void stop_another_section(void *arg)
@@ -486,9 +489,16 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
     assert_non_null(strstr(text, "timers: encoder, 1 rank, 10.000 s\n"));
     assert_non_null(strstr(
         text, "forward             4       5.0000       6.0000       7.0000        2    60.0\n"));
-    assert_non_null(strstr(
-        text, "NOTE: 15 % of the language ranks' time was spent waiting for the other grid"));
-    assert_null(strstr(text, "NOTE: 15 % of the encoder"));
+    assert_non_null(strstr(text, "NOTE: 15 % of the language ranks' time was spent waiting for the "
+                                 "encoder grid; give that one more ranks\n"));
+    assert_null(strstr(text, "of the encoder ranks' time"));
+    /* Every cause has its line. */
+    s[0].seconds[TIMER_SAVE] = 2;
+    s[0].seconds[TIMER_DATA_WAIT] = 3;
+    text[0] = '\0';
+    timer_table(s, 3, roles, 2, collect, text);
+    assert_non_null(strstr(text, "NOTE: 30 % of the encoder ranks' time was spent waiting for data"));
+    assert_non_null(strstr(text, "NOTE: 20 % of the encoder ranks' time was spent saving"));
     assert_int_equal(run_child(stop_another_section, NULL, text, sizeof text), EXIT_INTERNAL);
 }
 
