@@ -217,8 +217,9 @@ def trace_file(r, out):
         r.tap.result(list(f["iteration"]) == [1, 2, 3] and list(f["consumed_samples"]) == [4, 8, 12] and np.all(f["num_tokens"][()] == 4 * 36) and
                      np.all(f["images"][()] == 8) and np.all(f["patches"][()] == 4 * 28 * 4), "the_counts_of_the_trace_are_the_decks")
         seconds = sum(f["ranks/%s_seconds" % s][()] for s in SECTIONS)
-        r.tap.result(np.all(seconds <= 1.05 * f["iteration_seconds"][()][:, None] + 1e-3) and np.all(seconds > 0),
-                     "sections_fit_into_the_iteration", "%s\n%s" % (seconds, f["iteration_seconds"][()]))
+        wall = f["iteration_seconds"][()]           # rank 0's clock; another rank's iteration begins and ends elsewhere, so only its sum is bounded
+        r.tap.result(np.all(seconds[:, 0] <= 1.05 * wall + 1e-3) and np.all(seconds.sum(axis=0) <= 1.05 * wall.sum() + wall.max()) and
+                     np.all(seconds > 0), "sections_fit_into_the_iteration", "%s\n%s" % (seconds, f["iteration_seconds"][()]))
         r.tap.result(np.all(f["ranks/gemm_flops"][()] > 0) and np.all(f["ranks/sent_bytes"][()] > 0), "ranks_count_their_work")
 
 
