@@ -12,7 +12,7 @@ VERSION = 0.1.0
 GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 
 CFLAGS  = -std=c11 -D_GNU_SOURCE $(ARCH) $(OPT_$(SAN)) -fno-math-errno $(WARN) -Isrc -MMD -MP $(HDF5_CFLAGS) $(BLAS_CFLAGS)
-LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -lxxhash -lm -ldl $(if $(CUDA_HOME),$(CUDA_LIBS))
+LIBS    = $(HDF5_LIBS) $(BLAS_LIBS) -ljpeg -lpng16 -lwebp -lpcre2-8 -ljansson -larchive -lxxhash -lm -ldl $(if $(CUDA_HOME),$(CUDA_LIBS))
 LDFLAGS = $(SANFLAGS_$(SAN)) -Wl,--as-needed
 
 include src/cuda/cuda.mk

@@ -53,6 +53,8 @@ void code_visit(void (*visit)(void *ctx, const char *key, const char *value), vo
     visit(ctx, "pcre2", text);
     version_of_string(text, "jansson_version_str");
     visit(ctx, "jansson", text);
+    version_of_number(text, "archive_version_number", 1000000, 1000);
+    visit(ctx, "libarchive", text);
     version_of_number(text, "XXH_versionNumber", 10000, 100);
     visit(ctx, "xxhash", text);
     version_of_string(text, "gnu_get_libc_version");

@@ -1,12 +1,18 @@
-/* shard.c - a walk over tar headers (POSIX.1-2001 ustar and pax, GNU long names).
+/* shard.c - which files a path names, and the members of each as libarchive reads its headers
+ * (POSIX.1-2001 ustar and pax, GNU long names, old tar).
  *
- * Trust: the bytes come from strangers. Refused with the name of shard and member: absolute names
- * and `..`, links, devices, sparse members, control characters in names, sizes that are negative or
- * reach beyond the file, damaged headers, a missing end mark (a copy cut at a member's boundary
- * looks whole otherwise), anything behind the end mark (joined archives, whose second half other
- * readers would see). Every size is checked against the file before it is used.
+ * Trust: the bytes come from strangers, and libarchive, made for unpacking, takes what it can. On
+ * top of it are refused, with the name of shard and member: absolute names and `..`, characters
+ * outside [A-Za-z0-9._/-], links, devices, sparse members, sizes that are negative or reach beyond
+ * the file, headers that different readers understand differently, a missing end mark (a copy cut
+ * at a member's boundary looks whole otherwise), anything behind the end mark (joined archives,
+ * whose second half other readers would see). A member's place in the file is what the library has
+ * consumed when it hands out the member; it is checked against the headers before it and against
+ * where the next one begins.
  */
 #include "shard.h"
+#include <archive.h>
+#include <archive_entry.h>
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -18,7 +24,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { BLOCK = 512, WINDOW = 65536, LONG_MAX_BYTES = 1 << 20, SHARDS_MAX = 1000000 };
+enum { BLOCK = 512, WINDOW = 16384, EXTENDED_MAX = 1 << 20, SHARDS_MAX = 1000000 };
+
+static const char NO_END[] = "the file ends without an end-of-archive mark: truncated?";
 
 struct paths {
     char **v;
@@ -28,15 +36,19 @@ struct paths {
 struct walk {
     struct shard_set *set;
     struct errors *errors;
+    const char *path;
     int64_t shard, first_sample; /* number of this shard; first sample of it */
     int fd;
-    const char *path;
-    int64_t size, at; /* bytes of the file; header in work */
-    int64_t window_at, window_bytes;
-    unsigned char window[WINDOW];
-    char name[4096];      /* of the member in work */
-    char long_name[4096]; /* of the next member, from a GNU or pax header; "" = none */
-    int64_t pax_size;     /* -1 = none */
+    int64_t size, at;              /* bytes of the file; where the member in work begins */
+    char name[SHARD_NAME_MAX + 2]; /* of the member in work; between members, of the last one */
+    unsigned char *bytes;          /* of bytes_at */
+    int64_t capacity;
+};
+
+/* A member as libarchive reads it; ok = false: it does not. */
+struct member {
+    bool ok;
+    int64_t data, size; /* place of its bytes */
 };
 
 static void expand(const char *path, const char *where, struct paths *out, struct errors *errors);
@@ -49,15 +61,19 @@ static int compare_text(const void *a, const void *b);
 static const char *hint(const char *path);
 static const char *unpack_command(const char *path, const unsigned char *head, int64_t n);
 static void index_shard(struct shard_set *set, int64_t shard, struct errors *errors);
-static bool walk_member(struct walk *w, bool *end);
+static void walk(struct walk *w);
+static const char *reason(struct archive *a);
+static bool walk_member(struct walk *w, struct archive *a);
+static bool check_headers(struct walk *w, const struct member *m);
+static bool check_pax(struct walk *w, int64_t at, int64_t n, bool global, const struct member *m,
+                      bool *sized);
+static bool read_number(const unsigned char *field, int n, int64_t *out);
+static bool check_end(struct walk *w);
+static bool check_name(struct walk *w);
 static bool refuse(struct walk *w, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 static bool refuse_after(struct walk *w, const char *text);
+static int64_t round_up(int64_t n);
 static const unsigned char *bytes_at(struct walk *w, int64_t at, int64_t n);
-static bool checksum_fits(const unsigned char *h);
-static bool read_number(const unsigned char *field, int n, int64_t *out);
-static bool read_pax(struct walk *w, int64_t at, int64_t size, bool global);
-static bool read_end(struct walk *w);
-static bool name_fits(const char *name, const char **why);
 static void add_member(struct walk *w, const char *name, int64_t offset, int64_t size);
 static void mark_scattered(struct shard_set *set, int64_t first);
 static size_t pool_add(struct shard_set *set, const char *text, size_t n);
@@ -304,7 +320,7 @@ static void index_shard(struct shard_set *set, int64_t shard, struct errors *err
 {
     struct walk *w = xcalloc(1, sizeof *w);
     *w = (struct walk){
-        .set = set, .errors = errors, .shard = shard, .first_sample = set->n_samples, .pax_size = -1
+        .set = set, .errors = errors, .shard = shard, .first_sample = set->n_samples
     };
     w->path = set->shard[shard].path;
     struct stat st;
@@ -315,146 +331,158 @@ static void index_shard(struct shard_set *set, int64_t shard, struct errors *err
         errors_add(errors, EXIT_DATA, "%s: error: not a regular file", w->path);
     } else {
         w->size = set->shard[shard].bytes = st.st_size;
-        const unsigned char *head = bytes_at(w, 0, w->size < 8 ? w->size : 8);
-        const char *command =
-            head ? unpack_command(w->path, head, w->size < 8 ? w->size : 8) : NULL;
-        if (command)
-            errors_add(errors, EXIT_DATA,
-                       "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s",
-                       w->path, command, w->path);
-        bool ok = head && !command;
-        for (bool end = false; ok && !end;)
-            ok = walk_member(w, &end);
+        walk(w);
         mark_scattered(set, w->first_sample);
     }
     if (w->fd >= 0)
         close(w->fd);
+    free(w->bytes);
     free(w);
 }
 
-/* The member whose header lies at w->at; moves on to the next. False after an error. */
-static bool walk_member(struct walk *w, bool *end)
+static void walk(struct walk *w)
 {
-    static const unsigned char zero[BLOCK];
+    const int64_t n = w->size < 8 ? w->size : 8;
+    const unsigned char *head = bytes_at(w, 0, n);
+    const char *command = head ? unpack_command(w->path, head, n) : NULL;
+    if (command)
+        errors_add(w->errors, EXIT_DATA,
+                   "%s: error: compressed shards cannot be read at an offset; unpack it: %s %s",
+                   w->path, command, w->path);
+    else if (head && w->size < BLOCK)
+        refuse_after(w, NO_END);
+    if (!head || command || w->size < BLOCK)
+        return;
+    struct archive *a = archive_read_new();
+    if (!a || archive_read_support_format_tar(a) != ARCHIVE_OK)
+        FATAL(EXIT_ENVIRONMENT, "libarchive did not start");
+    if (archive_read_open_fd(a, w->fd, WINDOW) != ARCHIVE_OK)
+        refuse_after(w, archive_errno(a) == EILSEQ ? "this is not a tar file" : reason(a));
+    else
+        for (bool more = true; more;)
+            more = walk_member(w, a);
+    archive_read_free(a);
+}
+
+static const char *reason(struct archive *a)
+{
+    const char *text = archive_error_string(a);
+    return text ? text : "damaged header";
+}
+
+/* The member that begins at w->at; moves on to the next. False at the end and after an error. */
+static bool walk_member(struct walk *w, struct archive *a)
+{
     if (w->at > w->size - BLOCK)
-        return refuse_after(w, "the file ends without an end-of-archive mark: truncated?");
+        return refuse_after(w, NO_END);
+    struct archive_entry *entry;
+    const int status = archive_read_next_header(a, &entry);
     const unsigned char *h = bytes_at(w, w->at, BLOCK);
     if (!h)
         return false;
-    if (memcmp(h, zero, BLOCK) == 0) {
-        *end = true;
-        return read_end(w);
-    }
-    if (!checksum_fits(h))
-        return refuse_after(w, w->at == 0 ? "this is not a tar file" : "damaged header");
-    const char type = (char)h[156];
-    const bool posix = memcmp(h + 257, "ustar\0", 6) == 0;
-    char short_name[101 + 156];
-    snprintf(short_name, sizeof short_name, "%.155s%s%.100s", posix ? (const char *)h + 345 : "",
-             posix && h[345] ? "/" : "", (const char *)h);
-    const bool meta = type == 'x' || type == 'g' || type == 'L' || type == 'K';
-    snprintf(w->name, sizeof w->name, "%s", !meta && w->long_name[0] ? w->long_name : short_name);
-    int64_t size;
-    if (!read_number(h + 124, 12, &size))
-        return refuse(w, "its size is negative or no number");
-    if (!meta && w->pax_size >= 0)
-        size = w->pax_size;
-    const int64_t data = w->at + BLOCK;
-    if (size > w->size - data)
-        return refuse(w, "it claims %" PRId64 " bytes, the file has %" PRId64 " left: truncated?",
-                      size, w->size - data);
-    const int64_t next = data + (size + BLOCK - 1) / BLOCK * BLOCK;
-    if (meta) {
-        if (size > LONG_MAX_BYTES)
-            return refuse(w, "its extended header has %" PRId64 " bytes", size);
-        if ((type == 'x' || type == 'g') && !read_pax(w, data, size, type == 'g'))
+    if (status == ARCHIVE_EOF && h[0] == '\0')
+        return check_end(w);
+    /* A warning about a character set (of an owner's name, say) changes no byte of a name. */
+    const bool ok = status == ARCHIVE_OK || (status == ARCHIVE_WARN && archive_errno(a) == EILSEQ);
+    if (status == ARCHIVE_EOF || status == ARCHIVE_RETRY
+        || (ok && archive_read_header_position(a) != w->at))
+        return refuse_after(w, "damaged header");
+    const char *name = ok ? archive_entry_pathname(entry) : NULL;
+    const bool file = archive_entry_filetype(entry) == AE_IFREG;
+    const struct member m = { .ok = ok, /* all before its bytes are headers */
+                              .data = archive_filter_bytes(a, 0),
+                              .size = file ? archive_entry_size(entry) : 0 };
+    if (ok)
+        snprintf(w->name, sizeof w->name, "%s", name ? name : "");
+    else /* as its first header has it */
+        snprintf(w->name, sizeof w->name, "%.100s", (const char *)h);
+    if ((ok && !check_name(w)) || !check_headers(w, &m))
+        return false;
+    if (!ok)
+        return refuse(w, "%s", reason(a));
+    if (file)
+        add_member(w, w->name, m.data, m.size);
+    w->at = m.data + round_up(m.size);
+    return true;
+}
+
+/* What the library lets pass although readers differ over it, and some mistakes in words: there may
+ * be extended headers and then one of a plain file or directory, the bytes must follow at once and
+ * end inside the file, and what the headers say of name and size must be what the library has read.
+ */
+static bool check_headers(struct walk *w, const struct member *m)
+{
+    int64_t at = w->at, n, left;
+    bool sized = false; /* by a pax header */
+    char type;
+    for (;; at += BLOCK + round_up(n)) {
+        if (at > w->size - BLOCK)
+            return refuse(w, "the file ends in its headers: truncated?");
+        const unsigned char *h = bytes_at(w, at, BLOCK);
+        if (!h)
             return false;
-        if (type == 'L') {
-            const unsigned char *text =
-                bytes_at(w, data, size < (int64_t)sizeof w->long_name ? size : 0);
-            if (!text || size == 0 || size >= (int64_t)sizeof w->long_name)
-                return refuse(w, "its long name has %" PRId64 " bytes", size);
-            snprintf(w->long_name, sizeof w->long_name, "%.*s", (int)size, (const char *)text);
-        }
-        w->at = next;
-        return true;
+        type = (char)h[156];
+        left = w->size - at - BLOCK;
+        if (!read_number(h + 124, 12, &n))
+            return refuse(w, "its size is negative or no number");
+        if (type != 'x' && type != 'g' && type != 'L' && type != 'K')
+            break;
+        if (n > EXTENDED_MAX || n > left)
+            return refuse(w, "its extended header has %" PRId64 " bytes", n);
+        if ((type == 'x' || type == 'g') && !check_pax(w, at + BLOCK, n, type == 'g', m, &sized))
+            return false;
     }
-    const char *why = NULL;
-    if (!strchr("057", type) && type != '\0')
+    if (type != '\0' && !strchr("057", type))
         return refuse(w, "%s, only plain files and directories are accepted",
                       type == '1' || type == '2'   ? "it is a link"
                       : type == 'S'                ? "it is sparse"
                       : type == '3' || type == '4' ? "it is a device"
                       : type == '6'                ? "it is a fifo"
                                                    : "it has an unknown type");
-    if (!name_fits(w->name, &why))
-        return refuse(w, "%s", why);
-    const size_t length = strlen(w->name);
-    if (type != '5' && w->name[length - 1] != '/')
-        add_member(w, w->name, data, size);
-    w->long_name[0] = '\0';
-    w->pax_size = -1;
-    w->at = next;
+    if (sized)
+        n = m->size;
+    if (n > left)
+        return refuse(w, "it claims %" PRId64 " bytes, the file has %" PRId64 " left: truncated?",
+                      n, left);
+    if (m->ok && (n != m->size || at + BLOCK != m->data))
+        return refuse(w, "its headers contradict each other");
     return true;
 }
 
-static bool refuse(struct walk *w, const char *fmt, ...)
+/* Records "length key=value\n" of a pax header. */
+static bool check_pax(struct walk *w, int64_t at, int64_t n, bool global, const struct member *m,
+                      bool *sized)
 {
-    char text[512], name[512];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof text, fmt, ap);
-    va_end(ap);
-    errors_add(w->errors, EXIT_DATA, "%s: error: member '%s' at byte %" PRId64 ": %s", w->path,
-               printable(name, sizeof name, w->name), w->at, text);
-    return false;
-}
-
-/* Between members: names the last one. */
-static bool refuse_after(struct walk *w, const char *text)
-{
-    char name[512];
-    errors_add(w->errors, EXIT_DATA, "%s: error: byte %" PRId64 "%s%s%s: %s", w->path, w->at,
-               w->name[0] ? ", after member '" : "", printable(name, sizeof name, w->name),
-               w->name[0] ? "'" : "", text);
-    return false;
-}
-
-/* n <= WINDOW bytes of the file, inside it; NULL after a read error (collected). */
-static const unsigned char *bytes_at(struct walk *w, int64_t at, int64_t n)
-{
-    ASSERT(n <= WINDOW && at >= 0 && n >= 0 && n <= w->size - at);
-    if (at >= w->window_at && at + n <= w->window_at + w->window_bytes)
-        return w->window + (at - w->window_at);
-    w->window_at = at;
-    w->window_bytes = 0;
-    const int64_t want = w->size - at < WINDOW ? w->size - at : WINDOW;
-    while (w->window_bytes < want) {
-        const ssize_t got = pread(w->fd, w->window + w->window_bytes,
-                                  (size_t)(want - w->window_bytes), (off_t)(at + w->window_bytes));
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0) {
-            refuse_after(w, got < 0 ? strerror(errno) : "the file became shorter");
-            return NULL;
-        }
-        w->window_bytes += got;
-    }
-    return w->window;
-}
-
-/* Sum of all bytes with the sum's own field as blanks; historic writers added signed bytes. */
-static bool checksum_fits(const unsigned char *h)
-{
-    int64_t stored, plain = 0, with_sign = 0;
-    if (!read_number(h + 148, 8, &stored))
+    static const char *const sparse[] = { "GNU.sparse.", "SUN.holesdata=", "SCHILY.realsize=" };
+    const char *text = (const char *)bytes_at(w, at, n);
+    if (!text)
         return false;
-    for (int i = 0; i < BLOCK; i++) {
-        const unsigned char c = i >= 148 && i < 156 ? ' ' : h[i];
-        plain += c;
-        with_sign += (signed char)c;
+    char path[sizeof w->name + 8], bytes[32], *key;
+    snprintf(path, sizeof path, "path=%s\n", w->name);
+    snprintf(bytes, sizeof bytes, "size=%" PRId64 "\n", m->size);
+    for (int64_t length, done = 0; done < n; done += length) {
+        const char *record = text + done;
+        errno = 0;
+        length = isdigit((unsigned char)*record) ? strtoll(record, &key, 10) : 0;
+        if (length <= 0 || errno != 0 || length > n - done || *key != ' '
+            || ++key >= record + length || record[length - 1] != '\n'
+            || !memchr(key, '=', (size_t)(record + length - key)))
+            return refuse(w, "its pax header is damaged");
+        for (size_t i = 0; i < sizeof sparse / sizeof *sparse; i++)
+            if (strncmp(key, sparse[i], strlen(sparse[i])) == 0)
+                return refuse(w, "it is sparse, only plain files and directories are accepted");
+        const bool is_size = strncmp(key, "size=", 5) == 0;
+        if (!is_size && strncmp(key, "path=", 5) != 0)
+            continue;
+        const char *expected = is_size ? bytes : path;
+        const size_t rest = (size_t)(record + length - key);
+        if (global)
+            return refuse(w, "a global pax header sets path or size");
+        if (m->ok && (rest != strlen(expected) || memcmp(key, expected, rest) != 0))
+            return refuse(w, "its pax header holds a damaged or second %.4s", key);
+        *sized = *sized || is_size;
     }
-    return stored == plain || stored == with_sign;
+    return true;
 }
 
 /* Octal text, or base 256 when the first bit is set; false for negative numbers, overflow and
@@ -485,98 +513,91 @@ static bool read_number(const unsigned char *field, int n, int64_t *out)
     return true;
 }
 
-/* Records "length key=value\n" of a pax header. Only path and size matter; sparse files are
- * refused. */
-static bool read_pax(struct walk *w, int64_t at, int64_t size, bool global)
+/* Behind the last member lie a zero block and nothing but zeros. False: there is no next member. */
+static bool check_end(struct walk *w)
 {
-    char *text = xmalloc((size_t)size + 1, 1);
-    for (int64_t done = 0; done < size;) {
-        const int64_t n = size - done < WINDOW ? size - done : WINDOW;
-        const unsigned char *piece = bytes_at(w, at + done, n);
-        if (!piece) {
-            free(text);
-            return false;
-        }
-        memcpy(text + done, piece, (size_t)n);
-        done += n;
-    }
-    text[size] = '\0';
-    const char *why = NULL;
-    for (int64_t done = 0; done < size && !why;) {
-        char *record = text + done, *key;
-        errno = 0;
-        const long long length = isdigit((unsigned char)*record) ? strtoll(record, &key, 10) : 0;
-        if (length <= 0 || errno != 0 || length > size - done || *key != ' '
-            || key + 1 >= record + length || record[length - 1] != '\n') {
-            why = "its pax header is damaged";
-            break;
-        }
-        record[length - 1] = '\0';
-        key++;
-        char *value = strchr(key, '=');
-        if (!value) {
-            why = "its pax header is damaged";
-        } else if (strncmp(key, "GNU.sparse.", 11) == 0) {
-            why = "it is sparse, only plain files and directories are accepted";
-        } else if (strncmp(key, "path=", 5) == 0 || strncmp(key, "size=", 5) == 0) {
-            char *rest;
-            errno = 0;
-            const long long v =
-                isdigit((unsigned char)value[1]) ? strtoll(value + 1, &rest, 10) : -1;
-            if (global)
-                why = "a global pax header sets path or size";
-            else if (*key == 's' && (v < 0 || errno != 0 || *rest != '\0'))
-                why = "its size is negative or no number";
-            else if (*key == 's')
-                w->pax_size = v;
-            else if (strlen(value + 1) != (size_t)(record + length - 2 - value)
-                     || strlen(value + 1) >= sizeof w->long_name)
-                why = "its pax path is too long or holds a NUL";
-            else
-                snprintf(w->long_name, sizeof w->long_name, "%s", value + 1);
-        }
-        done += length;
-    }
-    free(text);
-    return why ? refuse(w, "%s", why) : true;
-}
-
-/* Behind the first zero block there may be only zeros. */
-static bool read_end(struct walk *w)
-{
-    for (int64_t at = w->at; at < w->size;) {
+    for (int64_t at = w->at; at < w->size; at += WINDOW) {
         const int64_t n = w->size - at < WINDOW ? w->size - at : WINDOW;
         const unsigned char *piece = bytes_at(w, at, n);
-        if (!piece)
-            return false;
-        for (int64_t i = 0; i < n; i++)
+        for (int64_t i = 0; piece && i < n; i++)
             if (piece[i]) {
                 w->at = at + i;
                 return refuse_after(w, "data behind the end-of-archive mark (joined archives?)");
             }
-        at += n;
+        if (!piece)
+            return false;
     }
-    return true;
+    return false;
 }
 
 /* Names are opaque keys; they are never used as paths. */
-static bool name_fits(const char *name, const char **why)
+static bool check_name(struct walk *w)
 {
-    *why = NULL;
-    if (!*name)
-        *why = "its name is empty";
-    else if (*name == '/')
-        *why = "its name is absolute";
-    else if (strlen(name) > SHARD_NAME_MAX)
-        *why = "its name is longer than 255 bytes";
-    for (const char *c = name; !*why && *c; c++) {
-        const bool start = c == name || c[-1] == '/';
-        if ((unsigned char)*c < 0x20 || *c == 0x7f || *c == '\\')
-            *why = "its name holds a control character or a backslash";
-        else if (start && c[0] == '.' && c[1] == '.' && (c[2] == '/' || c[2] == '\0'))
-            *why = "its name holds '..'";
+    const char *why = NULL;
+    if (!*w->name)
+        why = "its name is empty";
+    else if (*w->name == '/')
+        why = "its name is absolute";
+    else if (strlen(w->name) > SHARD_NAME_MAX)
+        why = "its name is longer than 255 bytes";
+    for (const char *c = w->name; !why && *c; c++) {
+        const bool start = c == w->name || c[-1] == '/';
+        if (start && c[0] == '.' && c[1] == '.' && (c[2] == '/' || c[2] == '\0'))
+            why = "its name holds '..'";
+        else if (!isascii(*c) || (!isalnum((unsigned char)*c) && !strchr("._/-", *c)))
+            why = "its name holds a character other than letters, digits and . _ / -";
     }
-    return !*why;
+    return !why || refuse(w, "%s", why);
+}
+
+static bool refuse(struct walk *w, const char *fmt, ...)
+{
+    char text[512], name[512];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    errors_add(w->errors, EXIT_DATA, "%s: error: member '%s' at byte %" PRId64 ": %s", w->path,
+               printable(name, sizeof name, w->name), w->at, text);
+    return false;
+}
+
+/* Between members: names the last one. */
+static bool refuse_after(struct walk *w, const char *text)
+{
+    char name[512];
+    errors_add(w->errors, EXIT_DATA, "%s: error: byte %" PRId64 "%s%s%s: %s", w->path, w->at,
+               w->name[0] ? ", after member '" : "", printable(name, sizeof name, w->name),
+               w->name[0] ? "'" : "", text);
+    return false;
+}
+
+static int64_t round_up(int64_t n)
+{
+    return (n + BLOCK - 1) / BLOCK * BLOCK;
+}
+
+/* n bytes of the file, inside it, followed by a NUL; NULL after a read error (collected). The next
+ * call overwrites them. */
+static const unsigned char *bytes_at(struct walk *w, int64_t at, int64_t n)
+{
+    ASSERT(at >= 0 && n >= 0 && n <= w->size - at);
+    if (n + 1 > w->capacity) {
+        w->capacity = n + 1;
+        w->bytes = xrealloc(w->bytes, (size_t)w->capacity, 1);
+    }
+    for (int64_t done = 0; done < n;) {
+        const ssize_t got = pread(w->fd, w->bytes + done, (size_t)(n - done), (off_t)(at + done));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0) {
+            refuse_after(w, got < 0 ? strerror(errno) : "the file became shorter");
+            return NULL;
+        }
+        done += got;
+    }
+    w->bytes[n] = '\0';
+    return w->bytes;
 }
 
 static void add_member(struct walk *w, const char *name, int64_t offset, int64_t size)

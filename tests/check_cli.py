@@ -62,7 +62,7 @@ def options(c):
     pairs = dict(line.split("=", 1) for line in got[1].splitlines() if "=" in line)
     c.expect("features_succeeds", got, 0)
     c.tap.result(all("=" in line for line in got[1].splitlines()) and
-                 {"version", "git", "cuda", "nccl", "cudnn", "hdf5", "mpi"} <= set(pairs), "features_are_name_value_lines", got[1])
+                 {"version", "git", "cuda", "nccl", "cudnn", "hdf5", "mpi", "libarchive"} <= set(pairs), "features_are_name_value_lines", got[1])
     c.tap.result("parallel" in pairs.get("hdf5", "") and all(pairs.values()), "features_say_that_hdf5_is_parallel", got[1])
     got = c.call("--reference")
     with open(os.path.join(INPUT, "reference.nml")) as f:

@@ -49,13 +49,26 @@ static void refused(struct tar *t, const char *a, const char *b)
     struct shard_set set;
     struct errors errors;
     tar_write(t, file("hostile.tar"));
-    assert_int_equal(init(&set, file("hostile.tar"), &errors), 1);
+    if (init(&set, file("hostile.tar"), &errors) != 1)
+        fail_msg("%d errors instead of one with '%s' and '%s'", errors.count, a, b);
     assert_int_equal(errors.worst, EXIT_DATA);
     assert_non_null(strstr(errors.line[0], "hostile.tar"));
     if (!strstr(errors.line[0], a) || !strstr(errors.line[0], b))
         fail_msg("'%s' lacks '%s' or '%s'", errors.line[0], a, b);
     errors_free(&errors);
     shard_free(&set);
+}
+
+/* The last part of the sample. */
+static void contains(struct shard_set *set, int64_t sample, const char *text)
+{
+    unsigned char *buffer = NULL;
+    int64_t capacity = 0;
+    char why[128];
+    const struct shard_part *part = shard_parts(set, sample) + set->sample[sample].n_parts - 1;
+    assert_true(shard_read(set, sample, part, 1000, &buffer, &capacity, why, sizeof why));
+    assert_string_equal((char *)buffer, text);
+    free(buffer);
 }
 
 static void samples_are_runs_of_members_that_agree_up_to_the_first_dot(void **state)
@@ -139,7 +152,42 @@ static void long_names_of_gnu_ustar_and_pax_are_read(void **state)
     assert_memory_equal(shard_key(&set, 0, key, sizeof key), "long.tar:nnn", 12);
     assert_memory_equal(shard_key(&set, 1, key, sizeof key), "long.tar:pnn", 12);
     assert_string_equal(shard_key(&set, 2, key, sizeof key), "long.tar:prefix/of/ustar/k");
+    for (int i = 0; i < 3; i++)
+        contains(&set, i, i == 0 ? "gnu" : i == 1 ? "pax" : "ustar");
     shard_free(&set);
+}
+
+/* Whole archives of the tar that writes most shards, in every format it knows: the place of each member, read from its
+ * headers alone, is where its bytes lie. */
+static void archives_of_gnu_tar_are_read_in_every_format(void **state)
+{
+    static const char *const format[] = { "v7", "oldgnu", "gnu", "ustar", "posix" };
+    char command[2048], text[64], key[512];
+    snprintf(command, sizeof command,
+             "set -e; mkdir -p '%s/in/sub' && cd '%s/in' && long=$(printf '%%090d' 7) && mkdir -p $long && "
+             "for i in 1 2 3 4; do printf 'text %%d' $i > sub/$i.txt; head -c ${i}000 /dev/zero > sub/$i.jpg; done && "
+             "printf 'text 5' > $long/$long.txt && : > sub/3.cls", dir, dir);
+    assert_int_equal(system(command), 0);
+    for (size_t f = 0; f < sizeof format / sizeof *format; f++) {
+        const int samples = f == 0 ? 4 : 5;           /* v7 has no room for the long name */
+        snprintf(command, sizeof command, "cd '%s/in' && tar --format=%s --sort=name -b %d -cf ../f.tar sub %s", dir, format[f],
+                 f % 2 ? 1 : 20, samples == 5 ? "0*" : "");
+        assert_int_equal(system(command), 0);
+        struct shard_set set;
+        struct errors errors;
+        if (init(&set, file("f.tar"), &errors) != 0)
+            fail_msg("%s: %s", format[f], errors.line[0]);
+        assert_int_equal(set.n_samples, samples);
+        for (int i = 0; i < samples; i++) {
+            snprintf(text, sizeof text, "text %d", i + 1);
+            contains(&set, i, text);
+            const struct shard_part *part = shard_parts(&set, i);
+            if (i < 4)
+                assert_int_equal(part[i == 2].size, 1000 * (i + 1));
+            assert_non_null(strstr(shard_key(&set, i, key, sizeof key), i < 4 ? "sub/" : "/0000000"));
+        }
+        shard_free(&set);
+    }
 }
 
 static void a_pax_size_replaces_the_header_s(void **state)
@@ -174,7 +222,13 @@ static void names_that_leave_the_archive_are_refused(void **state)
     refused(&t, "'..'", "name holds");
     tar_text(&t, "a\033[2J.txt", "x");
     tar_end(&t);
-    refused(&t, "\\x1b", "control character");
+    refused(&t, "\\x1b", "letters, digits and");
+    tar_text(&t, "a b.txt", "x");
+    tar_end(&t);
+    refused(&t, "'a b.txt'", "letters, digits and");
+    tar_text(&t, "a\xc3\xa9.txt", "x");
+    tar_end(&t);
+    refused(&t, "member 'a", "letters, digits and");
     tar_text(&t, "", "x");
     tar_end(&t);
     refused(&t, "empty", "member");
@@ -213,6 +267,13 @@ static void sizes_that_lie_are_refused(void **state)
     tar_end(&t);
     refused(&t, "huge.txt", "8589934591 bytes");
 
+    h = tar_header(&t, "first.txt", '0', 0);          /* the first header decides what kind of file it is */
+    memcpy(h + 124, "12x", 3);
+    tar_sum(h);
+    tar_end(&t);
+    refused(&t, "byte 0", "not a tar file");
+
+    tar_text(&t, "good.txt", "x");
     h = tar_header(&t, "base256.txt", '0', 0);        /* 2^88: more than 64 bits hold */
     memset(h + 124, 0, 12);
     h[124] = 0x80;
@@ -221,12 +282,14 @@ static void sizes_that_lie_are_refused(void **state)
     tar_end(&t);
     refused(&t, "base256.txt", "negative or no number");
 
+    tar_text(&t, "good.txt", "x");
     h = tar_header(&t, "minus.txt", '0', 0);          /* base 256, -1 */
     memset(h + 124, 0xff, 12);
     tar_sum(h);
     tar_end(&t);
     refused(&t, "minus.txt", "negative or no number");
 
+    tar_text(&t, "good.txt", "x");
     h = tar_header(&t, "almost.txt", '0', 0);         /* base 256, 2^63 - 1 */
     memset(h + 124, 0, 12);
     h[124] = 0x80;
@@ -236,6 +299,7 @@ static void sizes_that_lie_are_refused(void **state)
     tar_end(&t);
     refused(&t, "almost.txt", "9223372036854775807 bytes");
 
+    tar_text(&t, "good.txt", "x");
     h = tar_header(&t, "letters.txt", '0', 0);
     memcpy(h + 124, "12x", 3);
     tar_sum(h);
@@ -258,7 +322,119 @@ static void sizes_that_lie_are_refused(void **state)
     tar_data(&t, "10 size=3\n", 10);
     tar_text(&t, "x.txt", "x");
     tar_end(&t);
-    refused(&t, "PaxHeader/g", "global");
+    refused(&t, "member 'x.txt'", "global");
+}
+
+/* Where readers of tar differ, an archive could show one member to this program and another to the next. */
+static void headers_that_readers_understand_differently_are_refused(void **state)
+{
+    struct tar t = { 0 };
+    const char *record;
+    record = "12 path=a\0b\n";                        /* a NUL ends the name for some */
+    tar_header(&t, "PaxHeader/x", 'x', 12);
+    tar_data(&t, record, 12);
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "member 'a'", "second path");
+
+    record = "14 path=a.txt\n14 path=b.txt\n";
+    tar_header(&t, "PaxHeader/x", 'x', strlen(record));
+    tar_data(&t, record, strlen(record));
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "member 'b.txt'", "second path");
+
+    tar_header(&t, "PaxHeader/x", 'x', 11);
+    tar_data(&t, "11 size=1k\n", 11);
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "member 'x.txt'", "second size");
+
+    record = "24 SCHILY.realsize=1000\n";
+    tar_header(&t, "PaxHeader/x", 'x', strlen(record));
+    tar_data(&t, record, strlen(record));
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "member 'x.txt'", "sparse");
+
+    unsigned char *h = tar_header(&t, "x.txt", '0', 1);
+    memcpy(h + 257, "ustar  ", 8);                    /* GNU: the real size of a sparse file, in a plain one */
+    memcpy(h + 483, "00000001000", 11);
+    tar_sum(h);
+    tar_data(&t, "x", 1);
+    tar_end(&t);
+    refused(&t, "member 'x.txt'", "contradict");
+
+    tar_header(&t, "dir/", '5', 512);                 /* some skip these bytes, some read them as a header */
+    tar_header(&t, "hidden.txt", '0', 0);
+    tar_end(&t);
+    refused(&t, "member 'dir/'", "contradict");
+
+    static const char odd[] = "AVXMN";                /* types that libarchive follows or takes for plain files */
+    for (int i = 0; odd[i]; i++) {
+        tar_text(&t, "good.txt", "x");
+        tar_header(&t, "odd.txt", odd[i], 0);
+        tar_text(&t, "x.txt", "x");
+        tar_end(&t);
+        refused(&t, "at byte 1024", "unknown type");
+    }
+    for (int i = 0; i < 40; i++) {
+        tar_header(&t, "PaxHeader/x", 'x', 13);
+        tar_data(&t, "13 comment=x\n", 13);
+    }
+    tar_text(&t, "x.txt", "x");
+    tar_end(&t);
+    refused(&t, "at byte 0", "PaxHeader/x");
+    tar_text(&t, "good.txt", "x");                    /* a header that nothing follows */
+    tar_header(&t, "PaxHeader/x", 'x', 13);
+    tar_data(&t, "13 comment=x\n", 13);
+    tar_end(&t);
+    refused(&t, "PaxHeader/x", "Damaged");
+}
+
+/* An owner's name in another character set is nobody's business here. */
+static void names_of_owners_do_not_matter(void **state)
+{
+    struct tar t = { 0 };
+    tar_header(&t, "PaxHeader/x", 'x', 15);
+    tar_data(&t, "15 uname=J\xc3\xb6rg\n", 15);
+    tar_text(&t, "x.txt", "pax");
+    tar_header(&t, "PaxHeader/x", 'x', 14);
+    tar_data(&t, "14 uname=J\xf6rg\n", 14);
+    tar_text(&t, "y.txt", "latin");
+    tar_end(&t);
+    tar_write(&t, file("u.tar"));
+    struct shard_set set;
+    struct errors errors;
+    if (init(&set, file("u.tar"), &errors) != 0)
+        fail_msg("%s", errors.line[0]);
+    assert_int_equal(set.n_samples, 2);
+    contains(&set, 0, "pax");
+    contains(&set, 1, "latin");
+    shard_free(&set);
+}
+
+/* As GNU tar writes them. */
+static void sparse_archives_of_gnu_tar_are_refused(void **state)
+{
+    static const char *const format[] = { "gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1",
+                                          "posix --sparse-version=1.0" };
+    char command[512];
+    for (size_t f = 0; f < sizeof format / sizeof *format; f++) {
+        snprintf(command, sizeof command,
+                 "mkdir -p '%s/holes' && cd '%s/holes' && for i in 1 2 3 4 5 6; do "
+                 "printf 1 | dd of=a.txt bs=1 seek=${i}00000 conv=notrunc 2>/dev/null; done && tar -S --format=%s -cf ../h.tar a.txt",
+                 dir, dir, format[f]);
+        assert_int_equal(system(command), 0);
+        struct shard_set set;
+        struct errors errors;
+        assert_int_equal(init(&set, file("h.tar"), &errors), 1);
+        assert_int_equal(errors.worst, EXIT_DATA);
+        if (!strstr(errors.line[0], "it is sparse"))
+            fail_msg("%s: %s", format[f], errors.line[0]);
+        errors_free(&errors);
+        shard_free(&set);
+    }
 }
 
 static void truncated_and_damaged_archives_are_refused(void **state)
@@ -577,10 +753,14 @@ int main(void)
         cmocka_unit_test(samples_are_runs_of_members_that_agree_up_to_the_first_dot),
         cmocka_unit_test(members_without_a_part_are_ignored_and_counted),
         cmocka_unit_test(long_names_of_gnu_ustar_and_pax_are_read),
+        cmocka_unit_test(archives_of_gnu_tar_are_read_in_every_format),
         cmocka_unit_test(a_pax_size_replaces_the_header_s),
         cmocka_unit_test(names_that_leave_the_archive_are_refused),
         cmocka_unit_test(links_devices_and_sparse_members_are_refused),
         cmocka_unit_test(sizes_that_lie_are_refused),
+        cmocka_unit_test(headers_that_readers_understand_differently_are_refused),
+        cmocka_unit_test(names_of_owners_do_not_matter),
+        cmocka_unit_test(sparse_archives_of_gnu_tar_are_refused),
         cmocka_unit_test(truncated_and_damaged_archives_are_refused),
         cmocka_unit_test(compressed_shards_are_refused_with_the_command),
         cmocka_unit_test(directories_and_patterns_give_sorted_shards),
