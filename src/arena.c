@@ -4,6 +4,7 @@
  * caught as well.
  */
 #include "arena.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include "backend.h"
@@ -30,9 +31,29 @@ void arenas_init(struct arenas *as)
     }
 }
 
+/* What was counted must fit before anything is taken. */
+static void check_fit(const struct arenas *as, const struct backend_ops *be)
+{
+    size_t available, total, wanted = 0;
+    char table[512] = "";
+    int used = 0;
+    for (int i = 0; i < ARENA_COUNT; i++) {
+        if (as->a[i].place != PLACE_DEVICE)
+            continue;
+        wanted += as->a[i].high;
+        used += snprintf(table + used, sizeof table - (size_t)used, "%s%s %.2f", used ? ", " : "", as->a[i].name,
+                         (double)as->a[i].high / 0x1p30);
+    }
+    be->memory(&available, &total);
+    if (wanted > available)
+        FATAL(EXIT_ENVIRONMENT, "this rank needs %.2f GiB of device memory (%s), %.2f of %.2f are free", (double)wanted / 0x1p30,
+              table, (double)available / 0x1p30, (double)total / 0x1p30);
+}
+
 void arenas_commit(struct arenas *as, const struct backend_ops *be)
 {
     struct stream s;
+    check_fit(as, be);
     be->stream_create(&s, "arena");
     for (int i = 0; i < ARENA_COUNT; i++) {
         struct arena *a = &as->a[i];

@@ -42,7 +42,7 @@ struct attention *attention_init(struct model *m, int i)
     l->eps = deck->language.layernorm_epsilon;
     struct param p = { .module = MODEL_LANGUAGE };
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.layer_norm_weight", i);
-    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.weight", i);
     l->qkv_weight = model_add_matrix(m, &p, (n + 2 * g) * d, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_proj.weight", i);

@@ -15,6 +15,7 @@
 #define MIMO_BACKEND_H
 
 #include <stdbool.h>
+#include "rng.h"
 #include "tensor.h"
 
 struct comm_pending;              /* comm.h's */
@@ -40,9 +41,12 @@ struct backend_ops {
     /* ---- memory ---------------------------------------------------------------------------------------------- */
     void *(*alloc)(size_t bytes);                                     /* device memory, 256-byte aligned; fatal when none */
     void (*release)(void *p);
+    void (*memory)(size_t *available, size_t *total);                 /* bytes of the device; SIZE_MAX: unknown */
     void (*copy)(struct stream *s, in_t src, out_t dst);              /* equal dtype and numel, any places, rows of any ld */
     void (*fill)(struct stream *s, out_t t, double value);            /* any dtype */
     void (*cast)(struct stream *s, in_t src, out_t dst);              /* dst = (dtype)src, round to nearest even; floats only */
+    /* t[r,c] = initial value base + r*stride + c (rng_initial_at), rounded to float and then to t's type. Never inside a step. */
+    void (*initialise)(struct stream *s, enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride, out_t t);
 
     /* ---- streams --------------------------------------------------------------------------------------------- */
     void (*stream_create)(struct stream *s, const char *name);

@@ -70,7 +70,7 @@ struct language *language_init(struct model *m)
         l->end = m->n_params;
     }
     snprintf(p.name, sizeof p.name, "decoder.final_norm.weight");
-    lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "output_layer.weight");
     lm->output = model_add_matrix(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
     return lm;

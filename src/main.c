@@ -49,6 +49,17 @@ static int set_blas_threads(struct comm *world)
     return threads;
 }
 
+/* One GPU for this rank, where the deck's backend wants one. */
+static void take_device(const struct deck *deck, struct comm *world, struct errors *errors)
+{
+    int node_size, node_rank, n_nodes;
+    char why[512];
+
+    comm_node(world, &node_size, &node_rank, &n_nodes);
+    if (deck->run.backend != DECK_BACKEND_REF && !backend_cuda_start(node_size, node_rank, why, sizeof why))
+        errors_add(errors, EXIT_ENVIRONMENT, "mimo: error: run.backend = 'cuda': %s", why);
+}
+
 /* Print what was collected on all ranks; returns the status they agree on, EXIT_OK when there is nothing. */
 static int agree(struct comm *world, struct errors *errors)
 {
@@ -84,8 +95,10 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
         check_identify(world->rank, world->size, topology_role(topo), deck->run.output_dir);
         /* 6. groups, start, header */
         topology_connect(topo, world);
+        take_device(deck, world, &errors);
         train_find_start(&start, &run, deck, topo, &errors);
         status = agree(world, &errors);
+        if (status == EXIT_OK) topology_attach(topo, comm_select(deck));
     }
     if (status == EXIT_OK) {
         run_begin(&run, start.iteration, start.own && deck->run.mode == DECK_MODE_TRAIN);

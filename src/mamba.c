@@ -59,29 +59,29 @@ static void declare(struct model *m, struct mamba *l, int i)
     char prefix[32];
     snprintf(prefix, sizeof prefix, "decoder.layers.%d.mixer", i);
     snprintf(p.name, sizeof p.name, "%s.in_proj.layer_norm_weight", prefix);
-    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
 
     struct param w = { .module = MODEL_LANGUAGE, .n_blocks = 5, .block_rows = { di, di, gn, gn, mh } };
     snprintf(w.name, sizeof w.name, "%s.in_proj.weight", prefix);
     l->in_proj = model_add_matrix(m, &w, 2 * di + 2 * gn + mh, h, PARAM_SPLIT_ROWS, sigma);
 
     struct param c = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { di + 2 * gn, 1, taps }, .shard = PARAM_SPLIT_ROWS,
-                       .n_blocks = 3, .block_rows = { di, gn, gn }, .decay = true, .init = PARAM_UNIFORM,
+                       .n_blocks = 3, .block_rows = { di, gn, gn }, .decay = true, .init = RNG_UNIFORM,
                        .init_scale = conv };
     snprintf(c.name, sizeof c.name, "%s.conv1d_weight", prefix);
     l->conv_weight = model_add_param(m, &c);
     struct param cb = { .module = MODEL_LANGUAGE, .n_blocks = 3, .block_rows = { di, gn, gn } };
     snprintf(cb.name, sizeof cb.name, "%s.conv1d_bias", prefix);
-    l->conv_bias = model_add_vector(m, &cb, di + 2 * gn, PARAM_SPLIT_ROWS, PARAM_UNIFORM, conv);
+    l->conv_bias = model_add_vector(m, &cb, di + 2 * gn, PARAM_SPLIT_ROWS, RNG_UNIFORM, conv);
 
     snprintf(p.name, sizeof p.name, "%s.dt_bias", prefix);
-    l->dt_bias = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, PARAM_DT_BIAS, 0.0);
+    l->dt_bias = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, RNG_DT_BIAS, 0.0);
     snprintf(p.name, sizeof p.name, "%s.A_log", prefix);
-    l->a_log = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, PARAM_A_LOG, 0.0);
+    l->a_log = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, RNG_A_LOG, 0.0);
     snprintf(p.name, sizeof p.name, "%s.D", prefix);
-    l->d_skip = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, PARAM_ONES, 0.0);
+    l->d_skip = model_add_vector(m, &p, mh, PARAM_SPLIT_ROWS, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "%s.norm.weight", prefix);
-    l->gate_norm = model_add_vector(m, &p, di, PARAM_SPLIT_ROWS, PARAM_ONES, 0.0);
+    l->gate_norm = model_add_vector(m, &p, di, PARAM_SPLIT_ROWS, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "%s.out_proj.weight", prefix);
     l->out_proj = model_add_matrix(m, &p, h, di, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
 }

@@ -26,7 +26,7 @@ struct mlp *mlp_init(struct model *m, int i)
     l->eps = deck->language.layernorm_epsilon;
     struct param p = { .module = MODEL_LANGUAGE };
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc1.layer_norm_weight", i);
-    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc1.weight", i);
     l->fc1 = model_add_matrix(m, &p, ffn, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc2.weight", i);

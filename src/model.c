@@ -61,12 +61,12 @@ int model_add_matrix(struct model *m, const struct param *base, int64_t out, int
     p.shape[1] = in;
     p.shard = shard;
     p.decay = true;
-    p.init = PARAM_NORMAL;
+    p.init = RNG_NORMAL;
     p.init_scale = std;
     return model_add_param(m, &p);
 }
 
-int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum param_init init,
+int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum rng_init init,
                      double scale)
 {
     struct param p = *base;
@@ -191,23 +191,6 @@ void model_zero_grads(struct model *m)
 
 /* ---- initial values ---------------------------------------------------------------------------------------------- */
 
-static double initial_value(const struct param *p, struct rng_key key, uint64_t index)
-{
-    switch (p->init) {
-    case PARAM_ONES: return 1.0;
-    case PARAM_ZEROS: return 0.0;
-    case PARAM_NORMAL: return p->init_scale * rng_normal_at(key, index);
-    case PARAM_UNIFORM: return p->init_scale * (2.0 * rng_uniform_at(key, index) - 1.0);
-    case PARAM_A_LOG: return log(1.0 + 15.0 * rng_uniform_at(key, index));
-    case PARAM_DT_BIAS: {
-        const double lo = log(0.001), hi = log(0.1);
-        const double dt = fmax(exp(rng_uniform_at(key, index) * (hi - lo) + lo), 1e-4);
-        return dt + log(-expm1(-dt));
-    }
-    default: FATAL(EXIT_INTERNAL, "parameter %s has no initialiser", p->name);
-    }
-}
-
 /* Full row (dimension 0) of local row r of a tensor whose rows are cut block by block over `size` ranks. */
 static int64_t full_row(const struct param *p, int64_t r, int size, int rank)
 {
@@ -237,29 +220,30 @@ uint64_t model_full_index(const struct model *m, const struct param *p, int64_t 
     return (uint64_t)(row * full_cols + col);
 }
 
-static void initialise_param(struct model *m, struct param *p, float *host)
+/* Runs of rows (of dimension 0) that lie one after the other in the full tensor are one operation. */
+static void initialise_param(struct model *m, struct param *p)
 {
     char purpose[160];
     snprintf(purpose, sizeof purpose, "init:%s.%s", model_module_names[p->module], p->name);
     const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
     const int64_t rows = p->value.shape[0], cols = tensor_numel(&p->value) / (rows ? rows : 1);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++)
-            host[r * cols + c] = (float)initial_value(p, key, model_full_index(m, p, r, c));
-    const struct tensor src = tensor_view(host, DTYPE_F32, PLACE_HOST, p->ndim, p->value.shape);
-    m->be->cast(m->compute, &src, &p->value);
-    m->be->stream_sync(m->compute);
+    const struct tensor all = tensor_2d(p->value.data, p->value.dtype, p->value.place, rows, cols);
+    for (int64_t first = 0, end; first < rows; first = end) {
+        const uint64_t base = model_full_index(m, p, first, 0);
+        const uint64_t stride = first + 1 < rows ? model_full_index(m, p, first + 1, 0) - base : 0;
+        for (end = first + 1; end < rows; end++)
+            if (model_full_index(m, p, end, 0) != base + (uint64_t)(end - first) * stride)
+                break;
+        const struct tensor run = tensor_row_range(&all, first, end - first);
+        m->be->initialise(m->compute, p->init, p->init_scale, key, base, stride, &run);
+    }
 }
 
 void model_initialise(struct model *m)
 {
-    int64_t most = 1;
     for (int i = 0; i < m->n_params; i++)
-        most = tensor_numel(&m->param[i].value) > most ? tensor_numel(&m->param[i].value) : most;
-    float *host = xcalloc((size_t)most, sizeof *host);
-    for (int i = 0; i < m->n_params; i++)
-        initialise_param(m, &m->param[i], host);
-    free(host);
+        initialise_param(m, &m->param[i]);
+    m->be->stream_sync(m->compute);
 }
 
 /* ---- counts ------------------------------------------------------------------------------------------------------ */

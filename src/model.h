@@ -18,13 +18,11 @@
 #include "backend.h"
 #include "data.h"
 #include "deck.h"
+#include "rng.h"
 #include "topology.h"
 
 enum model_module { MODEL_VISION, MODEL_PROJECTOR, MODEL_LANGUAGE, MODEL_MODULES };
 extern const char *const model_module_names[MODEL_MODULES];      /* "vision", "projector", "language": HDF5 groups */
-
-/* How an initial value is made; all of them functions of (seed, name, global element index) only. */
-enum param_init { PARAM_ONES, PARAM_ZEROS, PARAM_NORMAL, PARAM_UNIFORM, PARAM_A_LOG, PARAM_DT_BIAS };
 
 /* How the full (logical) tensor is cut over tensor-parallel ranks. */
 enum param_shard { PARAM_REPLICATED, PARAM_SPLIT_ROWS, PARAM_SPLIT_COLS };
@@ -44,7 +42,7 @@ struct param {
     bool trainable;              /* and has gradient, master and moments on this rank */
     bool buffer;                 /* no gradient ever, kept in acc (expert_bias) */
     bool sum_tp;                 /* replicated but fed with sequence-parallel rows: gradients are summed over language tp */
-    enum param_init init;
+    enum rng_init init;          /* of rng.h: a function of (seed, name, global element index) only */
     double init_scale;           /* standard deviation or half-width */
     struct tensor value;         /* act (buffer: acc), this rank's shard */
     struct tensor grad;          /* acc; data = NULL when not trainable. Views of the buffers of ddp.h, both. */
@@ -103,7 +101,7 @@ void model_free(struct model *m);
  * freezing of its module. _matrix: [out,in], N(std), decayed. _vector: [n], not decayed. Local. */
 int model_add_param(struct model *m, const struct param *p);
 int model_add_matrix(struct model *m, const struct param *base, int64_t out, int64_t in, enum param_shard shard, double std);
-int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum param_init init,
+int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum rng_init init,
                      double scale);
 struct param *model_param(struct model *m, int index);
 struct param *model_find_param(struct model *m, enum model_module module, const char *name);   /* NULL when absent */

@@ -67,21 +67,21 @@ static void declare(struct model *m, struct moe *l, int i)
     char prefix[32];
     snprintf(prefix, sizeof prefix, "decoder.layers.%d", i);
     snprintf(p.name, sizeof p.name, "%s.pre_mlp_layernorm.weight", prefix);
-    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, PARAM_ONES, 0.0);
+    l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "%s.mlp.router.weight", prefix);
     l->router = model_add_matrix(m, &p, e, h, PARAM_REPLICATED, sigma);
     l->bias = -1;
     if (deck->moe.moe_router_enable_expert_bias) {
         struct param b = { .module = MODEL_LANGUAGE, .buffer = true };
         snprintf(b.name, sizeof b.name, "%s.mlp.router.expert_bias", prefix);
-        l->bias = model_add_vector(m, &b, e, PARAM_REPLICATED, PARAM_ZEROS, 0.0);
+        l->bias = model_add_vector(m, &b, e, PARAM_REPLICATED, RNG_ZEROS, 0.0);
     }
     struct param w1 = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { e, f, h }, .expert = true, .decay = true,
-                        .init = PARAM_NORMAL, .init_scale = sigma };
+                        .init = RNG_NORMAL, .init_scale = sigma };
     snprintf(w1.name, sizeof w1.name, "%s.mlp.experts.linear_fc1.weight", prefix);
     l->fc1 = model_add_param(m, &w1);
     struct param w2 = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { e, h, f }, .expert = true, .decay = true,
-                        .init = PARAM_NORMAL, .init_scale = so };
+                        .init = RNG_NORMAL, .init_scale = so };
     snprintf(w2.name, sizeof w2.name, "%s.mlp.experts.linear_fc2.weight", prefix);
     l->fc2 = model_add_param(m, &w2);
     l->shared_fc1 = l->shared_fc2 = -1;

@@ -39,7 +39,7 @@ struct projector *projector_init(struct model *m, int64_t width)
     l->hidden = 4 * width;
     if (deck->projector.projection_normalization == DECK_PROJECTION_NORM_RMSNORM) {
         snprintf(p.name, sizeof p.name, "encoder.linear_fc1.layer_norm_weight");
-        l->norm = model_add_vector(m, &p, width, PARAM_REPLICATED, PARAM_ONES, 0.0);
+        l->norm = model_add_vector(m, &p, width, PARAM_REPLICATED, RNG_ONES, 0.0);
     }
     snprintf(p.name, sizeof p.name, "encoder.linear_fc1.weight");
     l->fc1 = model_add_matrix(m, &p, l->hidden, width, PARAM_SPLIT_ROWS, sigma);

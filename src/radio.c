@@ -81,7 +81,7 @@ struct encoder {
 /* ---- declaration ------------------------------------------------------------------------------------------------- */
 
 static int add_vector(struct model *m, const char *prefix, const char *name, int64_t n, enum param_shard shard,
-                      enum param_init init)
+                      enum rng_init init)
 {
     struct param p = { .module = MODEL_VISION };
     snprintf(p.name, sizeof p.name, "%s%s", prefix, name);
@@ -104,18 +104,18 @@ static void declare_block(struct model *m, struct encoder *v, int i)
     struct radio_block *b = &v->block[i];
     char p[32];
     snprintf(p, sizeof p, "decoder.layers.%d.", i);
-    b->ln1_w = add_vector(m, p, "self_attention.linear_qkv.layer_norm_weight", w, PARAM_REPLICATED, PARAM_ONES);
-    b->ln1_b = add_vector(m, p, "self_attention.linear_qkv.layer_norm_bias", w, PARAM_REPLICATED, PARAM_ZEROS);
+    b->ln1_w = add_vector(m, p, "self_attention.linear_qkv.layer_norm_weight", w, PARAM_REPLICATED, RNG_ONES);
+    b->ln1_b = add_vector(m, p, "self_attention.linear_qkv.layer_norm_bias", w, PARAM_REPLICATED, RNG_ZEROS);
     b->qkv_w = add_matrix(m, p, "self_attention.linear_qkv.weight", 3 * w, w, PARAM_SPLIT_ROWS, sigma);
-    b->qkv_b = add_vector(m, p, "self_attention.linear_qkv.bias", 3 * w, PARAM_SPLIT_ROWS, PARAM_ZEROS);
+    b->qkv_b = add_vector(m, p, "self_attention.linear_qkv.bias", 3 * w, PARAM_SPLIT_ROWS, RNG_ZEROS);
     b->proj_w = add_matrix(m, p, "self_attention.linear_proj.weight", w, w, PARAM_SPLIT_COLS, so);
-    b->proj_b = add_vector(m, p, "self_attention.linear_proj.bias", w, PARAM_REPLICATED, PARAM_ZEROS);
-    b->ln2_w = add_vector(m, p, "mlp.linear_fc1.layer_norm_weight", w, PARAM_REPLICATED, PARAM_ONES);
-    b->ln2_b = add_vector(m, p, "mlp.linear_fc1.layer_norm_bias", w, PARAM_REPLICATED, PARAM_ZEROS);
+    b->proj_b = add_vector(m, p, "self_attention.linear_proj.bias", w, PARAM_REPLICATED, RNG_ZEROS);
+    b->ln2_w = add_vector(m, p, "mlp.linear_fc1.layer_norm_weight", w, PARAM_REPLICATED, RNG_ONES);
+    b->ln2_b = add_vector(m, p, "mlp.linear_fc1.layer_norm_bias", w, PARAM_REPLICATED, RNG_ZEROS);
     b->fc1_w = add_matrix(m, p, "mlp.linear_fc1.weight", f, w, PARAM_SPLIT_ROWS, sigma);
-    b->fc1_b = add_vector(m, p, "mlp.linear_fc1.bias", f, PARAM_SPLIT_ROWS, PARAM_ZEROS);
+    b->fc1_b = add_vector(m, p, "mlp.linear_fc1.bias", f, PARAM_SPLIT_ROWS, RNG_ZEROS);
     b->fc2_w = add_matrix(m, p, "mlp.linear_fc2.weight", w, f, PARAM_SPLIT_COLS, so);
-    b->fc2_b = add_vector(m, p, "mlp.linear_fc2.bias", w, PARAM_REPLICATED, PARAM_ZEROS);
+    b->fc2_b = add_vector(m, p, "mlp.linear_fc2.bias", w, PARAM_REPLICATED, RNG_ZEROS);
 }
 
 static void declare(struct model *m, struct encoder *v)
@@ -124,7 +124,7 @@ static void declare(struct model *m, struct encoder *v)
     struct param c = { .module = MODEL_VISION, .name = "class_token" };
     v->class_token = model_add_matrix(m, &c, v->class_tokens, w, PARAM_REPLICATED, 1.0);
     struct param g = { .module = MODEL_VISION, .name = "position_embeddings", .ndim = 3,
-                       .shape = { 1, (int64_t)v->grid_h * v->grid_w, w }, .decay = true, .init = PARAM_NORMAL,
+                       .shape = { 1, (int64_t)v->grid_h * v->grid_w, w }, .decay = true, .init = RNG_NORMAL,
                        .init_scale = 1.0 / sqrt((double)w) };
     v->positions = model_add_param(m, &g);
     v->embedder = add_matrix(m, "", "embedder.weight", w, v->patch_in, PARAM_SPLIT_ROWS, 1.0);
@@ -132,8 +132,8 @@ static void declare(struct model *m, struct encoder *v)
         declare_block(m, v, i);
     v->final_w = v->final_b = -1;
     if (v->final_norm) {
-        v->final_w = add_vector(m, "decoder.final_layernorm.", "weight", w, PARAM_REPLICATED, PARAM_ONES);
-        v->final_b = add_vector(m, "decoder.final_layernorm.", "bias", w, PARAM_REPLICATED, PARAM_ZEROS);
+        v->final_w = add_vector(m, "decoder.final_layernorm.", "weight", w, PARAM_REPLICATED, RNG_ONES);
+        v->final_b = add_vector(m, "decoder.final_layernorm.", "bias", w, PARAM_REPLICATED, RNG_ZEROS);
     }
 }
 

@@ -33,6 +33,7 @@ struct storage {
     int *member;         /* all member lists, one after the other */
     struct comm **owned; /* [n_owned] communicators made by topology_connect */
     int n_owned;
+    const struct comm_ops *device; /* set by topology_attach */
 };
 
 static void check_specs(const struct topology_spec *specs, int n_specs, int size,
@@ -142,6 +143,29 @@ void topology_connect(struct topology *t, struct comm *world)
             make_comm(t, b->dest_lane.rank >= 0 ? t->language.dp_rank : -1, "bridge", "dest_lane");
 }
 
+static void attach(struct topology *t, const struct group *group)
+{
+    const struct storage *storage = t->storage;
+    if (group->comm && !group->comm->device)
+        storage->device->attach(group->comm);
+}
+
+void topology_attach(struct topology *t, const struct comm_ops *ops)
+{
+    struct storage *storage = t->storage;
+    storage->device = ops;
+    /* One order for all ranks; families that share a communicator attach it once. */
+    for (const struct grid *g = &t->encoder; g; g = g == &t->encoder ? &t->language : NULL) {
+        attach(t, &g->tp);
+        attach(t, &g->dp_cp);
+        attach(t, &g->tp_cp);
+        attach(t, &g->tp_dp_cp);
+        attach(t, &g->ep);
+        attach(t, &g->expt_dp);
+    }
+    attach(t, &t->bridge.leaders);
+}
+
 static void print_grid(const struct grid *g, FILE *out)
 {
     fprintf(out, "grid %-8s ranks %d-%d: tp %d cp %d dp %d pp %d, ep %d expt_tp %d expt_dp %d\n",
@@ -230,8 +254,11 @@ void topology_free(struct topology *t)
 {
     struct storage *storage = t->storage;
     if (storage) {
-        for (int i = storage->n_owned - 1; i >= 0; i--)
+        for (int i = storage->n_owned - 1; i >= 0; i--) {
+            if (storage->device)
+                storage->device->detach(storage->owned[i]);
             comm_free(storage->owned[i]);
+        }
         free(storage->owned);
         free(storage->member);
         free(storage);

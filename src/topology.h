@@ -70,6 +70,8 @@ void topology_describe(struct topology *t, const struct topology_spec *specs, in
 void topology_init(struct topology *t, const struct deck *deck, int size, int rank, struct errors *errors);
 /* Make every communicator of more than one rank. Collective over the world. */
 void topology_connect(struct topology *t, struct comm *world);
+/* Prepare for the device plane the communicators that tensors cross; after the device was taken. Collective over the world. */
+void topology_attach(struct topology *t, const struct comm_ops *ops);
 /* Grids, groups and the bridge map as text. Local. */
 void topology_print(const struct topology *t, FILE *out);
 /* Members of the group of family `name` ("tp", "expt_dp", ...) that holds world rank `rank` in `grid`; returns the size, 0 for a rank outside;

@@ -69,6 +69,11 @@ static void *cuda_alloc(size_t bytes)
     return p;
 }
 
+static void cuda_memory(size_t *available, size_t *total)
+{
+    CHECK_CUDA(cudaMemGetInfo(available, total));
+}
+
 static void cuda_release(void *p)
 {
     CHECK_CUDA(cudaFree(p));
@@ -134,7 +139,7 @@ static void cuda_stream_wait(struct stream *s, const struct event *e)
 }
 
 #define COMMON                                                                                                          \
-    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release,      \
+    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release, .memory = cuda_memory,      \
     .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
     .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
     .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .attention_work = cuda_attention_work,          \

@@ -11,7 +11,7 @@ extern "C" {
 #include "backend.h"
 
 #define CUDA_OPS(X) \
-    X(copy) X(fill) X(cast) X(gemm) X(grouped_gemm) X(add) X(add_bias) X(bias_backward) X(activation_forward) \
+    X(copy) X(fill) X(cast) X(initialise) X(gemm) X(grouped_gemm) X(add) X(add_bias) X(bias_backward) X(activation_forward) \
     X(activation_backward) X(rmsnorm_forward) X(rmsnorm_backward) X(layernorm_forward) X(layernorm_backward) \
     X(attention_forward) X(attention_backward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) \
     X(embed_merge_backward) X(loss_max) X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) \

@@ -4,6 +4,8 @@
  * converts. Casts round to nearest even.
  */
 #include "cuda_util.cuh"
+#define RNG_CORE static __host__ __device__ __forceinline__
+#include "rng_core.h"
 #include "cuda_sizes.h"
 
 enum { THREADS = 256, PER_THREAD = 4 };
@@ -150,4 +152,28 @@ extern "C" void cuda_cast(struct stream *s, in_t src, out_t dst)
             cuda_copy(s, &between, &to);
         }
     }
+}
+
+template <class T>
+static __global__ void initialise_kernel(enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride, T *p,
+                                         int64_t cols, int64_t ld, int64_t n)
+{
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
+        const int64_t r = i / cols, c = i % cols;
+        p[r * ld + c] = from_float<T>((float)rng_core_initial(init, scale, key, base + (uint64_t)r * stride + (uint64_t)c));
+    }
+}
+
+extern "C" void cuda_initialise(struct stream *s, enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride,
+                                out_t t)
+{
+    const int64_t n = tensor_numel(t);
+    if (n == 0)
+        return;
+    by_type(t, [&](auto zero) {
+        using T = decltype(zero);
+        initialise_kernel<T><<<blocks_for(n, THREADS * PER_THREAD), THREADS, 0, cuda_stream_of(s)>>>(
+            init, scale, key, base, stride, (T *)t->data, tensor_cols(t), t->ld, n);
+    });
+    CHECK_LAUNCH();
 }

@@ -26,6 +26,11 @@ static void ref_release(void *p)
     free(p);
 }
 
+static void ref_memory(size_t *available, size_t *total)
+{
+    *available = *total = SIZE_MAX;
+}
+
 static char *row_of(in_t t, int64_t row)
 {
     return (char *)t->data + row * t->ld * (int64_t)dtype_bytes(t->dtype);
@@ -78,6 +83,26 @@ static double load(const char *row, enum dtype dtype, int64_t c)
     }
 }
 
+static void store(char *row, enum dtype dtype, int64_t c, double x)
+{
+    switch (dtype) {
+    case DTYPE_F32: ((float *)row)[c] = (float)x; break;
+    case DTYPE_F64: ((double *)row)[c] = x; break;
+    case DTYPE_BF16: ((uint16_t *)row)[c] = bf16_from_double(x); break;
+    default: FATAL(EXIT_INTERNAL, "cast to %s: only floating-point types", dtype_name(dtype));
+    }
+}
+
+static void ref_initialise(struct stream *s, enum rng_init init, double scale, struct rng_key key,
+                           uint64_t base, uint64_t stride, out_t t)
+{
+    for (int64_t r = 0; r < tensor_rows(t); r++)
+        for (int64_t c = 0; c < tensor_cols(t); c++)
+            store(row_of(t, r), t->dtype, c,
+                  (float)rng_initial_at(init, scale, key,
+                                        base + (uint64_t)r * stride + (uint64_t)c));
+}
+
 static void ref_cast(struct stream *s, in_t src, out_t dst)
 {
     const int64_t rows = tensor_rows(src), cols = tensor_cols(src);
@@ -87,17 +112,8 @@ static void ref_cast(struct stream *s, in_t src, out_t dst)
     for (int64_t r = 0; r < rows; r++) {
         const char *in = row_of(src, r);
         char *out = row_of(dst, r);
-        for (int64_t c = 0; c < cols; c++) {
-            const double x = load(in, src->dtype, c);
-            switch (dst->dtype) {
-            case DTYPE_F32: ((float *)out)[c] = (float)x; break;
-            case DTYPE_F64: ((double *)out)[c] = x; break;
-            case DTYPE_BF16: ((uint16_t *)out)[c] = bf16_from_double(x); break;
-            default:
-                FATAL(EXIT_INTERNAL, "cast to %s: only floating-point types",
-                      dtype_name(dst->dtype));
-            }
-        }
+        for (int64_t c = 0; c < cols; c++)
+            store(out, dst->dtype, c, load(in, src->dtype, c));
     }
 }
 
@@ -124,7 +140,7 @@ static void ref_stream_wait(struct stream *s, const struct event *e) {}
 
 #define COMMON                                                                                     \
     .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, \
-    .cast = ref_cast, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
+    .cast = ref_cast, .initialise = ref_initialise, .memory = ref_memory, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
     .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
     .event_destroy = ref_event_destroy, .event_record = ref_event_record,                          \
     .stream_wait = ref_stream_wait,
