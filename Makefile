@@ -22,7 +22,7 @@ OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(CUDA_OBJ) $(REF:src/ref/%.c=$(BUILD)/ref
 TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help cuda check regression demo data lint format clean tests bench-cpu
+.PHONY: all help cuda gpu-tests gpu-programs check regression demo data lint format clean tests bench-cpu
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -68,6 +68,10 @@ data/demo/train: tools/make_shards.py
 
 cuda:                              ## build build/gpu/mimo with CUDA's libraries from .cuda
 	$(MAKE) BUILD=build/gpu $(CUDA_HERE) build/gpu/mimo
+
+gpu-tests:                         ## build the tests that run on a GPU host: build/gpu/tests/gpu_*
+	$(MAKE) BUILD=build/gpu $(CUDA_HERE) gpu-programs
+gpu-programs: $(GPU_TESTS)
 
 demo:                              ## install, build, make the data, train on 8 ranks, show the result
 	tools/demo.sh

@@ -23,3 +23,20 @@ $(BUILD)/cuda/%.o: CFLAGS += $(if $(CUDA_HOME),$(CUDA_INC))
 CUDA_HERE = CUDA_HOME=/usr/local/cuda CUBLAS_HOME=.cuda/nvidia/cu13 NCCL_HOME=.cuda/nvidia/nccl CUDNN_HOME=.cuda/nvidia/cudnn \
             CUTLASS_INC=.cuda/cutlass_library/source/include CUDNN_FRONTEND_INC=.cuda/include
 
+
+# Shadow tests on a GPU (tests/gpu): programs without MPI and HDF5, each linked with the kernels it names here and the reference.
+# `make gpu-tests T=name` builds one.
+GPU_NEEDS_memory    = memory
+
+GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/gpu_check.c,$(wildcard tests/gpu/gpu_*.c))))
+GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o cuda/sizes.o ref/backend_ref.o) \
+            $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
+
+$(BUILD)/gpu_%.o: tests/gpu/gpu_%.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(CUDA_INC) -Isrc/cuda -c -o $@ $<
+
+.SECONDEXPANSION:
+$(BUILD)/tests/gpu_%: tests/gpu/gpu_%.c $$(GPU_BASE) $$(addprefix $(BUILD)/cuda/,$$(addsuffix .o,$$(GPU_NEEDS_$$*)))
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(CUDA_INC) -Isrc/cuda $(LDFLAGS) -Wl,-rpath,'$$ORIGIN' -o $@ $(filter %.c %.o,$^) $(CUDA_LIBS) $(BLAS_LIBS) -l:libxxhash.a -lm
