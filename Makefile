@@ -8,6 +8,8 @@ HARDEN  = -D_FORTIFY_SOURCE=2 -fstack-protector-strong
 SANFLAGS_1 = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 OPT_0   = $(OPT) $(HARDEN)
 OPT_1   = -O1 $(SANFLAGS_1)
+SANFLAGS_2 = $(SANFLAGS_1) -fsanitize=fuzzer-no-link -fprofile-instr-generate -fcoverage-mapping
+OPT_2   = -O1 $(SANFLAGS_2)
 VERSION = 0.1.0
 GIT    := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
 
@@ -20,9 +22,10 @@ SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(C
 REF     = $(filter-out src/ref/backend_ref.c,$(wildcard src/ref/*.c))
 OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(CUDA_OBJ) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
+FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help cuda gpu-tests gpu-programs check regression demo data lint format clean tests bench-cpu
+.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression demo data lint format clean tests bench-cpu
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -55,11 +58,16 @@ $(BUILD)/git.stamp: FORCE
 	@mkdir -p $(@D); echo '$(VERSION) $(GIT)' | cmp -s - $@ || echo '$(VERSION) $(GIT)' > $@
 FORCE:
 
+$(BUILD)/tests/fuzz_%: LDFLAGS += -fsanitize=fuzzer
 $(BUILD)/tests/%: tests/%.c $(BUILD)/libmimo.a
 	@mkdir -p $(@D)
 	$(MPICC) $(CFLAGS) -Itests $(LDFLAGS) -o $@ $< $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS) -lcmocka
 
 tests: $(TESTS)                    ## build every test binary
+
+fuzzers: $(FUZZERS)
+fuzz: all                          ## fuzz what reads foreign bytes; SECONDS=600 for each target, K=word chooses
+	$(PYTHON) tests/check_fuzz.py --mimo ./mimo $(if $(SECONDS),--seconds $(SECONDS)) $(if $(K),-k $(K))
 
 data: data/demo/train              ## make the demo's pictures, texts and tokenizer in data/demo
 data/demo/train: tools/make_shards.py

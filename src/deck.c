@@ -101,8 +101,9 @@ void deck_print_reference(FILE *out)
         /* What a preset or the stage sets must not be given by whoever reads this deck, unless the default says "not given". */
         bool hidden = !*value || (p->type != DECK_TYPE_CHOICE && !deck_table_is_unset(plain, row) &&
                                   resolved->source[row].origin != DECK_FROM_DEFAULT);
-        fprintf(out, "  %s%s = %s\n      ! %s, %s%s%s: %s", hidden ? "! " : "", p->key, value, deck_table_type(row), range,
-                *p->unit ? " " : "", p->unit, p->help);
+        bool list = p->type == DECK_TYPE_INTEGERS || p->type == DECK_TYPE_STRINGS;
+        fprintf(out, "  %s%s = %s\n      ! %s%s%s, %s%s%s: %s", hidden ? "! " : "", p->key, value, list ? "list of " : "",
+                deck_table_type(row), list ? "s" : "", range, *p->unit ? " " : "", p->unit, p->help);
         if (p->only) fprintf(out, " (only %s until %s exists)", p->only, p->feature);
         fputc('\n', out);
         free(value);

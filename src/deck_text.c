@@ -224,6 +224,20 @@ static bool add_value(struct deck_reader *r, struct deck_values *values, struct 
     return true;
 }
 
+/* Fortran programs look for a group in all text before it, also inside strings. */
+static void refuse_group_names(struct deck_reader *r, struct deck_place p, const char *string)
+{
+    for (const char *q = string; *q; q++) {
+        char name[DECK_NAME_MAX + 1], shown[DECK_SHOWN];
+        size_t n = 0;
+        if (*q != '&' && *q != '$') continue;
+        while (n < DECK_NAME_MAX && is_name((unsigned char)q[1 + n])) name[n] = q[1 + n], n++;
+        name[n] = '\0';
+        if (deck_table_group(name) >= 0)
+            deck_text_fault_item(r, p, "'%s' inside a string would begin a group to a Fortran program", deck_text_shown(shown, q, 1 + n));
+    }
+}
+
 /* The quoted string at the cursor; NULL when it does not end on its line. */
 static char *read_quoted(struct deck_reader *r)
 {
@@ -248,6 +262,7 @@ static char *read_quoted(struct deck_reader *r)
         s[n++] = (char)c;
     }
     s[n] = '\0';
+    refuse_group_names(r, p, s);
     return s;
 }
 
@@ -346,19 +361,29 @@ static bool at_end_word(const struct deck_reader *r)
            !is_name(peek_at(r, 4));
 }
 
-/* All values of an item, up to the next item, "/" or "&". Between two values gfortran takes a comma before a comment, and one
- * that begins a line, for a missing value; such lists are refused, so that a deck means the same to every reader. */
+static void fault_comma(struct deck_reader *r, const char *name, struct deck_place p, const char *where, struct deck_values *values)
+{
+    if (!values->faulty) deck_text_fault(r, p, "%s: a comma may not stand %s", name, where);
+    values->faulty = true;
+}
+
+/* All values of an item, up to the next item, "/" or "&". gfortran takes some commas at the start of a line, and between two values
+ * any there and one before a comment, for a missing value; such lists are refused, so that a deck means the same to every reader. */
 static void read_values(struct deck_reader *r, const char *name, struct deck_place name_place, struct deck_values *values)
 {
     bool comma = true;   /* a value may follow; two commas in a row are a missing value */
     int value_line = r->line;
     struct deck_place comma_place = { 0, 0 };
-    bool comma_ambiguous = false;
+    const char *ambiguous = NULL;   /* where that comma may not stand between two values */
     for (;;) {
         skip_blanks(r);
-        if (comma && comma_place.line == r->line && peek(r) == '!') comma_ambiguous = true;
+        size_t gap = r->at;
         skip_space(r);
         int c = peek(r);
+        bool comment = r->at > gap && r->text[gap] == '!';
+        if (comma && comma_place.line > value_line && comment)
+            fault_comma(r, name, comma_place, "at the start of a line before a comment", values);
+        else if (comma && comma_place.line && comment) ambiguous = "before a comment";
         if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) || (is_letter(c) && item_follows(r))) {
             if (values->n == 0 && !values->faulty) {
                 deck_text_fault(r, name_place, "%s: value missing", name);
@@ -370,19 +395,20 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
             if (comma) {
                 deck_text_fault(r, here(r), "%s: value missing before ','", name);
                 values->faulty = true;
+            } else if (r->line > value_line + (comment ? 0 : 1)) {
+                fault_comma(r, name, here(r), "at the start of a line after a comment or an empty line", values);
             }
             comma = true;
             comma_place = here(r);
-            comma_ambiguous = r->line != value_line;
+            ambiguous = r->line != value_line ? "at the start of a line" : NULL;
             advance(r);
             continue;
         }
-        if (comma_ambiguous && !values->faulty) {
-            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name,
-                            comma_place.line == value_line ? "before a comment" : "at the start of a line");
+        if (ambiguous && !values->faulty) {
+            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name, ambiguous);
             values->faulty = true;
         }
-        comma_ambiguous = false;
+        ambiguous = NULL;
         if (!read_value(r, values)) {
             values->faulty = r->recovering = true;
             skip_line(r);

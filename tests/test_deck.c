@@ -1,5 +1,7 @@
 /* test_deck.c - the deck's grammar, probe by probe: tests/decks/bad with the exact messages, tests/decks/good with the values
  * read, and what no text may do (crash). Each deck is one test. A first line "! ranks: N" also resolves the deck for N ranks.
+ * `test_deck --values` is the driver of regression/oracle/deck_readers.py: for each path on standard input it prints the values
+ * that the deck gives, or that it is refused.
  */
 #include "test_deck.h"
 
@@ -208,8 +210,34 @@ static int run_decks(const char *group, const char *directory, int least, const 
     return failed;
 }
 
-int main(void)
+/* --- driver of the oracle --- */
+
+static int print_values(void)
 {
+    char path[4096];
+    while (fgets(path, sizeof path, stdin)) {
+        path[strcspn(path, "\n")] = '\0';
+        size_t length;
+        char *text = slurp(path, &length);
+        struct deck deck = { 0 };
+        struct errors errors = { 0 };
+        make_deck(&deck, path, text, length, 0, &errors, NULL);
+        printf("%s %s\n", errors.count ? "refused" : "accepted", path);
+        for (int row = 0; row < DECK_ROWS && errors.count == 0; row++) {
+            char *value = deck_table_format(&deck, row);
+            if (deck.source[row].origin == DECK_FROM_DECK) printf(" %s.%s %s\n", deck_table[row].group, deck_table[row].key, value);
+            free(value);
+        }
+        free(text);
+        deck_free(&deck);
+        errors_free(&errors);
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 2 && !strcmp(argv[1], "--values")) return print_values();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_single_byte_deletion_survives),
         cmocka_unit_test(every_single_byte_change_survives),

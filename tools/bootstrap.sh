@@ -1,5 +1,6 @@
 #!/bin/sh
-# Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need; with --cuda also
+# Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need (and f90nml of the Python
+# index, in build/f90nml); with --cuda also
 # NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed to build). Safe to run again.
 # Without root it prints the command to run as root and ends with status 1.
 set -eu
@@ -8,14 +9,15 @@ cd "$(dirname "$0")/.."
 packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread libopenblas-dev
     libjpeg62-turbo-dev libpng-dev libwebp-dev libpcre2-dev libjansson-dev libarchive-dev libxxhash-dev
     python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-fonttools fonts-noto-color-emoji"
-dev="clang clang-format libclang-rt-14-dev libcmocka-dev git"
+dev="clang clang-format libclang-rt-14-dev llvm libcmocka-dev git gfortran python3-venv"
 cuda=no
+f90nml=no
 
 for option in "$@"; do
     case "$option" in
-    --dev) packages="$packages $dev" ;;
+    --dev) f90nml=yes; packages="$packages $dev" ;;
     --cuda) cuda=yes; packages="$packages python3-pip" ;;
-    -h | --help) sed -n '2,4s/^# //p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
     *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --help)" >&2; exit 2 ;;
     esac
 done
@@ -46,5 +48,9 @@ if [ "$cuda" = yes ] && [ ! -d .cuda ]; then
     for w in .cuda.part/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda.part; done
     rm -rf .cuda.part/wheels
     mv .cuda.part .cuda
+fi
+if [ "$f90nml" = yes ] && [ ! -d build/f90nml ]; then
+    regression/oracle/deck_readers.py --install ||
+        echo "bootstrap.sh: no f90nml from the Python index: the test that compares with it will be skipped" >&2
 fi
 echo "bootstrap: everything is installed"

@@ -1,0 +1,201 @@
+"""Seeds and dictionaries for the fuzz targets: whole and broken files of every kind that mimo reads, made here."""
+import glob, io, json, os, re, struct, subprocess, tarfile, zlib
+
+import numpy as np
+from PIL import Image
+
+from harness import ROOT, write_tokenizer
+
+
+def write(folder, name, data):
+    with open(os.path.join(folder, name), "wb") as f:
+        f.write(data)
+
+
+def words(path, tokens):
+    """A libFuzzer dictionary."""
+    with open(path, "w") as f:
+        for t in sorted(set(tokens)):
+            f.write('"%s"\n' % "".join("\\x%02x" % b if b < 32 or b > 126 or chr(b) in '"\\' else chr(b) for b in t.encode()))
+
+
+# ---- decks -----------------------------------------------------------------------------------------------------------------
+
+OVERRIDES = ("run.title=two words", "run.title='quoted'", "lr.lr=2.5d-4", "batch.iterations_to_skip=1, 2,3*7", "run.titel=x", "nodot=3",
+             "lr.lr", "batch.iterations_to_skip(2)=1", "nogroup.key=1", "moe.num_experts=1 2", "moe.num_experts=", "log.log_params_norm=T",
+             "language.preset=tini", "run.train_iters=4", "x" * 200 + "=1")
+
+
+def deck(folder, mimo):
+    for path in glob.glob(os.path.join(ROOT, "tests", "decks", "*", "*.nml")) + glob.glob(os.path.join(ROOT, "input", "*.nml")):
+        with open(path, "rb") as f:
+            write(folder, os.path.basename(os.path.dirname(path)) + "_" + os.path.basename(path), f.read())
+    tiny = open(os.path.join(ROOT, "input", "mock_tiny.nml")).read()
+    for i, o in enumerate(OVERRIDES):
+        write(folder, "override%d" % i, ("! ranks: %d\n! override: %s\n! override: run.seed=5\n%s" % (1 + i % 4, o, tiny)).encode())
+    text = subprocess.run([mimo, "--reference"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    keys = re.findall(r"^  (?:! )?(\w+) = ", text, re.M)
+    choices = re.findall(r"'[\w|*-]+'", text)
+    words(folder + ".dict", keys + re.findall(r"^&\w+", text, re.M) + choices + ["! override: ", "! ranks: ", "3*", ".true.", "1d-4", "(1:3)",
+                                                                             "&end", "''", "/\n", "= ", "\xef\xbb\xbf", "\r\n"])
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------------
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, colour, rows, *more, interlace=0):
+    """A PNG by hand: any header with any data."""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)) + b"".join(more) + \
+        chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def encoded(im, form, **options):
+    out = io.BytesIO()
+    im.save(out, form, **options)
+    return out.getvalue()
+
+
+def rotated_exif(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def pictures():
+    """{name: bytes}: every kind of picture that a data set may hold, whole ones and broken ones."""
+    noise = np.random.default_rng(1).integers(0, 256, (12, 9, 4), dtype=np.uint8)
+    rgba, rgb = Image.fromarray(noise, "RGBA"), Image.fromarray(noise[:, :, :3])
+    out = {"rgb.jpg": encoded(rgb, "JPEG"), "grey.jpg": encoded(rgb.convert("L"), "JPEG"), "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+           "progressive.jpg": encoded(rgb, "JPEG", progressive=True), "exif.jpg": encoded(rgb, "JPEG", exif=rotated_exif(6)),
+           "rgb.png": encoded(rgb, "PNG"), "rgba.png": encoded(rgba, "PNG"), "grey.png": encoded(rgb.convert("L"), "PNG"),
+           "grey_alpha.png": encoded(rgba.convert("LA"), "PNG"), "palette.png": encoded(rgb.convert("P"), "PNG"),
+           "bits.png": encoded(rgb.convert("1"), "PNG"), "deep.png": png(2, 2, 16, 2, b"\0" + bytes(12) + b"\0" + bytes(12)),
+           "deep_grey.png": encoded(Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257), "PNG"),
+           "clear_palette.png": png(2, 1, 8, 3, b"\0\0\1", chunk(b"PLTE", bytes(6)), chunk(b"tRNS", b"\0\xff")),
+           "interlaced.png": png(1, 1, 8, 2, b"\0abc", interlace=1),
+           "lossy.webp": encoded(rgb, "WEBP"), "lossless.webp": encoded(rgba, "WEBP", lossless=True),
+           "moving.webp": encoded(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(90, expand=True).resize(rgb.size)], duration=100),
+           "absurd.png": png(60000, 60000, 8, 2, b""), "bomb.png": png(8000, 8000, 8, 0, bytes(8001 * 8000)),
+           "no_data.png": png(4, 4, 8, 2, b""), "text.png": b"this is no picture", "empty.jpg": b""}
+    jpeg = bytearray(out["rgb.jpg"])
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at:at + 4] = struct.pack(">HH", 60000, 60000)
+    out["absurd.jpg"] = bytes(jpeg)
+    webp = bytearray(out["lossy.webp"])
+    at = webp.index(b"\x9d\x01\x2a") + 3
+    webp[at:at + 4] = struct.pack("<HH", 16383, 16383)
+    out["absurd.webp"] = bytes(webp)
+    for name in ("rgb.jpg", "rgb.png", "lossy.webp", "lossless.webp", "progressive.jpg"):
+        out["cut_" + name] = out[name][:2 * len(out[name]) // 3]
+    return out
+
+
+def image(folder, mimo):
+    for name, data in pictures().items():
+        write(folder, name, data)
+    words(folder + ".dict", ["IHDR", "PLTE", "tRNS", "IDAT", "IEND", "gAMA", "iCCP", "acTL", "RIFF", "WEBP", "VP8 ", "VP8L", "VP8X", "ALPH",
+                             "ANIM", "Exif", "Adobe"])
+
+
+# ---- tars ------------------------------------------------------------------------------------------------------------------
+
+def tar(members, form=tarfile.USTAR_FORMAT, **pax):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as t:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.pax_headers = pax
+            t.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def shard(folder, mimo):
+    caption = json.dumps({"caption": "a word"}).encode()
+    plain = [("0.txt", b"text"), ("1.png", b"png"), ("1.json", caption), ("dir/2.0.jpg", b"j"), ("dir/2.1.jpg", b"k"), ("dir/2.json", caption)]
+    long = [("d/" * 60 + "%s.txt" % ("n" * 40), b"text")]
+    write(folder, "ustar", tar(plain))
+    write(folder, "pax", tar(plain, tarfile.PAX_FORMAT, comment="a comment", mtime="1.5"))
+    write(folder, "gnu", tar(plain + long, tarfile.GNU_FORMAT))
+    write(folder, "pax_long", tar(plain + long, tarfile.PAX_FORMAT))
+    write(folder, "pax_size", tar(plain[:1], tarfile.PAX_FORMAT, size="3"))
+    write(folder, "pax_sparse", tar(plain[:1], tarfile.PAX_FORMAT, **{"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}))
+    write(folder, "pax_path", tar(plain[:1], tarfile.PAX_FORMAT, path="../../etc/x.txt"))
+    write(folder, "scattered", tar([("a.txt", b"1"), ("b.txt", b"2"), ("a.json", caption), ("a.txt", b"3")]))
+    write(folder, "traversal", tar([("../a.txt", b"1"), ("/b.txt", b"2")]))
+    for kind, name in ((tarfile.SYMTYPE, "link"), (tarfile.LNKTYPE, "hard"), (tarfile.CHRTYPE, "device"), (tarfile.FIFOTYPE, "fifo"),
+                       (tarfile.GNUTYPE_SPARSE, "sparse"), (tarfile.DIRTYPE, "directory")):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as t:
+            info = tarfile.TarInfo("a.txt")
+            info.type, info.linkname = kind, "../b"
+            t.addfile(info)
+        write(folder, name, out.getvalue())
+    whole = tar(plain)
+    write(folder, "truncated", whole[:1300])
+    write(folder, "no_end", whole[:7 * 512])
+    write(folder, "empty", b"")
+    write(folder, "only_end", bytes(1024))
+    write(folder, "gzip", b"\x1f\x8b\x08" + bytes(20))
+    words(folder + ".dict", ["ustar\0" + "00", "ustar  \0", "path=", "size=", "linkpath=", "GNU.sparse.map=", "././@LongLink", "30 mtime=", "../", "11 path=a\n",
+                             "10 size=1\n"])
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------------
+
+JSON_WORDS = ["null", "true", "false", "{", "}", "[", "]", ":", ",", '"', "\\u0000", "\\ud800", "1e999", "-1", "4194304", "9999999999999999999"]
+
+
+def documents():
+    """{name: bytes}: the json part of a sample, good and bad."""
+    good = {"caption": {"caption": "a word"}, "interleaved": {"texts": ["a", None, "b"], "images": [None, "0.png", None]},
+            "conversation": {"conversation": [{"sender": "user", "fragments": [{"t": "text", "value": "what?"}, {"t": "image", "value": "jpg"}]},
+                                              {"sender": "model", "fragments": [{"t": "text", "value": "this"}]}]},
+            "nothing": {}, "no_part": {"texts": [None], "images": ["9.png"]}, "unequal": {"texts": ["a"], "images": []},
+            "both": {"texts": ["a"], "images": ["jpg"]}, "number": {"caption": 5}, "null": {"caption": None}, "list": [1, 2],
+            "text_as_picture": {"texts": [None], "images": ["json"]}, "turn": {"conversation": [{"sender": 1}]},
+            "fragment": {"conversation": [{"sender": "a", "fragments": [{"t": "sound", "value": "x"}]}]}}
+    out = {k: json.dumps(v).encode() for k, v in good.items()}
+    out.update({"deep": b"[" * 3000 + b"]" * 3000, "deeper": b'{"caption":' + b"[" * 100000, "utf8": b'{"caption": "\xff\xfe"}', "surrogate": b'{"caption": "\\ud800"}',
+                "twice": b'{"caption": "a", "caption": "b"}', "nul": b'{"caption": "a\\u0000b"}', "nul_byte": b'{"caption": "a\0b"}', "cut": b'{"caption": "a', "empty": b"",
+                "bom": b'\xef\xbb\xbf{"caption": "a"}', "huge": b'{"caption": 1e999999}', "behind": b'{"caption": "a"} x'})
+    return out
+
+
+def sample(folder, mimo):
+    for name, data in documents().items():
+        write(folder, name, data)
+    words(folder + ".dict", JSON_WORDS + ['"caption"', '"texts"', '"images"', '"conversation"', '"sender"', '"fragments"', '"t"', '"value"', '"image"', '"text"',
+                                          '"0.png"', '"jpg"', '"json"'])
+
+
+def tokenizer(folder, mimo):
+    whole = os.path.join(folder, "whole")
+    write_tokenizer(whole)
+    with open(whole) as f:
+        plain = json.load(f)
+    vocab = {"a": 0, "b": 1, "ab": 2, "Ġ": 3, "é": 4}
+    base = dict(plain, added_tokens=[{"id": 5, "content": "</s>", "special": True}],
+                model={"type": "BPE", "vocab": vocab, "merges": ["a b"], "unk_token": "a"})
+    split = {"type": "Split", "pattern": {"Regex": "\\p{L}+|\\s"}, "behavior": "Isolated", "invert": False}
+    kinds = {"small": {}, "pairs": {"model": dict(base["model"], merges=[["a", "b"]])},
+             "split": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]}},
+             "literal": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [dict(split, pattern={"String": " "}, behavior="MergedWithNext"),
+                                                                                  {"type": "ByteLevel", "add_prefix_space": True}]}},
+             "strips": {"added_tokens": [{"id": 5, "content": "<image>", "lstrip": True, "rstrip": True, "single_word": True},
+                                         {"id": 6, "content": "<im", "normalized": True}]},
+             "unigram": {"model": {"type": "Unigram"}}, "nfc": {"normalizer": {"type": "NFC"}}, "gap": {"model": dict(base["model"], vocab={"a": 0, "b": 400000})},
+             "twice": {"added_tokens": [{"id": 0, "content": "a"}, {"id": 0, "content": "a"}]}, "far": {"added_tokens": [{"id": 1 << 40, "content": "x"}]}}
+    for name, change in kinds.items():
+        write(folder, name, json.dumps(dict(base, **change), ensure_ascii=name == "literal").encode() + b"\0a text of <image> words, 12 \xc3\xa9")
+    write(folder, "deep", b"[" * 3000)
+    write(folder, "bad_pattern", json.dumps(dict(base, pre_tokenizer=dict(split, pattern={"Regex": "((a+)+)+$"}))).encode())
+    words(folder + ".dict", JSON_WORDS + ['"model"', '"vocab"', '"merges"', '"added_tokens"', '"pre_tokenizer"', '"pretokenizers"', '"Split"', '"ByteLevel"', '"Sequence"',
+                                          '"Regex"', '"String"', '"behavior"', '"Removed"', '"Contiguous"', '"MergedWithPrevious"', '"invert"', '"id"', '"content"',
+                                          '"lstrip"', '"normalized"', '"unk_token"', "\\\\p{L}", "(?!\\\\S)", "\\\\s+", "[^\\\\r\\\\n]", "(?i:", "\\0"])
+
+
+SEEDS = {"deck": deck, "image": image, "shard": shard, "sample": sample, "tokenizer": tokenizer}
