@@ -4,7 +4,9 @@
  * outside the function that calls setjmp, so no local variable can be clobbered and one place frees
  * the decoder on every way out. Bounds against hostile files: pixels and sides from the header
  * before any buffer; the decoder's own memory; scans of a progressive JPEG (each one walks over the
- * whole picture, so large pictures may have fewer); size and number of PNG chunks.
+ * whole picture, so large pictures may have fewer); of a PNG only the chunks that make the pixels
+ * are read. That the machine has no memory left is no fault of the picture and ends the job: other
+ * ranks would find the picture whole.
  */
 #include <setjmp.h>
 #include <stdio.h>
@@ -17,7 +19,7 @@
 #include "check.h"
 #include "image.h"
 
-enum { PNG_CHUNK_BYTES = 8 << 20, PNG_CHUNKS = 128, JPEG_MARKERS_BYTES = 16 << 20 };
+enum { JPEG_MARKERS_BYTES = 16 << 20 };
 enum {
     SCANS_ANY_SIZE = 16
 }; /* a progressive JPEG of the largest size may have so many scans (usual: 10) */
@@ -154,6 +156,9 @@ struct jpeg_reading {
 static void jpeg_describe(struct jpeg_reading *j, j_common_ptr cinfo)
 {
     char text[JMSG_LENGTH_MAX];
+    if (cinfo->err->msg_code == JERR_OUT_OF_MEMORY)
+        FATAL(EXIT_ENVIRONMENT, "out of memory in a JPEG of %lld x %lld pixels",
+              (long long)j->r->width, (long long)j->r->height);
     j->error.format_message(cinfo, text);
     snprintf(j->r->why, j->r->why_size, "broken JPEG: %s", text);
 }
@@ -276,8 +281,18 @@ static void png_on_error(png_structp png, png_const_charp message)
 
 static void png_on_warning(png_structp png, png_const_charp message)
 {
-    (void)png; /* colour profiles and text chunks: no picture data */
+    (void)png; /* no picture data is lost */
     (void)message;
+}
+
+static png_voidp png_get_memory(png_structp png, png_alloc_size_t n)
+{
+    return xmalloc(n, 1);
+}
+
+static void png_release(png_structp png, png_voidp p)
+{
+    free(p);
 }
 
 static void png_on_read(png_structp png, png_bytep to, png_size_t n)
@@ -297,8 +312,8 @@ static bool png_run(struct png_reading *p)
     /* The library's own limit would give a sentence without the numbers, so it is the format's;
      * ours follows at once. */
     png_set_user_limits(png, 0x7fffffff, 0x7fffffff);
-    png_set_chunk_malloc_max(png, PNG_CHUNK_BYTES);
-    png_set_chunk_cache_max(png, PNG_CHUNKS);
+    /* Texts and profiles unpack to megabytes each. */
+    png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_NEVER, NULL, -1);
     png_set_read_fn(png, p, png_on_read);
     png_read_info(png, p->info);
     if (!accept_size(p->r, png_get_image_width(png, p->info), png_get_image_height(png, p->info)))
@@ -332,7 +347,8 @@ static bool read_png(struct reading *r)
 {
     struct png_reading *p = xcalloc(1, sizeof *p);
     p->r = r;
-    p->png = png_create_read_struct(PNG_LIBPNG_VER_STRING, p, png_on_error, png_on_warning);
+    p->png = png_create_read_struct_2(PNG_LIBPNG_VER_STRING, p, png_on_error, png_on_warning, NULL,
+                                      png_get_memory, png_release);
     p->info = p->png ? png_create_info_struct(p->png) : NULL;
     bool ok = false;
     if (p->info)
@@ -353,7 +369,7 @@ static const char *webp_reason(VP8StatusCode status)
     switch (status) {
     case VP8_STATUS_NOT_ENOUGH_DATA:
     case VP8_STATUS_SUSPENDED: return "the file ends too early";
-    case VP8_STATUS_OUT_OF_MEMORY: return "out of memory";
+    case VP8_STATUS_OUT_OF_MEMORY: FATAL(EXIT_ENVIRONMENT, "out of memory in a WebP");
     case VP8_STATUS_UNSUPPORTED_FEATURE: return "a feature that libwebp does not decode";
     default: return "invalid data";
     }

@@ -107,7 +107,10 @@ static bool read_json(struct build *b, int64_t index, int32_t part, bool *found)
                     b->why, b->why_size))
         return false;
     json_error_t error;
-    json_t *root = json_loadb((const char *)out->raw, (size_t)b->part[part].size, 0, &error);
+    json_t *root = json_loadb((const char *)out->raw, (size_t)b->part[part].size,
+                              JSON_REJECT_DUPLICATES, &error);
+    if (!root && json_error_code(&error) == json_error_out_of_memory)
+        FATAL(EXIT_ENVIRONMENT, "out of memory"); /* the sample may be whole */
     if (!root)
         return fail(b, "part json, line %d: %s", error.line, error.text);
     const json_t *conversation = json_object_get(root, "conversation"),

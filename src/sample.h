@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include "shard.h"
 
-enum { SAMPLE_PICTURE_MAX = 64 << 20, SAMPLE_TEXT_MAX = 16 << 20 }; /* bytes of a part */
+enum { SAMPLE_PICTURE_MAX = 64 << 20, SAMPLE_TEXT_MAX = 4 << 20 }; /* bytes of a part */
 
 enum sample_kind {
     SAMPLE_CAPTION,

@@ -25,6 +25,8 @@
 #include <unistd.h>
 
 enum { BLOCK = 512, WINDOW = 16384, EXTENDED_MAX = 1 << 20, SHARDS_MAX = 1000000 };
+/* A pipe instead of a file is no reason to wait. */
+enum { OPEN_FLAGS = O_RDONLY | O_CLOEXEC | O_NONBLOCK };
 
 static const char NO_END[] = "the file ends without an end-of-archive mark: truncated?";
 
@@ -142,10 +144,9 @@ bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *
             pread(fd, *buffer + done, (size_t)(part->size - done), (off_t)(part->offset + done));
         if (n < 0 && errno == EINTR)
             continue;
-        if (n < 0) {
-            snprintf(why, why_size, "part %s: %s", name, strerror(errno));
-            return false;
-        }
+        if (n < 0) /* not a fault of the sample: other ranks may well read it */
+            FATAL(EXIT_DATA, "%s: cannot be read at byte %" PRId64 ": %s", set->shard[shard].path,
+                  part->offset + done, strerror(errno));
         if (n == 0)
             FATAL(EXIT_DATA, "%s: ends at byte %" PRId64 ", it was longer when the run began",
                   set->shard[shard].path, part->offset + done);
@@ -198,7 +199,7 @@ static void expand_directory(const char *path, const char *where, struct paths *
         return;
     }
     bool compressed = false;
-    for (const struct dirent *e; (e = readdir(dir)) != NULL;) {
+    for (const struct dirent *e; errno = 0, (e = readdir(dir)) != NULL;) {
         const size_t n = strlen(e->d_name);
         if (e->d_name[0] == '.')
             continue;
@@ -216,8 +217,11 @@ static void expand_directory(const char *path, const char *where, struct paths *
         }
         free(file);
     }
+    const int trouble = errno;
     closedir(dir);
-    if (out->n == 0 && !compressed)
+    if (trouble != 0)
+        errors_add(errors, EXIT_DATA, "%s = '%s': %s", where, path, strerror(trouble));
+    else if (out->n == 0 && !compressed)
         errors_add(errors, EXIT_DATA, "%s = '%s': this directory holds no .tar file%s", where, path,
                    hint(path));
 }
@@ -324,13 +328,14 @@ static void index_shard(struct shard_set *set, int64_t shard, struct errors *err
     };
     w->path = set->shard[shard].path;
     struct stat st;
-    w->fd = open(w->path, O_RDONLY | O_CLOEXEC);
+    w->fd = open(w->path, OPEN_FLAGS);
     if (w->fd < 0 || fstat(w->fd, &st) != 0) {
         errors_add(errors, EXIT_DATA, "%s: error: %s%s", w->path, strerror(errno), hint(w->path));
     } else if (!S_ISREG(st.st_mode)) {
         errors_add(errors, EXIT_DATA, "%s: error: not a regular file", w->path);
     } else {
         w->size = set->shard[shard].bytes = st.st_size;
+        set->shard[shard].changed = st.st_mtim;
         walk(w);
         mark_scattered(set, w->first_sample);
     }
@@ -632,6 +637,10 @@ static void add_member(struct walk *w, const char *name, int64_t offset, int64_t
                                     .key = pool_add(set, name, key),
                                     .shard = (int32_t)w->shard };
     }
+    if (s->n_parts == SHARD_PARTS_MAX) {
+        s->broken = "it has more than 1024 parts";
+        return;
+    }
     for (int32_t i = 0; i < s->n_parts; i++)
         if (strcmp(set->pool + set->part[s->first_part + i].name, dot + 1) == 0)
             s->broken = "a part is there twice";
@@ -698,11 +707,14 @@ static int open_shard(struct shard_set *set, int64_t shard)
     set->open[slot].shard = -1;
     const char *path = set->shard[shard].path;
     struct stat st;
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    const int fd = open(path, OPEN_FLAGS);
     CHECK_SYS(fd >= 0 && fstat(fd, &st) == 0, EXIT_DATA, "%s: cannot be opened again", path);
     if (st.st_size != set->shard[shard].bytes)
         FATAL(EXIT_DATA, "%s: has %" PRId64 " bytes, it had %" PRId64 " when the run began", path,
               (int64_t)st.st_size, set->shard[shard].bytes);
+    const struct timespec *was = &set->shard[shard].changed;
+    if (st.st_mtim.tv_sec != was->tv_sec || st.st_mtim.tv_nsec != was->tv_nsec)
+        FATAL(EXIT_DATA, "%s: was written to since the run began", path);
     set->open[slot].fd = fd;
     set->open[slot].shard = shard;
     return fd;

@@ -10,9 +10,10 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <time.h>
 #include "check.h"
 
-enum { SHARD_FILES = 16, SHARD_NAME_MAX = 255 };
+enum { SHARD_FILES = 16, SHARD_NAME_MAX = 255, SHARD_PARTS_MAX = 1024 }; /* parts of a sample */
 
 struct shard_part {
     int64_t offset, size;
@@ -27,6 +28,7 @@ struct shard_sample {
 struct shard_file {
     char *path;
     int64_t bytes;
+    struct timespec changed; /* as it was indexed */
 };
 
 struct shard_set {
@@ -55,8 +57,9 @@ const struct shard_part *shard_parts(const struct shard_set *set,
 const char *shard_part_name(const struct shard_set *set,
                             const struct shard_part *part); /* Local. */
 /* All bytes of a part into *buffer, which grows (xrealloc) and is followed by a NUL. False with
- * `why` for a part of more than `most` bytes or a read error; a shard that changed since shard_init
- * ends the job with EXIT_DATA. Local. */
+ * `why` for a part of more than `most` bytes. A read error, and a shard that changed since
+ * shard_init, end the job with EXIT_DATA: they are no property of the sample that every rank sees.
+ * Local. */
 bool shard_read(struct shard_set *set, int64_t sample, const struct shard_part *part, int64_t most,
                 unsigned char **buffer, int64_t *capacity, char *why, size_t why_size);
 void shard_free(struct shard_set *set);

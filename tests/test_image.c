@@ -15,6 +15,7 @@
 #include <cmocka.h>
 #include <jpeglib.h>
 #include <png.h>
+#include <sys/resource.h>
 #include <webp/encode.h>
 #include "image.h"
 
@@ -508,6 +509,50 @@ static void wrong_checksum_breaks_a_png(void **state)
     free(b.data);
 }
 
+/* 120 text chunks, each unpacking to 8 MB, make no pixel: reading them would take 1 GB and seconds. */
+static void packed_texts_of_a_png_are_not_unpacked(void **state)
+{
+    enum { TEXT = (8 << 20) - 64, COPIES = 120, HEADER = 33 }; /* signature and IHDR */
+    struct bytes small = { 0 }, plain = make_png(13, 9, 8, PNG_COLOR_TYPE_RGB, false, row_rgb);
+    char *text = malloc(TEXT + 1);
+    memset(text, 'a', TEXT);
+    text[TEXT] = '\0';
+    png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
+    png_infop info = png_create_info_struct(png);
+    if (setjmp(png_jmpbuf(png)))
+        abort();
+    png_set_write_fn(png, &small, png_append, png_flush_nothing);
+    png_set_IHDR(png, info, 1, 1, 8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
+                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+    const png_text packed = {
+        .compression = PNG_TEXT_COMPRESSION_zTXt, .key = "key", .text = text, .text_length = TEXT
+    };
+    png_set_text(png, info, &packed, 1);
+    png_write_info(png, info);
+    png_destroy_write_struct(&png, &info);
+    free(text);
+
+    const size_t chunk = small.n - HEADER;
+    assert_memory_equal(small.data + HEADER + 4, "zTXt", 4);
+    assert_in_range(chunk, 1000, 20000);
+    struct bytes bomb = { malloc(plain.n + COPIES * chunk), plain.n + COPIES * chunk };
+    memcpy(bomb.data, plain.data, HEADER);
+    for (size_t i = 0; i < COPIES; i++)
+        memcpy(bomb.data + HEADER + i * chunk, small.data + HEADER, chunk);
+    memcpy(bomb.data + HEADER + COPIES * chunk, plain.data + HEADER, plain.n - HEADER);
+    struct image im = { 0 };
+    struct rusage before, after;
+    getrusage(RUSAGE_SELF, &before);
+    decode_ok(bomb, &im);
+    getrusage(RUSAGE_SELF, &after);
+    assert_int_equal(im.width, 13);
+    assert_true(after.ru_maxrss - before.ru_maxrss < 64 << 10); /* kilobytes */
+    image_free(&im);
+    free(bomb.data);
+    free(plain.data);
+    free(small.data);
+}
+
 static void animated_webp_is_refused(void **state)
 {
     static const uint8_t header[] = "RIFF\x2c\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x0f\0\0\x0f\0\0ANIM"
@@ -732,6 +777,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(limits_of_the_caller_hold),
         cmocka_unit_test(scans_of_a_progressive_jpeg_are_bounded),
         cmocka_unit_test(wrong_checksum_breaks_a_png),
+        cmocka_unit_test(packed_texts_of_a_png_are_not_unpacked),
         cmocka_unit_test(animated_webp_is_refused),
         cmocka_unit_test(resize_vectors_of_the_specification),
         cmocka_unit_test(resize_equals_the_imaging_library),

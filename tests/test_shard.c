@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <cmocka.h>
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -672,6 +673,7 @@ static void broken_documents_say_why(void **state)
     read_doc("json", "[1]", false, "not an object");
     read_doc("json", "{\"caption\": 3}", false, "caption is not a string");
     read_doc("json", "{\"width\": 3}", false, "no caption");
+    read_doc("json", "{\"caption\": \"a\", \"caption\": \"b\"}", false, "duplicate");
     read_doc("json", "{\"caption\": \"a\\u0000b\"}", false, "json");
     read_doc("txt", "\xc3(", false, "UTF-8");
     read_doc("txt", "\xed\xa0\x80", false, "UTF-8");
@@ -720,31 +722,88 @@ static void random_damage_never_crashes(void **state)
     free(clean.bytes);
 }
 
-static void a_shard_that_shrinks_during_the_run_ends_the_job_with_4(void **state)
+/* What reading the first sample ends the process with. */
+static int status_of_reading(struct shard_set *set)
 {
-    struct tar t = { 0 };
-    tar_text(&t, "a.txt", "x");
-    tar_end(&t);
-    tar_write(&t, file("shrink.tar"));
-    struct shard_set set;
-    struct errors errors;
-    assert_int_equal(init(&set, file("shrink.tar"), &errors), 0);
-    assert_int_equal(truncate(file("shrink.tar"), 512), 0);
+    int status;
     fflush(NULL);
     const pid_t pid = fork();
     if (pid == 0) {
         char why[64];
         if (!freopen("/dev/null", "w", stderr))
             _exit(99);
-        sample_read(&doc, &set, 0, "", "", why, sizeof why);
+        sample_read(&doc, set, 0, "", "", why, sizeof why);
         _exit(0);
     }
-    int status;
     assert_int_equal(waitpid(pid, &status, 0), pid);
     assert_true(WIFEXITED(status));
-    assert_int_equal(WEXITSTATUS(status), EXIT_DATA);
-    shard_free(&set);
+    return WEXITSTATUS(status);
+}
+
+static void a_shard_that_changes_during_the_run_ends_the_job_with_4(void **state)
+{
+    struct tar t = { 0 };
+    struct shard_set set;
+    struct errors errors;
+    for (int change = 0; change < 4; change++) {
+        tar_text(&t, "a.txt", "x");
+        tar_end(&t);
+        tar_write(&t, file("change.tar"));
+        assert_int_equal(init(&set, file("change.tar"), &errors), 0);
+        const struct timespec times[2] = { { 0, UTIME_OMIT }, { 1700000000, 5 } };
+        if (change == 1)                              /* shorter */
+            assert_int_equal(truncate(file("change.tar"), 512), 0);
+        if (change == 2)                              /* other bytes, as many */
+            assert_int_equal(utimensat(AT_FDCWD, file("change.tar"), times, 0), 0);
+        if (change == 3)                              /* a pipe: opening it must not wait for a writer */
+            assert_true(unlink(file("change.tar")) == 0 && mkfifo(file("change.tar"), 0666) == 0);
+        assert_int_equal(status_of_reading(&set), change == 0 ? 0 : EXIT_DATA);
+        shard_free(&set);
+        unlink(file("change.tar"));
+    }
     sample_free(&doc);
+}
+
+static void what_is_no_file_is_refused_without_waiting(void **state)
+{
+    struct shard_set set;
+    struct errors errors;
+    assert_int_equal(mkdir(file("odd"), 0777), 0);
+    assert_int_equal(mkfifo(file("odd/0.tar"), 0666), 0);
+    assert_int_equal(mkdir(file("odd/1.tar"), 0777), 0);
+    assert_int_equal(init(&set, file("odd"), &errors), 2);
+    for (int i = 0; i < 2; i++)
+        assert_non_null(strstr(errors.line[i], "not a regular file"));
+    errors_free(&errors);
+    shard_free(&set);
+}
+
+/* Work and memory stay in proportion to the sample. */
+static void a_sample_of_too_many_parts_is_broken(void **state)
+{
+    struct tar t = { 0 };
+    struct shard_set set;
+    struct errors errors;
+    char name[32];
+    for (int i = 0; i < SHARD_PARTS_MAX; i++) {
+        snprintf(name, sizeof name, "a.%d.png", i);
+        tar_text(&t, name, "");
+    }
+    tar_text(&t, "b.txt", "x");
+    for (int i = 0; i <= SHARD_PARTS_MAX; i++) {
+        snprintf(name, sizeof name, "c.%d.png", i);
+        tar_text(&t, name, "");
+    }
+    tar_end(&t);
+    tar_write(&t, file("parts.tar"));
+    assert_int_equal(init(&set, file("parts.tar"), &errors), 0);
+    assert_int_equal(set.n_samples, 3);
+    assert_null(set.sample[0].broken);
+    assert_int_equal(set.sample[0].n_parts, SHARD_PARTS_MAX);
+    assert_null(set.sample[1].broken);
+    assert_non_null(strstr(set.sample[2].broken, "1024 parts"));
+    assert_int_equal(set.sample[2].n_parts, SHARD_PARTS_MAX);
+    shard_free(&set);
 }
 
 int main(void)
@@ -772,7 +831,9 @@ int main(void)
         cmocka_unit_test(conversations_are_sender_lines),
         cmocka_unit_test(broken_documents_say_why),
         cmocka_unit_test(random_damage_never_crashes),
-        cmocka_unit_test(a_shard_that_shrinks_during_the_run_ends_the_job_with_4),
+        cmocka_unit_test(a_shard_that_changes_during_the_run_ends_the_job_with_4),
+        cmocka_unit_test(what_is_no_file_is_refused_without_waiting),
+        cmocka_unit_test(a_sample_of_too_many_parts_is_broken),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
