@@ -1,7 +1,5 @@
 #!/usr/bin/env python3
 """The test of the regression runner: it must fail when it should, name what is wrong, and hold every pair of settings."""
-import importlib.machinery
-import importlib.util
 import itertools
 import os
 import re
@@ -10,10 +8,15 @@ import subprocess
 import sys
 
 import h5py
+import numpy as np
 
 from harness import ROOT, Mimo, Tap
 
 RUN = os.path.join(ROOT, "regression", "run")
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(RUN))
+from cases import DATASETS, MORE, TENSORS, cases, sketch   # noqa: E402
+
 QUICK = ("310_layouts_colocated/reference", "300_layouts_disjoint/e1x1_l1x1", "400_resume/e1x1")
 RANKS, BATCH, EXPERTS = (1, 2, 4, 6, 8, 16), 24, 8
 OVERLAP = {"": "none", "r": "reduce", "rp": "reduce+gather", "rpe": "reduce+gather+encoder"}
@@ -55,30 +58,26 @@ def possible():
                     yield setting(ranks, layout, encoder, (tp, dp), ep, mbs, stage, overlap, buckets, shared)
 
 
-def runs(runner):
+def runs():
     """The settings of every fp64 launch of the families 300 to 349."""
-    for case in runner.cases(os.path.dirname(RUN)):
+    for case in cases(os.path.dirname(RUN)):
         if not 300 <= int(case.name[:3]) < 350:
             continue
         deck_stage = re.search(r"training_stage = (\d)", open(case.deck).read()).group(1)
-        for _, ranks, overrides in case.launches:
-            o = dict(w.split(".", 1)[1].split("=") for w in overrides)
+        for launch in case.launches:
+            o = dict(w.split(".", 1)[1].split("=") for w in launch.overrides)
             number = lambda key, unset="1": int(o.get(key, unset))
             layout = o["layout"]
             encoder = () if layout == "language_only" else (number("encoder_tp"), number("encoder_dp"))
             overlap = "".join(k for k, key in zip("rpe", ("overlap_grad_reduce", "overlap_param_gather", "encoder_ddp_overlap"))
                               if o.get(key) == "T")
-            yield setting(ranks, layout, encoder, (number("llm_tp"), number("llm_dp")), number("llm_ep"), number("micro_batch_size"),
+            yield setting(launch.ranks, layout, encoder, (number("llm_tp"), number("llm_dp")), number("llm_ep"), number("micro_batch_size"),
                           number("training_stage", deck_stage), OVERLAP[overlap], number("ddp_num_buckets", "0"),
                           o.get("moe_shared_expert_overlap", "F"))
 
 
 def coverage(tap):
-    loader = importlib.machinery.SourceFileLoader("regression_run", RUN)
-    sys.dont_write_bytecode = True
-    runner = importlib.util.module_from_spec(importlib.util.spec_from_loader("regression_run", loader))
-    loader.exec_module(runner)
-    have, wanted = set(runs(runner)), pairs(possible())
+    have, wanted = set(runs()), pairs(possible())
     missing = sorted(sorted(map(str, p)) for p in wanted - pairs(have))
     tap.result(len(wanted) > 500 and not missing, "every_pair_of_settings_occurs", missing)
     layouts = {frozenset(p for p in s if p[0] not in ("stage", "overlap", "buckets", "shared")) for s in have}
@@ -91,15 +90,15 @@ def coverage(tap):
 class Copy:
     """One case in a folder of its own, with one cheap launch."""
 
-    def __init__(self, m):
-        self.m, self.folder = m, m.path("cases")
-        self.case = os.path.join(self.folder, "310_layouts_colocated")
-        shutil.copytree(os.path.join(os.path.dirname(RUN), "310_layouts_colocated"), self.case)
+    def __init__(self, m, name="310_layouts_colocated", launch="reference"):
+        self.m, self.folder, self.launch = m, m.path("cases_" + name), name + "/" + launch
+        self.case = os.path.join(self.folder, name)
+        shutil.copytree(os.path.join(os.path.dirname(RUN), name), self.case)
         self.reference = os.path.join(self.case, "reference.h5")
 
     def run(self, *more):
         p = subprocess.run([RUN, "--mimo", self.m.binary, "--mpiexec", self.m.arg.mpiexec, "--cases", self.folder, "-k",
-                            "310_layouts_colocated/reference", *more], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            self.launch, *more], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, timeout=120)
         return p.returncode, p.stdout
 
@@ -158,8 +157,65 @@ def failures(tap, m):
                text.endswith("0 passed, 0 failed, 1 skipped\n"), "a_skip_says_why", text)
 
 
+def tensors(tap, m):
+    """The same for gradients and parameters, and what their sketches are worth."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(40, 50))
+    ratios = [np.linalg.norm(sketch(v)) / np.linalg.norm(v) for v in rng.normal(size=(200, 2000))]
+    tap.result(0.5 < min(ratios) and max(ratios) < 1.5 and abs(np.mean(ratios) - 1) < 0.05, "a_sketch_keeps_norms", ratios)
+    tap.result(np.allclose(sketch(x) - sketch(2 * x[::-1]), sketch(x - 2 * x[::-1]), atol=1e-12) and
+               np.all(sketch(np.eye(1, 2000, 77)) != 0), "a_sketch_is_linear_and_sees_every_element")
+    c = Copy(m, "510_language", "fp64")
+    path, wide = os.path.join(c.case, "expect"), []
+    with open(path) as f:
+        for line in f:
+            words = line.split()
+            wide.append("%s 0 1e-6 wide\n" % words[0] if words and words[0] in TENSORS else line)
+    with open(path, "w") as f:
+        f.writelines(wide[:next(i for i, line in enumerate(wide) if line == "reference fp32\n")] + ["launch fp64_l\n"])
+    for kind, name in (("gradients", "language/output_layer.weight"), ("parameters", "language/decoder.layers.0.mixer.A_log")):
+        for factor, right in ((1.01, False), (0.99, True)):
+            with h5py.File(c.reference, "r+") as f:
+                old = f["fp64"][kind][name][()]
+                f["fp64"][kind][name][...] = old * (1 + factor * 1e-6)
+            code, text = c.run()
+            wrong = re.search(r"^WRONG .*: %s: %s: relative distance .* tolerance 1.00e-06 \(1 of \d+ tensors\)$" % (kind, re.escape(name)), text, re.M)
+            tap.result((code == 0) == right and bool(wrong) != right, "%s_moved_by_%g_tolerances" % (kind, factor), text)
+            with h5py.File(c.reference, "r+") as f:
+                f["fp64"][kind][name][...] = old
+    with h5py.File(c.reference, "r+") as f:
+        del f["fp64/gradients/language/output_layer.weight"]
+    code, text = c.run()
+    tap.result(code == 1 and "gradients: language/output_layer.weight is in one of run and reference only" in text, "a_missing_tensor_is_wrong", text)
+    code, text = c.run("--update")
+    tap.result(code == 1 and "make oracle" in text, "an_oracle's_reference_is_not_updated_from_a_run", text)
+
+
+BOUND = {"fp64": {"lm_loss": 1e-11, "gradients": 1e-9, "parameters": 1e-8}, "fp32": {"lm_loss": 2e-6, "gradients": 2e-5, "parameters": 1e-4}}
+
+
+def tolerances(tap):
+    """Every comparison with another program states what was measured; its tolerance is no wider than four times that."""
+    bad, seen = [], 0
+    for case in cases(os.path.dirname(RUN)):
+        for s in case.sections if case.oracle else ():
+            for q, (atol, rtol, source) in s.tolerance.items():
+                m = re.search(r": measured (\S+)$", source)
+                measured = float(m.group(1)) if m else 0.0
+                bound = BOUND[s.group].get(q, BOUND[s.group]["gradients"])
+                seen += 1
+                if atol or rtol > 4.0001 * measured or measured > bound:
+                    bad.append("%s %s %s: atol %g rtol %g measured %g bound %g" % (case.name, s.group, q, atol, rtol, measured, bound))
+            bad += ["%s %s: no %s" % (case.name, s.group, q) for q in DATASETS + MORE + TENSORS if q not in s.tolerance]
+    tap.result(seen > 30 and not bad, "tolerances_are_at_most_four_times_what_was_measured", bad)
+    size = sum(os.path.getsize(os.path.join(d, f)) for d, _, files in os.walk(os.path.dirname(RUN)) for f in files)
+    tap.result(size < 20e6, "the_folder_is_below_20_MB", size)
+
+
 def main():
     tap, m = Tap(), Mimo()
+    tolerances(tap)
+    tensors(tap, m)
     coverage(tap)
     failures(tap, m)
     words = [w for q in QUICK for w in ("-k", q)]

@@ -199,9 +199,9 @@ def write_tokenizer(name, specials=("</s>", "<image>", "<|endoftext|>", "<img>",
                              "merges": []}}, f)
 
 
-def write_shards(directory, samples, shards=2, seed=0, broken=(), text_every=4):
-    """Tar shards of pictures (png, sizes 8..40 pixels) with captions, every `text_every`-th sample a plain text; the pictures
-    of the samples in `broken` end too early."""
+def write_shards(directory, samples, shards=2, seed=0, broken=(), text_every=4, pictures=1):
+    """Tar shards of pictures (png, sizes 8..40 pixels) with captions, up to `pictures` in a sample, every `text_every`-th sample a plain
+    text; the pictures of the samples in `broken` end too early."""
     from PIL import Image
     os.makedirs(directory)
     rng = np.random.default_rng(seed)
@@ -209,11 +209,11 @@ def write_shards(directory, samples, shards=2, seed=0, broken=(), text_every=4):
         with tarfile.open(os.path.join(directory, "%06d.tar" % s), "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(s, samples, shards):
                 parts = {"txt": ("sample %d of a test" % i).encode()}
-                if i % text_every:
+                for k in range(1 + i % pictures if i % text_every else 0):
                     h, w = (int(x) for x in rng.integers(8, 41, 2))
                     png = io.BytesIO()
                     Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(png, "PNG")
-                    parts["png"] = png.getvalue()[:40 if i in broken else None]
+                    parts["png" if pictures == 1 else "%d.png" % k] = png.getvalue()[:40 if i in broken else None]
                 for ext, data in sorted(parts.items()):
                     info = tarfile.TarInfo("%04d.%s" % (i, ext))
                     info.size = len(data)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need (and f90nml of the Python
-# index, in build/f90nml); with --cuda also
-# NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed to build). Safe to run again.
+# index, in build/f90nml); with --cuda also NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed
+# to build); with --oracle also transformers and torch in .oracle/ for `make oracle`. Safe to run again.
 # Without root it prints the command to run as root and ends with status 1.
 set -eu
 cd "$(dirname "$0")/.."
@@ -12,13 +12,15 @@ packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread lib
 dev="clang clang-format libclang-rt-14-dev llvm libcmocka-dev git gfortran python3-venv"
 cuda=no
 f90nml=no
+oracle=no
 
 for option in "$@"; do
     case "$option" in
     --dev) f90nml=yes; packages="$packages $dev" ;;
     --cuda) cuda=yes; packages="$packages python3-pip" ;;
+    --oracle) oracle=yes; packages="$packages python3-venv" ;;
     -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
-    *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --help)" >&2; exit 2 ;;
+    *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --oracle, --help)" >&2; exit 2 ;;
     esac
 done
 
@@ -52,5 +54,13 @@ fi
 if [ "$f90nml" = yes ] && [ ! -d build/f90nml ]; then
     regression/oracle/deck_readers.py --install ||
         echo "bootstrap.sh: no f90nml from the Python index: the test that compares with it will be skipped" >&2
+fi
+# Made whole or not at all; made again when the list of packages has changed.
+if [ "$oracle" = yes ] && ! cmp -s regression/oracle/requirements.txt .oracle/requirements.txt; then
+    echo "fetching transformers and torch into .oracle (about 1 GB)"
+    rm -rf .oracle
+    python3 -m venv .oracle
+    .oracle/bin/pip install -q -r regression/oracle/requirements.txt
+    cp regression/oracle/requirements.txt .oracle/requirements.txt
 fi
 echo "bootstrap: everything is installed"

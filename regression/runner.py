@@ -1,0 +1,276 @@
+"""Launches of regression cases and the comparison of what they leave behind."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import h5py
+import numpy as np
+
+import cases as c
+from cases import EXPERTS, read_rows
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, os.path.join(ROOT, "tests"))
+import harness   # noqa: E402
+
+STOPPED = 75   # the exit status of a planned stop
+LAST = ("checkpoint.save_interval=0",)   # overrides of a run that leaves its last checkpoint
+# What a clock or an allocator decides, and the echo, which names the run's own directory.
+NOT_BITWISE = re.compile(r"seconds|tokens_per_second|tflops|peak_bytes|^deck/|^code/")
+
+
+# A restart finds its parameters whole and need not gather them: the first iteration after it sends less.
+NOT_RESUMED = re.compile(NOT_BITWISE.pattern + r"|sent_bytes")
+
+
+class Runner:
+    def __init__(self, arg, scratch):
+        self.arg, self.scratch = arg, os.path.join(scratch, "run")
+        self.data = os.path.join(scratch, "data")
+        for folder in (self.scratch, self.data):
+            os.mkdir(folder)
+        self.mimo = os.path.abspath(arg.mimo)
+        self.serial = 0
+        self.env = {}   # added to the environment of every launch
+        self.features = {}
+
+    def probe(self):
+        """Features of the program, or '' and why there are none."""
+        try:
+            p = subprocess.run([self.mimo, "--features"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as e:
+            return "%s does not run: %s" % (self.arg.mimo, e)
+        self.features = dict(line.split("=", 1) for line in p.stdout.splitlines() if "=" in line)
+        return "" if p.returncode == 0 and self.features else "%s --features ended with status %d" % (self.arg.mimo, p.returncode)
+
+    def shards(self, case):
+        """Overrides that train on the case's data set, made when first asked for."""
+        if not case.shards:
+            return []
+        data = os.path.join(self.data, case.name)
+        if not os.path.exists(data):
+            harness.write_shards(data, case.shards[0], pictures=case.shards[1])
+            harness.write_tokenizer(os.path.join(data, "tokenizer.json"))
+        return ["data.dataset_provider=webdataset", "data.train_data_path=" + data, "data.tokenizer=" + os.path.join(data, "tokenizer.json")]
+
+    def go(self, case, ranks, overrides, out):
+        """(seconds or None when the limit was hit, status, output) of one process group."""
+        command = [self.mimo, case.deck, "run.output_dir=" + out, *self.shards(case), *overrides]
+        if ranks > 1:
+            command = [self.arg.mpiexec, "-n", str(ranks)] + command
+        env = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", OPENBLAS_NUM_THREADS="1", **self.env)
+        start = time.monotonic()
+        with tempfile.TemporaryFile(dir=self.scratch) as log:
+            p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
+            try:
+                status, seconds = p.wait(case.limit), time.monotonic() - start
+            except subprocess.TimeoutExpired:
+                status, seconds = None, None
+            finally:
+                if p.poll() is None:
+                    os.killpg(p.pid, signal.SIGKILL)
+                    p.wait()
+            log.seek(0)
+            return seconds, status, log.read().decode(errors="replace")
+
+    def launch(self, case, ranks, overrides, expected=0, out="", saving=()):
+        """(directory, ''), or (directory, outcome) when the program did not end as expected. saving: overrides of a run with checkpoints."""
+        self.serial += 1
+        out = out or os.path.join(self.scratch, "%04d" % self.serial)
+        save = ["checkpoint.save=" + os.path.join(out, "ckpt"), *saving] if saving else []
+        seconds, status, text = self.go(case, ranks, overrides + save, out)
+        if seconds is None:
+            return out, "TIMEOUT after %g s\n%s" % (case.limit, tail(text))
+        if status != expected:
+            return out, "CRASH status %s, expected %d\n%s" % (status, expected, tail(text))
+        if not os.path.exists(os.path.join(out, "trace.h5")):
+            return out, "CRASH status %s, but no trace.h5\n%s" % (status, tail(text))
+        return out, ""
+
+    def clean(self):
+        """Remove what the launches so far have left."""
+        for n in os.listdir(self.scratch):
+            shutil.rmtree(os.path.join(self.scratch, n), ignore_errors=True)
+
+    def skip(self, case, ranks):
+        """The reason to skip, or ''."""
+        for need in case.needs:
+            feature = need.partition("=")[0]
+            if "%s=%s" % (feature, self.features.get(feature, "")) != need:
+                return "needs %s, this program has %s=%s" % (need, feature, self.features.get(feature, ""))
+        if ranks > 1 and not shutil.which(self.arg.mpiexec):
+            return "%d ranks, and there is no %s" % (ranks, self.arg.mpiexec)
+        return ""
+
+    def check(self, case, launch):
+        """The outcome of one launch: 'OK ...', 'WRONG ...', 'CRASH ...', 'TIMEOUT ...' or 'SKIP ...'."""
+        ranks, overrides = launch.ranks, launch.overrides
+        reason = self.skip(case, ranks)
+        if reason:
+            return "SKIP " + reason
+        if not os.path.exists(case.reference):
+            return "WRONG reference.h5 is missing (%s writes it)" % writer(case)
+        identity = case.resume or case.repeat
+        out, fault = self.launch(case, ranks, overrides, saving=LAST if identity or launch.section.tensors() else ())
+        fault, note = (fault, "") if fault else compare(case, launch, out)
+        if not fault and "gradients" in launch.section.tolerance:
+            first, fault = self.first_step(case, launch)
+            stored = fault or c.read_group(case.reference, launch.section.group)
+            fault = fault or compare_tensors(launch.section, "gradients", c.gradients(first), stored)
+        if not fault and identity:
+            fault = self.identity(case, ranks, overrides, out)
+        return fault or "OK" + note
+
+    def first_step(self, case, launch):
+        """As `launch`, for a run of one iteration, whose checkpoint holds the gradients as the optimizer's first moments."""
+        return self.launch(case, launch.ranks, launch.overrides + ["run.train_iters=1"], saving=LAST)
+
+    def identity(self, case, ranks, overrides, whole):
+        """Once more, or in two parts: '' when every bit is that of `whole`."""
+        rows, again = case.rows(overrides), whole + "_again"
+        if case.resume:
+            part = overrides + ["run.exit_interval=%d" % case.resume]
+            out, fault = self.launch(case, ranks, part, expected=STOPPED, out=again, saving=LAST)
+            if not fault and len(read_rows(os.path.join(again, "trace.h5"), ["iteration"])["iteration"]) != case.resume:
+                fault = "WRONG the first part did not stop after %d iterations" % case.resume
+            if fault:
+                return fault
+        out, fault = self.launch(case, ranks, overrides, out=again, saving=LAST)
+        if fault:
+            return fault
+        ignore = (NOT_RESUMED if case.resume else NOT_BITWISE).search
+        for name in ("trace.h5", c.checkpoint("", rows)):
+            a, b = (harness.everything(os.path.join(d, name)) for d in (whole, again))
+            bits = harness.differing(a, b, ignore=ignore)
+            if bits:
+                return first_bit(bits[0], a.get(bits[0]), b.get(bits[0]), len(bits))
+            if not [k for k in a if not ignore(k)]:
+                return "WRONG %s: holds nothing to compare" % name
+        return ""
+
+    def update(self, case):
+        """Write reference.h5 from the case's first launch; '' or the outcome that prevented it."""
+        ranks, overrides = case.launches[0].ranks, case.launches[0].overrides
+        if case.oracle:
+            return "SKIP its reference is not our own: `make oracle` writes it"
+        reason = self.skip(case, ranks)
+        if reason:
+            return "SKIP " + reason
+        out, fault = self.launch(case, ranks, overrides)
+        if fault:
+            return fault
+        rows = read_rows(os.path.join(out, "trace.h5"), case.sections[0].quantities())
+        bad = [k for k, v in rows.items() if len(v) != case.rows(overrides) or not np.all(np.isfinite(v))]
+        if bad:
+            return "WRONG %s: rows are missing or not finite, no reference written" % bad[0]
+        partial = case.reference + ".new"
+        with h5py.File(partial, "w") as f:
+            for k, v in rows.items():
+                f[k] = v
+            command = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
+            f.attrs.update(program="mimo", version=self.features.get("version", ""), git=self.features.get("git", ""),
+                           date=time.strftime("%Y-%m-%d", time.gmtime()),
+                           command=" ".join([*command, "mimo", "regression/%s/deck.nml" % case.name, *overrides]))
+        os.replace(partial, case.reference)
+        return ""
+
+
+def first_bit(name, a, b, count):
+    """Names the dataset and, where it can be told, the first element whose bits differ."""
+    where = ""
+    if a is None or b is None or np.shape(a) != np.shape(b):
+        return "WRONG %s: missing or of another shape in one of the runs (%d datasets differ)" % (name, count)
+    d = np.argwhere(np.atleast_1d(np.asarray(a) != np.asarray(b)))
+    if len(d):
+        i = tuple(int(x) for x in d[0])
+        where = " first at %s: %r, unbroken %r" % (list(i), np.atleast_1d(b)[i], np.atleast_1d(a)[i])
+    return "WRONG %s: tolerance 0 (bitwise),%s (%d datasets differ)" % (name, where, count)
+
+
+def tail(text, lines=12):
+    return "\n".join("    | " + x for x in text.strip().splitlines()[-lines:])
+
+
+def writer(case):
+    return "make oracle" if case.oracle else "regression/run --update -k " + case.name
+
+
+def compare(case, launch, out):
+    """(outcome or '', note): the launch's trace and tensors against the reference in its own number of iterations."""
+    section, rows = launch.section, case.rows(launch.overrides)
+    try:
+        reference = read_rows(case.reference, section.quantities(), section.group)
+    except (OSError, KeyError) as e:
+        return "WRONG reference.h5: %s" % e, ""
+    got = read_rows(os.path.join(out, "trace.h5"), section.quantities())
+    for label, r in (("reference", reference), ("trace", got)):
+        short = [k for k in r if len(r[k]) < rows]
+        if short or not rows:
+            return "WRONG %s: the %s has %d rows, %d wanted" % (short[0] if short else "iteration", label,
+                                                                len(r[short[0]]) if short else 0, rows), ""
+    if len(got["iteration"]) != rows:
+        return "WRONG iteration: the trace has %d rows, %d wanted" % (len(got["iteration"]), rows), ""
+    n, note = rows, ""
+    if section.until_flip:
+        flip = harness.first_flip(*({"tokens_per_expert": r[EXPERTS][:rows]} for r in (got, reference)))
+        if flip is not None:
+            row, layer = flip
+            expert = int(np.argmax(got[EXPERTS][row, layer] != reference[EXPERTS][row, layer]))
+            n, note = row, " up to the first flip: iteration %d, E layer %d, expert %d" % (reference["iteration"][row], layer, expert)
+    # A choice that differs before any row could be compared proves nothing.
+    if n == 0:
+        return "WRONG %s: differs at iteration 1, E layer %d, expert %d" % (EXPERTS, layer, expert), ""
+    fault = compare_rows(section, got, reference, n)
+    # After a flip, or in fewer iterations, the last parameters are others.
+    if not fault and "parameters" in section.tolerance and n == rows == case.iterations:
+        stored = c.read_group(case.reference, section.group)
+        fault = compare_tensors(section, "parameters", c.parameters(out, rows), stored, longest_way(got))
+    return fault, note
+
+
+def compare_rows(section, got, reference, n):
+    """The outcome of the first n rows, or ''."""
+    for k in section.quantities():
+        atol, rtol, _ = section.tolerance[k]
+        if got[k].shape[1:] != reference[k].shape[1:]:
+            return "WRONG %s: shape %s, reference %s" % (k, got[k].shape[1:], reference[k].shape[1:])
+        x, y = (r[k][:n].astype(np.float64) for r in (got, reference))
+        near = np.abs(x - y) <= atol + rtol * np.abs(y)   # false for NaN
+        if not near.all():
+            i = tuple(int(j) for j in np.argwhere(~near)[0])
+            place = "" if len(i) == 1 else " at [layer, expert] %s" % list(i[1:])
+            return "WRONG %s%s: value %.17g, reference %.17g, off by %.2e, tolerance %.2e (atol %g, rtol %g), first iteration %d" % (
+                k, place, x[i], y[i], abs(x[i] - y[i]), atol + rtol * abs(y[i]), atol, rtol, reference["iteration"][i[0]])
+    return ""
+
+
+def longest_way(rows):
+    """How far Adam moves an element whose gradient is noise, at most: a learning rate in each iteration."""
+    return float(np.sum(rows["learning_rate"]))
+
+
+def compare_tensors(section, kind, got, stored, longest=0.0):
+    """The outcome of every tensor, or ''. A key bias is only bounded, by the `longest` way that Adam can take."""
+    atol, rtol, _ = section.tolerance[kind]
+    stored = {n.removeprefix(kind + "/"): x for n, x in stored.items() if n.startswith(kind + "/")}
+    other = sorted(set(got) ^ set(stored))
+    if other or not stored:
+        return "WRONG %s: %s is in one of run and reference only" % (kind, other[0] if other else "nothing")
+    far = []
+    for n in sorted(stored):
+        if kind == "parameters" and c.is_key_bias(n):
+            if not np.all(np.abs(got[n]) <= longest):
+                return "WRONG %s: %s: an element of %.2e, Adam's steps on rounding reach %.2e" % (kind, n, np.abs(got[n]).max(), longest)
+            continue
+        x, y = c.sketch(got[n]), stored[n]
+        if x.shape != y.shape or not np.linalg.norm(x - y) <= atol + rtol * np.linalg.norm(y):   # false for NaN
+            far.append((c.distance(x, y), n))
+    if far:
+        return "WRONG %s: %s: relative distance %.2e, tolerance %.2e (%d of %d tensors)" % (kind, max(far)[1], max(far)[0], rtol, len(far), len(stored))
+    return ""
