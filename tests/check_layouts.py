@@ -127,7 +127,7 @@ def main():
             check(tap, m, reference, "%s_encoder%d_language%d_mbs%d" % (precision, enc, llm, mbs), precision, 8, mbs,
                   "topology.layout=disjoint", "topology.encoder_dp=%d" % enc, "topology.llm_dp=%d" % llm)
         for ranks, mbs in ((1, 4), (2, 3), (4, 2)):
-            check(tap, m, reference, "%s_colocated%d_mbs%d" % (precision, ranks, mbs), precision, ranks, mbs,
+            check(tap, m, reference, "p12_51_%s_colocated%d_mbs%d" % (precision, ranks, mbs), precision, ranks, mbs,
                   "topology.layout=colocated")
         for layout, grids in TENSOR_PARALLEL.items():
             for ranks, mbs, (tp, dp), llm in grids:

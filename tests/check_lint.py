@@ -117,6 +117,57 @@ def short(path, most):
     return [] if n <= most else ["%s has %d lines, at most %d" % (path, n, most)]
 
 
+# The lists of behaviours that tests pin: name in tests and in docs/pinned.md, and how many items.
+PINNED = {"p12": 105, "m6": 40}
+
+
+def items_of(name):
+    """The items that a test's name holds: the numbers behind p12_ or m6_, several in a row."""
+    return {(k, int(n)) for k, run in re.findall(r"(p12|m6)((?:_\d\d+)+)(?!\d)", name) for n in run.split("_")[1:]}
+
+
+def pinned_tests():
+    """Names with items in the tests' sources and among the decks that are read one by one."""
+    folder = os.path.join(ROOT, "tests")
+    names = {n[:-4] for n in os.listdir(os.path.join(folder, "decks", "bad")) if n.endswith(".nml") and items_of(n)}
+    for n in os.listdir(folder):
+        if n.endswith((".c", ".py")):
+            with open(os.path.join(folder, n), encoding="utf-8") as f:
+                names.update(re.findall(r"\b\w*?(?:p12|m6)_\d\d\w*", f.read()))
+    return names
+
+
+def pinned(text, tests):
+    """What is wrong with the table of docs/pinned.md."""
+    found, rows = [], {}
+    for kind, number, last in re.findall(r"^\| (p12|m6)_(\d+) \|[^|]*\|([^|]*)\|$", text, re.M):
+        rows.setdefault((kind, int(number)), []).append(last)
+    for item in [(k, n) for k in PINNED for n in range(1, PINNED[k] + 1)]:
+        if len(rows.get(item, ())) != 1:
+            found.append("%s_%02d has %d rows" % (*item, len(rows.get(item, ()))))
+            continue
+        last = rows[item][0]
+        named = re.findall(r"`([^`]*)`", last)
+        found += ["%s_%02d: no test is called %s" % (*item, n) for n in named if n not in tests]
+        found += ["%s_%02d: %s does not carry the number" % (*item, n) for n in named if item not in items_of(n)]
+        found += ["%s_%02d lacks %s" % (*item, n) for n in sorted(tests) if item in items_of(n) and n not in named]
+        if not named and not re.search(r"\bwaits for \w", last):
+            found.append("%s_%02d names neither a test nor what it waits for" % item)
+    return found + ["%s_%02d is no item of the lists" % item for item in sorted({*rows} | {i for n in tests for i in items_of(n)})
+                    if not 1 <= item[1] <= PINNED[item[0]]]
+
+
+def pinned_rules(path=os.path.join(ROOT, "docs", "pinned.md")):
+    """The table as it is, and that a table with a fault would be seen."""
+    tests = pinned_tests()
+    with open(path, encoding="utf-8") as f:
+        text = f.read()
+    one = re.search(r"^\| p12_%d .*\n" % 44, text, re.M).group(0)
+    faulty = (text.replace(one, ""), text.replace(one, one + one), text.replace(one, re.sub(r"`[^`]*`", "", one)), text + one.replace("44", "106", 1),
+              text.replace(one, one.replace("trace_of_three_stages", "trace_of_four_stages")))
+    return pinned(text, tests), ["fault %d of the table is not seen" % i for i, t in enumerate(faulty) if not pinned(t, tests)]
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--mimo")
@@ -132,12 +183,13 @@ def main():
         ("assert.h is not used", grep(r"assert\.h", ".c", ".h", raw=True)),
         ("no unsafe string functions or shell", grep(r"\b(strcpy|strcat|sprintf|gets|system|popen|atoi|atof)\s*\(", ".c")),
         ("no marks of unfinished work", grep(r"\b(TODO|FIXME|XXX|HACK)\b", ".c", ".h", raw=True)),
-        ("no mutable data outside log, timer and the process's own state", mutable_data(a.build)),
+        ("p12_16 no mutable data outside log, timer and the process's own state", mutable_data(a.build)),
         ("every header says Local or Collective", prototypes_without_contract()),
         ("main() has at most 120 lines", main_is_short()),
         ("Makefile has at most 150 lines", short("Makefile", 150)),
         ("Makefile.inc has at most 60 lines", short("Makefile.inc", 60)),
     ]
+    rules += zip(("every pinned behaviour has its row, every numbered test its place in it", "a fault of that table would be seen"), pinned_rules())
     for name, found in rules:
         tap.result(not found, name, "\n".join(found))
     tap.close()

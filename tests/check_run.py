@@ -154,7 +154,7 @@ def files(r):
     r.tap.result("Starting job\tIteration: 0" in read(out, "progress.txt") and "Saved checkpoint\tIteration: 3" in read(out, "progress.txt"),
                  "progress_names_start_and_save", read(out, "progress.txt"))
     r.tap.result(read(out, "ckpt", "latest_checkpointed_iteration.txt").strip() == "3" and
-                 sorted(os.listdir(r.at("first", "ckpt"))) == ["iter_0000003", "latest_checkpointed_iteration.txt"], "the_tracker_names_the_last",
+                 sorted(os.listdir(r.at("first", "ckpt"))) == ["iter_0000003", "latest_checkpointed_iteration.txt"], "p12_92_the_tracker_names_the_last",
                  os.listdir(r.at("first", "ckpt")))
     log_file(r, out, p.text())
     trace_file(r, out)
@@ -257,7 +257,7 @@ def resume_case(r, name, ranks, *more):
                  "resume_%s_leaves_5_rows" % name, read(r.at(parts), "EXIT"))
     got = r.go(parts, *more, "run.exit_interval=5", ranks=ranks, iterations=10, save=True)
     r.ok("resume_%s_goes_on" % name, got, 0, "restart from", "iteration 5", "scheduler resumed")
-    r.equal("resume_%s_trace_is_bitwise_the_unbroken_one" % name, same_trace(r.at(whole), r.at(parts)))
+    r.equal("p12_91_resume_%s_trace_is_bitwise_the_unbroken_one" % name, same_trace(r.at(whole), r.at(parts)))
     r.equal("resume_%s_checkpoint_is_bitwise_the_unbroken_one" % name, same_checkpoint(r.at(whole), r.at(parts), 10))
 
 
@@ -276,7 +276,10 @@ def resume(r):
         r.tap.result(read(r.at("parts_fan_out_fp32"), "EXIT").startswith("5 "), "resume_on_%s_writes_EXIT" % title)
         r.tap.result(read(r.at("parts_fan_out_fp32"), "run.log").startswith(before), "resume_on_%s_loses_no_log" % title)
     got = r.go("parts_fan_out_fp32", "batch.micro_batch_size=2", *RICH, *grids(1, 2), "lr.lr_decay_iters=10", ranks=3, iterations=12, save=True)
-    r.ok("a_longer_run_goes_on", got)
+    r.ok("p12_92_a_longer_run_goes_on", got)
+    r.tap.result(read(r.at("parts_fan_out_fp32", "ckpt", "latest_checkpointed_iteration.txt")).strip() == "12" and
+                 all(os.path.exists(checkpoint(r.at("parts_fan_out_fp32"), i)) for i in (5, 10, 12)), "p12_92_its_tracker_and_directories_are_there",
+                 os.listdir(r.at("parts_fan_out_fp32", "ckpt")))
     t, old = everything(r.at("parts_fan_out_fp32", "trace.h5")), everything(r.at("whole_fan_out_fp32", "trace.h5"))
     r.tap.result(int(t["rows"]) == 12 and list(t["iteration"]) == list(range(1, 13)) and np.array_equal(t["lm_loss"][:10], old["lm_loss"]),
                  "a_longer_run_rewrites_the_trace", t["iteration"])
@@ -316,7 +319,7 @@ def loading(r):
     model = lambda path: not path.startswith("model")
     t = everything(r.at("tuned", "trace.h5"))
     r.tap.result(not differing(a, b, model) and list(t["iteration"]) == [1, 2] and list(t["consumed_samples"]) == [4, 8] and
-                 int(b["state/optimizer_step"]) == 0, "finetune_takes_the_weights_and_starts_at_0", differing(a, b, model))
+                 int(b["state/optimizer_step"]) == 0, "p12_93_finetune_takes_the_weights_and_starts_at_0", differing(a, b, model))
     masters = [k for k in b if k.endswith("/master")]
     stale = [k for k in masters if not np.array_equal(b[k], b["model/" + k[len("optimizer/"):-len("/master")]])]
     r.tap.result(masters and not stale, "m6_26_masters_are_the_loaded_weights", stale)
@@ -324,7 +327,7 @@ def loading(r):
     t = everything(r.at("noopt", "trace.h5"))
     r.tap.result(t["iteration"][0] == 7 and np.array_equal(t["lm_loss"][:1], everything(r.at("onward", "trace.h5"))["lm_loss"][:1]) and
                  int(everything(checkpoint(r.at("noopt"), 7))["state/optimizer_step"]) == 1,
-                 "no_load_optim_keeps_iteration_and_weights_and_forgets_the_moments", t["iteration"])
+                 "p12_93_no_load_optim_keeps_iteration_and_weights_and_forgets_the_moments", t["iteration"])
     os.mkdir(r.at("empty"))
     got = r.go("warned", "checkpoint.load=" + r.at("empty"), iterations=2)
     r.ok("load_without_a_tracker_starts_at_0", got, 0, "start: new")
@@ -421,7 +424,7 @@ def stopping(r):
     ranks = descendants(p.pid)
     os.kill(ranks[-1], signal.SIGKILL)
     code, seconds = finish(p)
-    r.tap.result(code not in (0, 75) and seconds < 30, "F01_kill_9_of_a_rank_ends_the_job", "status %s after %.1f s" % (code, seconds))
+    r.tap.result(code not in (0, 75) and seconds < 30, "p12_105_F01_kill_9_of_a_rank_ends_the_job", "status %s after %.1f s" % (code, seconds))
     r.tap.result(wait_for(lambda: not any(os.path.exists("/proc/%d" % x) and "Z" not in read("/proc/%d/stat" % x).rsplit(")", 1)[1][:3]
                                           for x in ranks), 10), "F01_no_rank_is_left")
     r.tap.result(os.path.exists(r.at("chain", "LOCK")) and not os.path.exists(r.at("chain", "EXIT")), "F01_the_lock_stays_and_EXIT_is_absent",
@@ -509,7 +512,7 @@ def numerics(r):
         r.ok(tag + "_aborts_with_7", got, 7)
         text = got[1] + got[2]
         r.tap.result(len([x for x in got[2].splitlines() if "error:" in x]) == 1 and re.search(r"iteration \d+.*\b(nan|inf)\b", got[2]) is not None,
-                     tag + "_has_one_error_line_that_names_the_iteration", got[2])
+                     "p12_105_" + tag + "_has_one_error_line_that_names_the_iteration", got[2])
         r.tap.result(re.search(r"lm loss[^|]*(nan|inf)\b", text) is not None, tag + "_prints_the_loss_of_that_iteration", text[-1200:])
         r.tap.result(read(r.at("burst%d" % ranks), "EXIT").startswith("7 "), tag + "_writes_EXIT")
         r.tap.result(not os.path.exists(r.at("burst%d" % ranks, "ckpt", "latest_checkpointed_iteration.txt")), tag + "_saves_nothing")
@@ -521,7 +524,7 @@ def numerics(r):
         r.tap.result(len(bad) > 0 and all(not np.isfinite(t["grad_norm"][i]) for i in bad), "nan_with_policy_skip_marks_the_rows",
                      "%s %s" % (t["skipped"], t["grad_norm"]))
         moved = [k for i in bad for k in changed(r.at("skipped"), i, i + 1, ("model", "optimizer")) if "expert_bias" not in k]
-        r.tap.result(not moved, "nan_with_policy_skip_keeps_parameters_and_moments", moved)
+        r.tap.result(not moved, "p12_74_nan_with_policy_skip_keeps_parameters_and_moments", moved)
         r.tap.result(list(t["consumed_samples"]) == [4, 8, 12, 16] and
                      int(everything(checkpoint(r.at("skipped"), 4))["state/scheduler/n"]) == 4 * (4 - len(bad)),
                      "a_skipped_update_consumes_samples_and_does_not_move_the_schedule")
@@ -587,7 +590,8 @@ def validation(r):
     got = r.go("noeval", *[x for x in more if not x.startswith("eval")], iterations=5, batch=8)
     a, b = valid(r.at("noeval")), valid(r.at("eval_rotate_one"))
     names = ("lm_loss", "grad_norm", "moe/tokens_per_expert")
-    r.tap.result(got[0] == 0 and all(np.array_equal(a[k], b[k]) for k in names), "validation_does_not_change_the_training")
+    r.tap.result(got[0] == 0 and all(np.array_equal(a[k], b[k]) for k in names), "p12_49_validation_does_not_change_the_training")
+    normalisation(r, a, valid(r.at("eval_rotate_two_plus_two")))
     r.go("evalstart", *more, "checkpoint.save_interval=2", iterations=4, batch=8, save=True)
     got = r.go("evalonly", *more, "run.mode=eval", "checkpoint.load=" + r.at("evalstart", "ckpt"), iterations=4, batch=8)
     if r.ok("mode_eval", got, 0, "validation loss"):
@@ -595,6 +599,19 @@ def validation(r):
         r.tap.result(int(t["rows"]) == 0 and int(t["eval/rows"]) == 1 and t["eval/iteration"][0] == 4 and
                      t["eval/lm_loss"][0] == s["eval/lm_loss"][int(s["eval/rows"]) - 1], "mode_eval_gives_the_value_of_the_run",
                      "%s %s" % (t["eval/lm_loss"], s["eval/lm_loss"]))
+
+
+def normalisation(r, one, four):
+    """Logged numbers of one rank and of two plus two: means over the E layers, throughput by the ranks of the language grid."""
+    rate = lambda name, k: everything(r.at(name, "trace.h5"))[k][:5]
+    work = {n: {k: rate(n, k) * rate(n, "iteration_seconds") for k in ("tflops_per_gpu", "model_tflops_per_gpu")}
+            for n in ("noeval", "eval_rotate_two_plus_two")}
+    same = lambda k, a, b: np.all(np.abs(a * work["noeval"][k] / (b * work["eval_rotate_two_plus_two"][k]) - 1) < 1e-9)
+    r.tap.result(same("tflops_per_gpu", 1, 2) and same("model_tflops_per_gpu", 1, 4),
+                 "p12_104_throughput_counts_the_language_ranks_and_model_throughput_all", work)
+    both = one["seq_load_balancing_loss"], four["seq_load_balancing_loss"]
+    r.tap.result(all(np.all((0.9 < v) & (v < 1.6)) for v in both) and np.allclose(*both, rtol=1e-9, atol=0),
+                 "p12_104_the_balance_is_a_mean_over_the_expert_layers", both)
 
 
 def dump(r, name, iteration=1):

@@ -14,6 +14,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <cmocka.h>
 #include "bridge.h"
 
@@ -36,7 +38,7 @@ struct job {
     struct lane encoder, language;
     bool reads;                               /* tp rank 0 of a language lane */
     int64_t width;
-    double *data[2], *gradient;               /* [samples*MAX_ROWS, H] */
+    double *data[2], *gradient;               /* [samples*rows of a sample at most, H] */
     double wrong;
 };
 
@@ -47,7 +49,8 @@ static int64_t full_rows(int m, int64_t j) { return MAX_ROWS; }
 static int64_t rows_on_every_third_sample(int m, int64_t j) { return j % 3 == 0 ? 3 + m : 0; }
 static int64_t every_second_microbatch_is_text(int m, int64_t j) { return m % 2 ? 0 : 1 + j % MAX_ROWS; }
 
-static void open_job(struct job *j, struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule)
+/* With at most `most` rows a sample of width `hidden`. */
+static void open_sized(struct job *j, struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule, int most, int hidden)
 {
     char *overrides[4], text[1024];
     struct errors e = {0};
@@ -55,10 +58,10 @@ static void open_job(struct job *j, struct comm *world, const struct topology_sp
     memset(j, 0, sizeof *j);
     j->world = world;
     j->rule = rule;
-    snprintf(text, sizeof text, "&run seed = 7 train_iters = 4 precision = 'fp64' /\n&language preset = 'tiny' /\n"
+    snprintf(text, sizeof text, "&run seed = 7 train_iters = 4 precision = 'fp64' /\n&language preset = 'tiny' seq_length = %d hidden_size = %d /\n"
              "&topology layout = 'colocated' /\n&batch micro_batch_size = %d global_batch_size = %d /\n"
              "&data image_seq_length = %d num_image_tiles = 1 /\n"
-             "&stage training_stage = 3 /\n&lr lr = 1e-3 lr_decay_style = 'constant' /\n", mbs, MICROBATCHES * mbs, MAX_ROWS);
+             "&stage training_stage = 3 /\n&lr lr = 1e-3 lr_decay_style = 'constant' /\n", 2 * most, hidden, mbs, MICROBATCHES * mbs, most);
     deck_read(&j->deck, "test", text, strlen(text), 0, overrides, &e);
     deck_resolve(&j->deck, 1, &e);
     if (e.count == 0) topology_describe(&j->topo, grids, 2, world->size, world->rank, &e);
@@ -78,8 +81,13 @@ static void open_job(struct job *j, struct comm *world, const struct topology_sp
     arenas_commit(&j->arenas, &backend_ref_f64);
     bridge_plan(j->bridge, &j->arenas);
     j->width = j->deck.language.hidden_size;
-    for (int i = 0; i < 2; i++) j->data[i] = xcalloc((size_t)(all * MAX_ROWS * j->width), sizeof(double));
-    j->gradient = xcalloc((size_t)(all * MAX_ROWS * j->width), sizeof(double));
+    for (int i = 0; i < 2; i++) j->data[i] = xcalloc((size_t)(all * most * j->width), sizeof(double));
+    j->gradient = xcalloc((size_t)(all * most * j->width), sizeof(double));
+}
+
+static void open_job(struct job *j, struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule)
+{
+    open_sized(j, world, grids, mbs, rule, MAX_ROWS, 64);
 }
 
 static void close_job(struct job *j)
@@ -94,7 +102,7 @@ static void close_job(struct job *j)
 
 static double code(int m, int64_t sample, int64_t row, int64_t column, bool gradient)
 {
-    return (double)((((m * 101 + sample) * 103 + row) * 107 + column) * 2 + gradient);
+    return (double)((((m * 101 + sample) * 1013 + row) * 1009 + column) * 2 + gradient);
 }
 
 /* Rows of a lane's samples of micro-batch m. */
@@ -356,6 +364,171 @@ static void p12_85_colocated_fan_out_sends_no_embeddings(void **state)
     assert_true(j.wrong == 0.0);
 }
 
+/* ---- how rows are cut ---------------------------------------------------------------------------------------------- */
+
+static int64_t rows_0_3_1_2(int m, int64_t j) { return (const int64_t[]){0, 3, 1, 2}[j % 4]; }
+static int64_t rows_1_3_2(int m, int64_t j) { return (const int64_t[]){1, 3, 2}[j % 3]; }
+
+/* Row counts of parallel.md 12.19 from one encoder lane to k language lanes; the parts that must arrive, in order. */
+static void p12_19_parts_are_those_of_each_lanes_samples(void **state)
+{
+    static const struct { int lanes, mbs; rows_rule *rule; int64_t part[4]; } cases[] = {
+        {2, 2, rows_0_3_1_2, {3, 3}}, {3, 1, rows_1_3_2, {1, 3, 2}}, {1, 4, rows_0_3_1_2, {6}}, {1, 3, rows_1_3_2, {6}},
+        {4, 1, rows_0_3_1_2, {0, 3, 1, 2}}, {4, 3, rows_1_3_2, {6, 6, 6, 6}}};
+    struct comm *world = *state;
+    double wrong = 0.0;
+
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const struct topology_spec grids[] = {{"encoder", 1, 0, 1, 1, 1, 1, 1}, {"language", cases[i].lanes, 1, 1, 1, 1, 1, 1}};
+        struct job j;
+        int64_t rows[16];
+        if (world->size != cases[i].lanes + 1) continue;
+        open_job(&j, world, grids, cases[i].mbs, cases[i].rule);
+        lane_rows(&j, j.encoder.samples ? &j.encoder : &j.language, 0, rows);
+        if (j.encoder.samples) {
+            const struct tensor t = filled(&j, &j.encoder, 0, j.data[0], false);
+            bridge_send_forward(j.bridge, 0, &t, rows, j.encoder.samples);
+        } else {
+            const struct tensor in = bridge_recv_forward(j.bridge, 0, rows, j.language.samples);
+            wrong += tensor_rows(&in) != cases[i].part[world->rank - 1];
+            compare(&j, &j.language, 0, &in, false);
+        }
+        wrong += j.wrong;
+        close_job(&j);
+    }
+    comm_host_reduce_f64(world, &wrong, 1, COMM_SUM);
+    assert_true(wrong == 0.0);
+}
+
+static void say_launched(struct comm *c)
+{
+    fprintf(stderr, "launched\n");
+}
+
+/* What the encoder's rank says when it sends `samples` samples of these rows in a tensor of `tensor` rows and `width` columns; a message
+ * that is launched before the mistake is found says so too. Nothing is sent: the child dies before. */
+static void expect_refusal(struct job *j, const int64_t *rows, int64_t samples, int64_t tensor, int64_t width, const char *part)
+{
+    static struct comm_ops ops;
+    char text[2048];
+    size_t n = 0;
+    int pipes[2], status;
+
+    assert_int_equal(pipe(pipes), 0);
+    fflush(NULL);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        dup2(pipes[1], STDERR_FILENO);
+        check_on_abort(NULL);
+        ops = comm_mpi;
+        ops.group_begin = say_launched;
+        struct bridge *b = bridge_init(&j->deck, &j->topo, &ops, &backend_ref_f64, &j->stream);
+        const struct tensor t = tensor_2d(j->data[0], DTYPE_F64, PLACE_DEVICE, tensor, width);
+        bridge_send_forward(b, 0, &t, rows, samples);
+        _exit(99);
+    }
+    close(pipes[1]);
+    for (ssize_t got; n + 1 < sizeof text && (got = read(pipes[0], text + n, sizeof text - 1 - n)) > 0;) n += (size_t)got;
+    text[n] = 0;
+    close(pipes[0]);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    if (WEXITSTATUS(status) != EXIT_INTERNAL || !strstr(text, part) || strstr(text, "launched"))
+        fail_msg("status %d, '%s' does not say '%s' before the first message", WEXITSTATUS(status), text, part);
+}
+
+/* Sizes that do not fit the peers or the tensor, or a tensor of another width, are refused before anything is launched. */
+static void p12_19_20_21_31_sizes_that_do_not_fit_are_refused_before_the_first_message(void **state)
+{
+    static const int64_t three[] = {1, 2, 3}, two[] = {2, 2};
+    struct comm *world = *state;
+    const struct topology_spec grids[] = {{"encoder", 1, 0, 1, 1, 1, 1, 1}, {"language", 2, 1, 1, 1, 1, 1, 1}};
+    struct job j;
+
+    if (world->size != 3) return;
+    open_job(&j, world, grids, 2, uniform_rows);
+    if (world->rank == 0) {
+        expect_refusal(&j, three, 3, 6, j.width, "3 samples do not divide over 2 lanes");
+        expect_refusal(&j, two, 2, 6, j.width, "to send, the data say 4 rows of");
+        expect_refusal(&j, two, 2, 4, j.width / 2, "to send, the data say 4 rows of");
+    }
+    comm_host_barrier(world);
+    close_job(&j);
+}
+
+static char launches[64];    /* of the job below: ( ) a bracket, digits the peers in it, d a drain */
+static int n_launches;
+
+static void note(char letter) { if (n_launches < 63) launches[n_launches++] = letter; }
+
+static void noted_begin(struct comm *c) { note('('); comm_mpi.group_begin(c); }
+static void noted_end(struct comm *c, struct stream *s) { note(')'); comm_mpi.group_end(c, s); }
+static void noted_send(struct comm *c, const struct tensor *t, int peer, struct stream *s) { note((char)('0' + peer)); comm_mpi.send(c, t, peer, s); }
+static void noted_recv(struct comm *c, const struct tensor *t, int peer, struct stream *s) { note((char)('a' + peer)); comm_mpi.recv(c, t, peer, s); }
+
+/* Both directions of a combined call are in one bracket, peers in order; a part without rows is no message. */
+static void p12_21_all_payloads_are_launched_in_one_bracket_in_the_order_of_peers(void **state)
+{
+    struct comm *world = *state;
+    const int lanes = world->size - 1;
+    const struct topology_spec grids[] = {{"encoder", 1, 0, 1, 1, 1, 1, 1}, {"language", lanes, 1, 1, 1, 1, 1, 1}};
+    struct comm_ops ops = comm_mpi;
+    struct job j;
+    char want[64] = "";
+    size_t at = 0;
+
+    open_job(&j, world, grids, 1, rows_0_3_1_2);
+    bridge_free(j.bridge);
+    ops.group_begin = noted_begin;
+    ops.group_end = noted_end;
+    ops.send = noted_send;
+    ops.recv = noted_recv;
+    arenas_free(&j.arenas, &backend_ref_f64);
+    j.bridge = bridge_init(&j.deck, &j.topo, &ops, &backend_ref_f64, &j.stream);
+    arenas_init(&j.arenas);
+    bridge_plan(j.bridge, &j.arenas);
+    arenas_commit(&j.arenas, &backend_ref_f64);
+    bridge_plan(j.bridge, &j.arenas);
+    memset(launches, 0, sizeof launches);
+    n_launches = 0;
+    steady_state(&j);
+    comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
+    close_job(&j);
+    assert_true(j.wrong == 0.0);
+    if (world->rank > 0) return;
+    for (int call = 0; call <= MICROBATCHES; call++) {    /* send; send and receive of the one before; receive */
+        want[at++] = '(';
+        for (int l = 0; l < lanes && call < MICROBATCHES; l++)
+            if (rows_0_3_1_2(0, l) > 0) want[at++] = (char)('1' + l);
+        for (int l = 0; l < lanes && call > 0; l++)
+            if (rows_0_3_1_2(0, l) > 0) want[at++] = (char)('b' + l);
+        want[at++] = ')';
+    }
+    if (strcmp(launches, lanes > 1 ? want : "()()()()()") != 0) fail_msg("launched %s, wanted %s", launches, want);
+}
+
+enum { WIDE = 128, MANY = 577 };
+
+static int64_t many_rows(int m, int64_t j) { return MANY; }
+static int64_t many_in_four(int m, int64_t j) { return j % 4 ? 144 : 145; }
+
+/* 577 x 128 from each of four lanes to one, and from one to four, by the combined calls. */
+static void p12_26_fan_in_and_fan_out_of_four_with_577_rows(void **state)
+{
+    struct comm *world = *state;
+
+    for (int out = 0; out < 2; out++) {
+        const struct topology_spec grids[] = {{"encoder", out ? 1 : 4, 0, 1, 1, 1, 1, 1}, {"language", out ? 4 : 1, out ? 1 : 4, 1, 1, 1, 1, 1}};
+        struct job j;
+        if (world->size != 5) return;
+        open_sized(&j, world, grids, out ? 1 : 4, out ? many_in_four : many_rows, MANY, WIDE);
+        assert_int_equal(j.width, WIDE);
+        steady_state(&j);
+        comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
+        close_job(&j);
+        assert_true(j.wrong == 0.0);
+    }
+}
+
 int main(int argc, char **argv)
 {
     struct comm *world;
@@ -378,6 +551,10 @@ int main(int argc, char **argv)
         TEST(every_row_travels_once_in_each_direction),
         TEST(p12_85_colocated_lanes_of_any_widths_get_their_rows),
         TEST(p12_85_colocated_fan_out_sends_no_embeddings),
+        TEST(p12_19_parts_are_those_of_each_lanes_samples),
+        TEST(p12_19_20_21_31_sizes_that_do_not_fit_are_refused_before_the_first_message),
+        TEST(p12_21_all_payloads_are_launched_in_one_bracket_in_the_order_of_peers),
+        TEST(p12_26_fan_in_and_fan_out_of_four_with_577_rows),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     comm_finish(world);

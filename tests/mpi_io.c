@@ -40,7 +40,7 @@ static void save_here(struct job *j, const char *name)
 
 /* ---- slabs --------------------------------------------------------------------------------- */
 
-static void p12_slabs_of_in_proj_blocks_for_tp_1_and_2(void **unused)
+static void m6_12_slabs_of_in_proj_blocks_for_tp_1_and_2(void **unused)
 {
     struct param p = { .ndim = 2,
                        .shape = { 26, 3 },
@@ -135,7 +135,7 @@ static void slabs_cut_columns_and_experts(void **unused)
     assert_int_equal(s[0].count[1], 6);
 }
 
-static void owners_are_the_first_replicas(void **unused)
+static void p12_88_owners_are_the_first_replicas(void **unused)
 {
     struct param whole = { .shard = PARAM_REPLICATED }, rows = { .shard = PARAM_SPLIT_ROWS };
     struct param expert = { .shard = PARAM_SPLIT_ROWS, .expert = true };
@@ -284,7 +284,7 @@ static void shards_land_in_logical_rows_and_any_other_sharding_reads_them(void *
 
 /* ---- checkpoint ---------------------------------------------------------------------------- */
 
-static void p12_86_saved_and_loaded_is_bitwise_equal(void **unused)
+static void p12_86_87_saved_and_loaded_is_bitwise_equal(void **unused)
 {
     struct job j, k;
     struct errors e = { 0 };
@@ -397,7 +397,7 @@ static bool same_model(const char *a, const char *b)
     return ok;
 }
 
-static void initial_weights_are_bitwise_equal_for_every_number_of_ranks(void **unused)
+static void p12_17_95_initial_weights_are_bitwise_equal_for_every_number_of_ranks(void **unused)
 {
     struct job j;
     char a[IO_PATH], b[IO_PATH];
@@ -553,7 +553,7 @@ static void unusable_files_are_refused(void **unused)
     job_close(&j);
 }
 
-static void another_model_streams_or_layout_is_refused_with_both_values(void **unused)
+static void p12_89_another_model_streams_or_layout_is_refused_with_both_values(void **unused)
 {
     struct job j, k;
     char path[IO_PATH];
@@ -660,7 +660,7 @@ static bool exists(const char *name)
     return access(in_scratch(path, name), F_OK) == 0;
 }
 
-static void retention_keeps_last_interval_and_tracked(void **unused)
+static void p12_94_retention_keeps_last_interval_and_tracked(void **unused)
 {
     struct job j;
     char dir[IO_PATH], path[IO_PATH];
@@ -781,22 +781,22 @@ int main(int argc, char **argv)
 {
     if (!fixture_start(&argc, &argv)) return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(p12_slabs_of_in_proj_blocks_for_tp_1_and_2),
+        cmocka_unit_test(m6_12_slabs_of_in_proj_blocks_for_tp_1_and_2),
         cmocka_unit_test(slabs_cut_columns_and_experts),
         cmocka_unit_test(runs_of_a_shard_are_boxes),
-        cmocka_unit_test(owners_are_the_first_replicas),
+        cmocka_unit_test(p12_88_owners_are_the_first_replicas),
         cmocka_unit_test(shards_land_in_logical_rows_and_any_other_sharding_reads_them),
         cmocka_unit_test(bfloat16_is_read_by_h5py_as_float32),
-        cmocka_unit_test(p12_86_saved_and_loaded_is_bitwise_equal),
+        cmocka_unit_test(p12_86_87_saved_and_loaded_is_bitwise_equal),
         cmocka_unit_test(fp64_run_comes_back_bitwise),
         cmocka_unit_test(weights_only_and_without_optimizer),
-        cmocka_unit_test(initial_weights_are_bitwise_equal_for_every_number_of_ranks),
+        cmocka_unit_test(p12_17_95_initial_weights_are_bitwise_equal_for_every_number_of_ranks),
         cmocka_unit_test(flipped_bytes_are_named),
         cmocka_unit_test(m6_02_p12_94_every_mismatched_tensor_is_listed),
         cmocka_unit_test(unusable_files_are_refused),
-        cmocka_unit_test(another_model_streams_or_layout_is_refused_with_both_values),
+        cmocka_unit_test(p12_89_another_model_streams_or_layout_is_refused_with_both_values),
         cmocka_unit_test(tracker_is_checked),
-        cmocka_unit_test(retention_keeps_last_interval_and_tracked),
+        cmocka_unit_test(p12_94_retention_keeps_last_interval_and_tracked),
         cmocka_unit_test(saving_an_iteration_again_replaces_it_and_leftovers_go),
         cmocka_unit_test(inspector_reads_a_good_file_and_refuses_foreign_ones),
     };

@@ -7,8 +7,11 @@
  * with sequence-parallel rows over tp - must equal the matching elements of the reference's. The expert bias chooses how evenly the tokens
  * are routed, down to one expert that gets a copy of every token and ranks that get none.
  *
- * The shared expert overlapped: the same bits, and what is issued between the start and the end of each journey of the routed rows.
+ * The regions themselves: what tensor parallelism cuts and gathers, what travels to the experts' ranks and back, each against its definition
+ * and its adjoint. The shared expert overlapped: the same bits, and what is issued between the start and the end of each journey of the routed rows.
  */
+#include "dispatch.h"
+#include "linear.h"
 #include "model_fixture.h"
 #include "rng.h"
 
@@ -311,11 +314,207 @@ static void check_overlap(int tp, int ep)
     free(image);
 }
 
+/* ---- the regions ------------------------------------------------------------------------------------------------------ */
+
+static double random_at(int rank, int which, int64_t i)
+{
+    return rng_normal_at(rng_key((uint64_t)(rank + 1), which ? "region y" : "region x"), (uint64_t)i);
+}
+
+static void must(bool ok, const char *what, int tp, int ep)
+{
+    if (!ok)
+        FATAL(EXIT_INTERNAL, "tp %d ep %d: %s", tp, ep, what);
+}
+
+static double product(const double *x, const double *y, int64_t n)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++)
+        sum += x[i] * y[i];
+    return sum;
+}
+
+/* Over all ranks of the world. */
+static void must_agree(double a, double b, const char *what, int tp, int ep)
+{
+    double sums[2] = { a, b };
+    comm_host_reduce_f64(world, sums, 2, COMM_SUM);
+    must(fabs(sums[0] - sums[1]) <= 1e-11 * (1.0 + fabs(sums[1])), what, tp, ep);
+}
+
+/* Gather of this rank's rows and sum-and-cut of all rows: slices of the logical rows, each other's adjoint, nothing with one rank. */
+static void check_rows(struct module *m, int tp)
+{
+    struct model *model = &m->model;
+    const int rank = m->topo.language.tp_rank, first = world->rank - rank;
+    const int64_t rows = 12, cols = 3, own = linear_local_rows(model, rows), n = rows * cols, n_own = own * cols;
+    double x[36], gathered[36], y[36], reduced[36];
+    for (int64_t i = 0; i < n_own; i++)
+        x[i] = random_at(world->rank, 0, i);
+    for (int64_t i = 0; i < n; i++)
+        y[i] = random_at(world->rank, 1, i);
+    const struct tensor local = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, own, cols), sum = tensor_2d(reduced, DTYPE_F64, PLACE_DEVICE, own, cols);
+    const struct tensor all = tensor_2d(gathered, DTYPE_F64, PLACE_DEVICE, rows, cols), full = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, rows, cols);
+    must(own * tp == rows, "this rank has not its part of the rows", tp, 0);
+    const struct tensor *got = linear_gather(model, &local, &all);
+    must(got == (tp == 1 ? &local : &all), "one rank gathers nothing", tp, 0);
+    linear_reduce(model, &full, tp == 1 ? &full : &sum);
+    const double *whole = got->data, *cut = tp == 1 ? y : reduced;
+    for (int64_t i = 0; i < n; i++)
+        must(whole[i] == random_at(first + (int)(i / n_own), 0, i % n_own), "a gathered row is not its owner's", tp, 0);
+    for (int64_t i = 0; i < n_own; i++) {
+        double want = 0.0;
+        for (int r = 0; r < tp; r++)
+            want += random_at(first + r, 1, rank * n_own + i);
+        must(fabs(cut[i] - want) <= 1e-14 * (1.0 + fabs(want)), "a reduced row is not the sum of the ranks' rows", tp, 0);
+    }
+    for (int64_t i = 0; i < n; i++)
+        y[i] = random_at(world->rank, 1, i);
+    must_agree(product(whole, y, n), product(x, cut == y ? y : cut, n_own), "gather is not the adjoint of sum and cut", tp, 0);
+}
+
+/* First of the blocks with this name: what the module keeps of the micro-batch. */
+static const double *kept(const struct module *m, const char *name)
+{
+    const struct arena *a = &m->arenas.a[ARENA_ACTIVATIONS];
+    for (int i = 0; i < a->n_blocks; i++)
+        if (strcmp(a->block[i].name, name) == 0)
+            return (const double *)(a->base + a->block[i].offset);
+    FATAL(EXIT_INTERNAL, "no block is called %s", name);
+}
+
+/* Embeddings are cut once, over tokens; labels, masks and losses stay whole on every rank. */
+static void check_sequence(int tp)
+{
+    const struct data_limits limits = { .seq_length = 64 };
+    const int64_t tokens = 3 * 64;
+    struct module whole, part;
+    struct text_batch batch;
+    open_deck(0, NULL);
+    const int64_t h = deck.language.hidden_size, own = tokens / tp;
+    double *image = xcalloc((size_t)(ROWS * h), sizeof *image), *dimage = xcalloc((size_t)(ROWS * h), sizeof *dimage);
+    text_batch_init(&batch, &limits, 3);
+    module_open(&whole, 1, 0, 1, 1, false);
+    module_open(&part, world->size, world->rank, tp, 1, true);
+    make_batch(&batch, image, world->rank / tp);
+    run(&whole, &batch, image, dimage);
+    run(&part, &batch, image, dimage);
+    const struct tensor a = model_token_loss(&whole.model), b = model_token_loss(&part.model);
+    must(tensor_numel(&b) == tokens, "the losses of the tokens are cut", tp, 1);
+    for (int64_t i = 0; i < tokens; i++)
+        must(fabs(((double *)a.data)[i] - ((double *)b.data)[i]) <= 1e-12, "a token's loss is not that of one rank", tp, 1);
+    const double *x = kept(&whole, "layer.x") + part.topo.language.tp_rank * own * h, *y = kept(&part, "layer.x");
+    for (int64_t i = 0; i < own * h; i++)
+        must(x[i] == y[i], "a rank's embeddings are not its part of one rank's", tp, 1);
+    check_rows(&part, tp);
+    module_close(&part);
+    module_close(&whole);
+    text_batch_free(&batch);
+    deck_free(&deck);
+    free(image);
+    free(dimage);
+    /* What does not divide is a deck error. */
+    if (tp > 1) {
+        char *const odd[] = { (char[]){ "language.seq_length=63" }, (char[]){ "topology.llm_tp=2" } };
+        static const char text[] = "&run train_iters = 1 /\n&topology layout = 'language_only' /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n";
+        struct errors e = { 0 };
+        deck_read(&deck, "mpi_language", text, strlen(text), 2, odd, &e);
+        deck_resolve(&deck, 2, &e);
+        must(e.count == 1 && strstr(e.line[0], "language.seq_length = 63: must be a multiple of topology.llm_tp = 2"), "63 tokens over 2 ranks", tp, 1);
+        errors_free(&e);
+        deck_free(&deck);
+    }
+}
+
+/* Copies that a rank routes to an expert: uneven, zero for some experts and for whole ranks. */
+static int64_t copies_of(int rank, int64_t expert)
+{
+    return expert % 3 == 2 || rank == 1 ? 0 : (rank * 5 + expert * 3) % 4;
+}
+
+/* Rows to their experts and back: order (owned expert, source rank, copy), an exact inverse, each the adjoint of the other. */
+static void check_dispatch(int tp, int ep)
+{
+    enum { COLS = 64, MOST = 64 };
+    struct module m;
+    struct arenas arenas;
+    open_deck(0, NULL);
+    module_open(&m, world->size, world->rank, tp, ep, true);
+    const int rank = m.topo.language.ep_rank, first = m.topo.language.ep.member[0];
+    const int64_t experts = deck.moe.num_experts, owned = experts / ep;
+    struct dispatch *d = dispatch_init(&m.model, experts);
+    arenas_init(&arenas);
+    dispatch_plan(&m.model, d, &arenas, MOST);
+    arenas_commit(&arenas, m.model.be);
+    dispatch_plan(&m.model, d, &arenas, MOST);
+    int32_t offset[65] = { 0 };
+    for (int64_t e = 0; e < experts; e++)
+        offset[e + 1] = offset[e] + (int32_t)copies_of(rank, e);
+    const int64_t sent = offset[experts];
+    double *x = xcalloc((size_t)(sent * COLS) + 1, sizeof *x), *y = xcalloc((size_t)(sent * COLS) + 1, sizeof *y), *p = xcalloc((size_t)sent + 1, sizeof *p);
+    for (int64_t i = 0; i < sent * COLS; i++)
+        x[i] = random_at(first + rank, 0, i);
+    for (int64_t i = 0; i < sent; i++)
+        p[i] = (double)(rank * 1000 + i);
+    const struct tensor offsets = tensor_1d(offset, DTYPE_I32, PLACE_DEVICE, experts + 1), rows = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, sent, COLS);
+    const struct tensor probs = tensor_2d(p, DTYPE_F64, PLACE_DEVICE, sent, 1), back = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, sent, COLS);
+    dispatch_begin(&m.model, d, &offsets);
+    must(d->sent == sent, "not every copy is sent", tp, ep);
+    const int64_t n = d->received;
+    double *in = xcalloc((size_t)(n * COLS) + 1, sizeof *in), *prob = xcalloc((size_t)n + 1, sizeof *prob), *z = xcalloc((size_t)(n * COLS) + 1, sizeof *z);
+    const struct tensor received = tensor_2d(in, DTYPE_F64, PLACE_DEVICE, n, COLS), their = tensor_2d(prob, DTYPE_F64, PLACE_DEVICE, n, 1);
+    const struct tensor other = tensor_2d(z, DTYPE_F64, PLACE_DEVICE, n, COLS);
+    dispatch_send(&m.model, d, DISPATCH_ROWS, &rows);
+    dispatch_send(&m.model, d, DISPATCH_PROBS, &probs);
+    dispatch_wait(&m.model, d);
+    dispatch_unpack(&m.model, d, DISPATCH_ROWS, &received);
+    dispatch_unpack(&m.model, d, DISPATCH_PROBS, &their);
+    int64_t at = 0;
+    for (int64_t e = rank * owned; e < (rank + 1) * owned; e++) {
+        must(((int32_t *)d->offsets.data)[e - rank * owned] == at, "an expert's rows do not begin where its offset says", tp, ep);
+        for (int r = 0; r < ep; r++) {
+            int64_t from = 0;
+            for (int64_t f = 0; f < e; f++)
+                from += copies_of(r, f);
+            for (int64_t i = 0; i < copies_of(r, e); i++, at++) {
+                must(prob[at] == (double)(r * 1000 + from + i), "a probability is not its copy's", tp, ep);
+                for (int64_t c = 0; c < COLS; c++)
+                    must(in[at * COLS + c] == random_at(first + r, 0, (from + i) * COLS + c), "a row is not in the order of expert, source, copy", tp, ep);
+            }
+        }
+    }
+    must(at == n && ((int32_t *)d->offsets.data)[owned] == n, "rows are missing", tp, ep);
+    dispatch_return(&m.model, d, DISPATCH_ROWS, &received, &back);
+    dispatch_wait(&m.model, d);
+    must(memcmp(x, y, (size_t)(sent * COLS) * sizeof *x) == 0, "what comes back is not what was sent", tp, ep);
+    for (int64_t i = 0; i < n * COLS; i++)
+        z[i] = random_at(world->rank, 1, i);
+    dispatch_return(&m.model, d, DISPATCH_ROWS, &other, &back);
+    dispatch_wait(&m.model, d);
+    must_agree(product(in, z, n * COLS), product(x, y, sent * COLS), "return is not the adjoint of sending", tp, ep);
+    dispatch_free(d);
+    arenas_free(&arenas, m.model.be);
+    module_close(&m);
+    deck_free(&deck);
+    double *const mine[] = { x, y, p, in, prob, z };
+    for (size_t i = 0; i < sizeof mine / sizeof *mine; i++)
+        free(mine[i]);
+}
+
+static void done(int *n, const char *name, int tp, int ep, const char *more)
+{
+    comm_host_barrier(world);
+    if (world->rank == 0)
+        printf("ok %d - %s_tp%d_ep%d%s\n", ++*n, name, tp, ep, more);
+    fflush(stdout);
+}
+
 int main(int argc, char **argv)
 {
     static const struct { int tp, ep; } grid[] = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 }, { 2, 8 } };
     char why[512];
-    int n = 0, done = 0;
+    int planned = 0, n = 0;
     if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
         fprintf(stderr, "%s\n", why);
         return EXIT_ENVIRONMENT;
@@ -323,24 +522,28 @@ int main(int argc, char **argv)
     check_on_abort(comm_abort);
     check_identify(world->rank, world->size, "test", NULL);
     for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++)
-        n += world->size % grid[i].tp == 0 && world->size % grid[i].ep == 0;
+        if (world->size % grid[i].tp == 0 && world->size % grid[i].ep == 0)
+            planned += ROUTINGS + 2;
     if (world->rank == 0)
-        printf("1..%d\n", (ROUTINGS + 1) * n);
-    for (int routing = 0; routing <= ROUTINGS; routing++)
-        for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++) {
-            if (world->size % grid[i].tp || world->size % grid[i].ep)
-                continue;
-            if (routing < ROUTINGS)
-                check_grid(grid[i].tp, grid[i].ep, routing);
-            else
-                check_overlap(grid[i].tp, grid[i].ep);
-            comm_host_barrier(world);
-            if (world->rank == 0 && routing < ROUTINGS)
-                printf("ok %d - m6_12_m6_19_m6_25_p12_53_54_58_tp%d_ep%d%s\n", ++done, grid[i].tp, grid[i].ep, routing_name[routing]);
-            else if (world->rank == 0)
-                printf("ok %d - p12_56_shared_expert_overlap_tp%d_ep%d\n", ++done, grid[i].tp, grid[i].ep);
-            fflush(stdout);
+        printf("1..%d\n", planned);
+    for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++) {
+        const int tp = grid[i].tp, ep = grid[i].ep;
+        if (world->size % tp || world->size % ep)
+            continue;
+        for (int routing = 0; routing < ROUTINGS; routing++) {
+            check_grid(tp, ep, routing);
+            done(&n, "m6_12_m6_19_m6_25_p12_53_54_58", tp, ep, routing_name[routing]);
         }
+        check_overlap(tp, ep);
+        done(&n, "p12_56_shared_expert_overlap", tp, ep, "");
+        if (ep == 1) {
+            check_sequence(tp);
+            done(&n, "m6_23_p12_37_39_52_embeddings_are_cut_once", tp, ep, "");
+        } else {
+            check_dispatch(tp, ep);
+            done(&n, "p12_52_55_rows_to_their_experts_and_back", tp, ep, "");
+        }
+    }
     comm_finish(world);
     return 0;
 }

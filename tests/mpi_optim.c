@@ -266,7 +266,7 @@ static void follow_the_reference(struct comm *world, const char *stage, const ch
     follow_on(world, NULL, 0, stage, freeze);
 }
 
-static void m6_35_p12_63_76_77_78_every_module_trains_like_plain_adamw(void **state)
+static void m6_35_p12_63_76_77_78_84_every_module_trains_like_plain_adamw(void **state)
 {
     follow_the_reference(*state, "stage.training_stage=3", NULL);
 }
@@ -539,7 +539,7 @@ int main(int argc, char **argv)
     check_identify(world->rank, world->size, "test", NULL);
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_prestate(name, world)
-        TEST(m6_35_p12_63_76_77_78_every_module_trains_like_plain_adamw),
+        TEST(m6_35_p12_63_76_77_78_84_every_module_trains_like_plain_adamw),
         TEST(stage_1_updates_the_projector_alone),
         TEST(p12_76_78_tensor_and_expert_parallel_grids_train_like_plain_adamw),
         TEST(p12_76_disjoint_tensor_parallel_grids_train_like_plain_adamw),

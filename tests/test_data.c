@@ -115,7 +115,7 @@ static void load_ids(const struct deck *deck, enum data_split split, int64_t ind
     data_sample_free(&s);
 }
 
-static void mock_content_follows_from_seed_split_and_index_modulo_size(void **state)
+static void p12_97_mock_content_follows_from_seed_split_and_index_modulo_size(void **state)
 {
     struct deck deck;
     int64_t a[64], b[64];
@@ -358,7 +358,7 @@ static void collect(int lanes, int mbs, int64_t (*ids)[64])
     deck_free(&deck);
 }
 
-static void every_layout_sees_the_same_numbered_samples(void **state)
+static void p12_100_every_layout_sees_the_same_numbered_samples(void **state)
 {
     static const int factor[][2] = { { 1, 1 }, { 2, 1 }, { 3, 1 }, { 4, 1 }, { 6, 1 }, { 12, 1 }, { 1, 2 }, { 2, 2 }, { 3, 2 },
                                      { 6, 2 }, { 1, 3 }, { 2, 3 }, { 4, 3 }, { 1, 4 }, { 3, 4 }, { 1, 6 }, { 2, 6 }, { 1, 12 } };
@@ -498,7 +498,7 @@ int main(void)
         cmocka_unit_test(mock_default_is_half_the_sequence_or_what_fixed_tiles_emit),
         cmocka_unit_test(mock_sample_is_pictures_then_words_and_counts_s_minus_image_positions),
         cmocka_unit_test(m6_31_mock_words_are_uniform_and_never_image_or_pad),
-        cmocka_unit_test(mock_content_follows_from_seed_split_and_index_modulo_size),
+        cmocka_unit_test(p12_97_mock_content_follows_from_seed_split_and_index_modulo_size),
         cmocka_unit_test(mock_errors_name_the_values),
         cmocka_unit_test(data_that_data_init_refuses_can_be_freed),
         cmocka_unit_test(mock_text_only_samples_have_words_everywhere),
@@ -506,7 +506,7 @@ int main(void)
         cmocka_unit_test(mock_pixels_are_normal_or_zero_and_equal_in_both_precisions),
         cmocka_unit_test(mock_limits_are_exact),
         cmocka_unit_test(the_tools_show_mock_data_too),
-        cmocka_unit_test(every_layout_sees_the_same_numbered_samples),
+        cmocka_unit_test(p12_100_every_layout_sees_the_same_numbered_samples),
         cmocka_unit_test(m6_29_p12_101_encoder_ranks_serve_the_samples_of_the_lanes_in_order),
         cmocka_unit_test(cpe_numbers_follow_the_sample_and_tile_not_the_rank),
         cmocka_unit_test(batches_are_filled_anew_by_every_call),

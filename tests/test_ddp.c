@@ -263,7 +263,7 @@ static void p12_61_experts_have_a_buffer_iff_they_are_cut_otherwise(void **state
         }
 }
 
-static void p12_62_each_grid_has_its_group_and_the_encoder_overlaps_only_when_asked(void **state)
+static void p12_62_68_each_grid_has_its_group_and_the_encoder_overlaps_only_when_asked(void **state)
 {
     static const struct topology_spec grids[] = {{"encoder", 2, 0, 2, 1, 1, 1, 1}, {"language", 6, 2, 2, 1, 1, 1, 1}};
     const char *overrides[] = {"optimizer.overlap_grad_reduce=T", "optimizer.overlap_param_gather=T", "optimizer.encoder_ddp_overlap=T"};
@@ -310,7 +310,7 @@ static const struct topology_spec alone[] = {{"language", 1, 0, 1, 1, 1, 1, 1}};
 static const char *const overlap[] = {"optimizer.overlap_grad_reduce=T", "optimizer.ddp_bucket_size=1000"};
 
 /* No reduction before the last micro-batch; then a bucket as soon as backward has passed its last parameter. */
-static void buckets_are_reduced_when_the_last_backward_has_passed_them(void **state)
+static void p12_66_buckets_are_reduced_when_the_last_backward_has_passed_them(void **state)
 {
     struct job j;
 
@@ -377,6 +377,120 @@ static void p12_65_participation_factor(void **state)
     assert_true(optim_participation(6, 4) == 1.5);
 }
 
+/* Gradients are accumulated and reduced in fp32 in a bf16 run, whose parameters are bf16. */
+static void p12_71_gradients_of_a_bf16_run_are_fp32(void **state)
+{
+    static const char text[] = "&run train_iters = 4 precision = 'fp32' /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n"
+                               "&stage training_stage = 3 /\n&topology layout = 'colocated' /\n";
+    struct errors e = {0};
+    struct deck deck;
+    struct topology topo;
+    struct stream stream = {.name = "none"};
+    struct arenas arenas;
+    struct model model;
+
+    deck_read(&deck, "test", text, strlen(text), 0, NULL, &e);
+    deck_resolve(&deck, 1, &e);
+    assert_int_equal(e.count, 0);
+    deck.derived.bf16 = true;                 /* as the CUDA backend resolves it */
+    topology_init(&topo, &deck, 1, 0, &e);
+    model_init(&model, &deck, &topo, &backend_ref_f32, &stream);
+    arenas_init(&arenas);
+    model_plan(&model, &arenas);
+    for (int i = 0; i < model.n_params; i++) {
+        assert_int_equal(model.param[i].value.dtype, model.param[i].buffer ? DTYPE_F32 : DTYPE_BF16);
+        assert_true(model.param[i].buffer || model.param[i].grad.dtype == DTYPE_F32);
+    }
+    for (int i = 0; i < model.ddp->n; i++) assert_int_equal(model.ddp->buffer[i].grad.dtype, DTYPE_F32);
+    model_free(&model);
+    arenas_free(&arenas, &backend_ref_f32);
+    topology_free(&topo);
+    deck_free(&deck);
+}
+
+static int gathers;      /* of parameters, by the fake messages below */
+
+static void count_gather(struct comm *c, const struct tensor *send, const struct tensor *recv, struct stream *s)
+{
+    gathers++;
+}
+
+static void nothing_to_drain(struct stream *s)
+{
+}
+
+/* New values are staged once: every bucket of every buffer is gathered exactly once after an update, at once or, under overlap, one by one as
+ * the forward pass asks for it, which it may do often. */
+static void p12_80_every_bucket_is_gathered_once_after_an_update(void **state)
+{
+    const char *overrides[] = {"optimizer.overlap_grad_reduce=T", "optimizer.ddp_bucket_size=1000", "optimizer.overlap_param_gather=T"};
+    const struct comm_ops fake = {.name = "fake", .all_gather = count_gather, .drain = nothing_to_drain};
+
+    for (int n = 2; n <= 3; n++) {
+        struct job j;
+        int buckets = 0;
+        open_job(&j, 4, 1, colocated, 2, n, overrides);
+        j.model.comm = &fake;
+        for (int i = 0; i < j.model.ddp->n; i++) buckets += j.model.ddp->buffer[i].n_buckets;
+        assert_true(buckets > 6);
+        for (int update = 1; update <= 2; update++) {
+            gathers = 0;
+            ddp_gather(j.model.ddp);
+            /* The encoder has no overlap of its own: one bucket, gathered at once. */
+            assert_int_equal(gathers, n == 2 ? buckets : 2);
+            for (int end = 1; end <= j.model.n_params; end++) {
+                ddp_use(j.model.ddp, true, end);
+                ddp_use(j.model.ddp, false, end);
+            }
+            assert_int_equal(gathers, buckets);
+            ddp_use_all(j.model.ddp);
+            assert_int_equal(gathers, buckets);
+        }
+        j.model.comm = &comm_mpi;
+        close_job(&j);
+    }
+}
+
+/* Element `k` of this rank's shard of p as the logical tensor has it. */
+static bool is_logical(const struct job *j, const struct param *p, const struct param *whole, int64_t k)
+{
+    const int64_t cols = tensor_numel(&p->value) / p->value.shape[0];
+
+    return ((double *)p->value.data)[k] == ((double *)whole->value.data)[model_full_index(&j->model, p, k / cols, k % cols)];
+}
+
+/* Initial weights over a grid of tp 2, ep 2, dp 2: data-parallel replicas are equal, tensor- and expert-parallel ranks hold other parts of
+ * the same logical tensor, and equal shapes of different modules or layers hold different numbers. */
+static void p12_17_weights_follow_the_logical_tensor_not_the_rank(void **state)
+{
+    static const struct topology_spec cut[] = {{"language", 8, 0, 2, 1, 1, 2, 1}};
+    struct job one, part[8];
+
+    open_job(&one, 1, 0, alone, 1, 0, NULL);
+    model_initialise(&one.model);
+    for (int r = 0; r < 8; r++) {
+        open_job(&part[r], 8, r, cut, 1, 0, NULL);
+        model_initialise(&part[r].model);
+        for (int i = 0; i < one.model.n_params; i++)
+            for (int64_t k = 0; k < tensor_numel(&part[r].model.param[i].value); k++)
+                assert_true(is_logical(&part[r], &part[r].model.param[i], &one.model.param[i], k));
+    }
+    for (int i = 0; i < one.model.n_params; i++) {
+        const struct param *a = &part[0].model.param[i], *tp = &part[1].model.param[i], *dp = &part[2].model.param[i];
+        const size_t bytes = (size_t)tensor_numel(&a->value) * sizeof(double);
+        if (a->init != RNG_NORMAL) continue;
+        assert_int_equal(memcmp(a->value.data, dp->value.data, bytes) == 0, true);
+        /* Rank 1 is the next of tp and of ep. */
+        assert_int_equal(memcmp(a->value.data, tp->value.data, bytes) == 0, a->shard == PARAM_REPLICATED && !a->expert);
+    }
+    const struct param *in = model_find_param(&one.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
+    const struct param *out = model_find_param(&one.model, MODEL_LANGUAGE, "output_layer.weight");
+    assert_int_equal(tensor_numel(&in->value), tensor_numel(&out->value));
+    assert_memory_not_equal(in->value.data, out->value.data, (size_t)tensor_numel(&in->value) * sizeof(double));
+    for (int r = 0; r < 8; r++) close_job(&part[r]);
+    close_job(&one);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -387,11 +501,14 @@ int main(void)
         cmocka_unit_test(memory_is_that_of_the_buffers),
         cmocka_unit_test(p12_60_buckets_only_with_overlap_and_on_the_first_stage),
         cmocka_unit_test(p12_61_experts_have_a_buffer_iff_they_are_cut_otherwise),
-        cmocka_unit_test(p12_62_each_grid_has_its_group_and_the_encoder_overlaps_only_when_asked),
+        cmocka_unit_test(p12_62_68_each_grid_has_its_group_and_the_encoder_overlaps_only_when_asked),
         cmocka_unit_test(frozen_modules_are_in_no_buffer),
-        cmocka_unit_test(buckets_are_reduced_when_the_last_backward_has_passed_them),
+        cmocka_unit_test(p12_66_buckets_are_reduced_when_the_last_backward_has_passed_them),
         cmocka_unit_test(p12_70_a_parameter_without_gradient_is_named),
         cmocka_unit_test(p12_65_participation_factor),
+        cmocka_unit_test(p12_71_gradients_of_a_bf16_run_are_fp32),
+        cmocka_unit_test(p12_80_every_bucket_is_gathered_once_after_an_update),
+        cmocka_unit_test(p12_17_weights_follow_the_logical_tensor_not_the_rank),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

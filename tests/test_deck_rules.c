@@ -743,6 +743,34 @@ static void suggestions_name_near_keys_and_their_group(void **state)
     assert_int_equal(deck_table_distance("abc", "xyz", 2), 3);
 }
 
+/* Upstream fixes the encoder's other sizes and its place; more than one sharded optimizer is refused there. */
+static void p12_10_82_there_is_no_key_for_what_is_fixed(void **state)
+{
+    static const char *const keys[] = { "topology.encoder_cp=1", "topology.encoder_ep=1", "topology.encoder_expt_tp=1", "topology.encoder_offset=0",
+                                        "optimizer.num_distributed_optimizer_instances=2" };
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const char *const overrides[] = { keys[i], NULL };
+        struct deck deck = { 0 };
+        struct errors errors = { 0 };
+        make_deck_file(&deck, "input/mock_tiny.nml", 1, &errors, overrides);
+        assert_int_equal(errors.count, 1);
+        assert_true(has_error(&errors, "has no key"));
+        deck_free(&deck);
+        errors_free(&errors);
+    }
+}
+
+static void p12_46_layers_must_divide_over_the_stages(void **state)
+{
+    const char *const overrides[] = { "language.hybrid_layer_pattern=M*", "topology.llm_pp=3", "topology.layout=language_only", NULL };
+    struct deck deck = { 0 };
+    struct errors errors = { 0 };
+    make_deck_file(&deck, "input/mock_tiny.nml", 3, &errors, overrides);
+    assert_true(has_error(&errors, "2 layers without | cannot be cut into topology.llm_pp = 3 equal stages"));
+    deck_free(&deck);
+    errors_free(&errors);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -772,6 +800,8 @@ int main(void)
         cmocka_unit_test(visit_calls_every_key_in_table_order),
         cmocka_unit_test(input_decks_hold_only_differences),
         cmocka_unit_test(suggestions_name_near_keys_and_their_group),
+        cmocka_unit_test(p12_10_82_there_is_no_key_for_what_is_fixed),
+        cmocka_unit_test(p12_46_layers_must_divide_over_the_stages),
     };
     return cmocka_run_group_tests_name("deck rules", tests, NULL, NULL);
 }

@@ -152,7 +152,7 @@ static void wait_a_little(double seconds)
     nanosleep(&t, NULL);
 }
 
-static void killed_while_saving_keeps_the_previous_checkpoint(void **unused)
+static void p12_94_killed_while_saving_keeps_the_previous_checkpoint(void **unused)
 {
     char dir[IO_PATH], path[IO_PATH + 64];
     int64_t done = -1, moved = 0;
@@ -212,7 +212,7 @@ int main(int argc, char **argv)
     if (n < 0 || !mkdtemp(scratch)) return 1;
     io_start();
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(killed_while_saving_keeps_the_previous_checkpoint),
+        cmocka_unit_test(p12_94_killed_while_saving_keeps_the_previous_checkpoint),
         cmocka_unit_test(refused_write_is_exit_6_and_changes_nothing),
     };
     int failed = cmocka_run_group_tests(tests, NULL, NULL);

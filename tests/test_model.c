@@ -89,7 +89,7 @@ static double element(const struct tensor *t, int64_t i)
 }
 
 /* Initial values depend on seed, name and element only: recomputed here one by one. */
-static void initial_values_are_functions_of_name_and_index(void **state)
+static void p12_18_initial_values_are_functions_of_name_and_index(void **state)
 {
     struct fixture f;
     fixture_open(&f, 0, NULL);
@@ -98,6 +98,12 @@ static void initial_values_are_functions_of_name_and_index(void **state)
     const double so = 0.0173 / sqrt(6.0);
     for (int64_t i = 0; i < tensor_numel(&p->value); i++)
         assert_true(element(&p->value, i) == (double)(float)(so * rng_normal_at(key, (uint64_t)i)));
+    /* No generator has a state: a second pass, or numbers drawn in between, change nothing. */
+    const float first = (float)element(&p->value, 0);
+    rng_normal_at(key, 12345);
+    memset(p->value.data, 0, (size_t)tensor_numel(&p->value) * sizeof(float));
+    model_initialise(&f.model);
+    assert_true((float)element(&p->value, 0) == first && first != 0.0f);
     double sum = 0.0, sum2 = 0.0;
     const struct param *e = model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
     const int64_t n = tensor_numel(&e->value);
@@ -317,7 +323,7 @@ static void m6_22_gradients_do_not_depend_on_the_split_into_microbatches(void **
 }
 
 /* The job ends with one line that names both counts. */
-static void m6_32_embeddings_that_do_not_match_the_tokens_end_the_job(void **state)
+static void m6_32_p12_32_36_embeddings_that_do_not_match_the_tokens_end_the_job(void **state)
 {
     struct fixture f;
     int status, line[2];
@@ -524,6 +530,112 @@ static void forced_choice_ignores_the_scores(void **state)
     }
 }
 
+static double *copy_of_grads(struct fixture *f, bool language)
+{
+    const struct tensor g = model_grad_buffer(&f->model, language);
+    double *copy = xcalloc((size_t)tensor_numel(&g) + 1, sizeof *copy);
+    memcpy(copy, g.data, (size_t)tensor_numel(&g) * sizeof *copy);
+    return copy;
+}
+
+/* What the last stage hands on: the sum of loss * mask in the accumulator's type, the number of loss tokens, both over micro-batches. */
+static void p12_48_loss_is_a_sum_and_a_token_count(void **state)
+{
+    static const char *const o[] = { "run.precision=fp64", "data.mock_text_only_every=3" };
+    struct fixture f;
+    double sum = 0.0;
+    fixture_open(&f, 2, o);
+    model_zero_accumulators(&f.model);
+    for (int m = 0; m < 2; m++) {
+        struct tensor image;
+        int64_t tokens = 0;
+        fixture_batch(&f, m, 0);
+        image = model_encoder_forward(&f.model, 0, &f.pictures, true);
+        model_language_forward(&f.model, 0, &f.text, &image, true);
+        const struct tensor loss = model_token_loss(&f.model);
+        assert_int_equal(tensor_numel(&loss), 2 * 64);
+        for (int64_t i = 0; i < tensor_numel(&loss); i++) {
+            sum += ((double *)loss.data)[i] * (double)f.text.loss_mask[i];
+            tokens += f.text.loss_mask[i] != 0.0f;
+        }
+        assert_int_equal(f.text.loss_tokens, tokens);
+        const struct tensor total = model_loss_sum(&f.model);
+        assert_int_equal(total.dtype, f.model.acc);
+        assert_true(fabs(*(double *)total.data - sum) <= 1e-13 * sum);
+    }
+    /* A mask of another shape than the model's batch ends the job. */
+    int status;
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0) {
+        const struct tensor none = tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
+        if (!freopen("/dev/null", "w", stderr))
+            _exit(98);
+        f.text.image_rows = 0;
+        f.text.seq_length--;
+        model_language_forward(&f.model, 0, &f.text, &none, true);
+        _exit(0);
+    }
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == EXIT_INTERNAL);
+    fixture_close(&f);
+}
+
+/* The same crop of the position grid in both, so the language module sees the same embeddings. */
+static void p12_50_a_frozen_encoder_leaves_the_language_gradients_as_they_are(void **state)
+{
+    static const char *const trained[] = { "run.precision=fp64", "vision.force_cpe_eval_mode=T" };
+    static const char *const frozen[] = { "run.precision=fp64", "vision.force_cpe_eval_mode=T", "stage.freeze_vit=T",
+                                          "stage.freeze_projection=T" };
+    struct fixture f;
+    double *gradient[2];
+    int64_t n = 0;
+    for (int i = 0; i < 2; i++) {
+        fixture_open(&f, i ? 4 : 2, i ? frozen : trained);
+        fixture_batch(&f, 0, 0);
+        fixture_forward(&f, true);
+        model_zero_grads(&f.model);
+        const struct tensor d = model_language_backward(&f.model, 0, i == 0);
+        if (i == 0)
+            model_encoder_backward(&f.model, 0, &d);
+        const struct tensor language = model_grad_buffer(&f.model, true), encoder = model_grad_buffer(&f.model, false);
+        assert_int_equal(tensor_numel(&encoder) > 0, i == 0);
+        assert_true(i == 0 || tensor_numel(&language) == n);
+        n = tensor_numel(&language);
+        gradient[i] = copy_of_grads(&f, true);
+        fixture_close(&f);
+    }
+    assert_memory_equal(gradient[0], gradient[1], (size_t)n * sizeof(double));
+    free(gradient[0]);
+    free(gradient[1]);
+}
+
+static void p12_69_zeroing_reaches_every_module_that_is_there(void **state)
+{
+    static const char *const both[] = { "run.precision=fp64" };
+    static const char *const alone[] = { "run.precision=fp64", "topology.layout=language_only" };
+    for (int i = 0; i < 2; i++) {
+        struct fixture f;
+        fixture_open(&f, i ? 2 : 1, i ? alone : both);
+        fixture_batch(&f, 0, 0);
+        fixture_forward(&f, true);
+        fixture_backward(&f);
+        for (int zeroed = 0; zeroed < 2; zeroed++) {
+            if (zeroed)
+                model_zero_grads(&f.model);
+            for (int language = 0; language < 2; language++) {
+                const struct tensor g = model_grad_buffer(&f.model, language);
+                int64_t set = 0;
+                for (int64_t k = 0; k < tensor_numel(&g); k++)
+                    set += ((double *)g.data)[k] != 0.0;
+                assert_int_equal(tensor_numel(&g) > 0, language || i == 0);
+                assert_int_equal(set > 0, !zeroed && (language || i == 0));
+            }
+        }
+        fixture_close(&f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -532,7 +644,7 @@ int main(void)
         cmocka_unit_test(two_kv_groups_change_the_count),
         cmocka_unit_test(mlp_projector_counts),
         cmocka_unit_test(flops_per_token_of_the_presets),
-        cmocka_unit_test(initial_values_are_functions_of_name_and_index),
+        cmocka_unit_test(p12_18_initial_values_are_functions_of_name_and_index),
         cmocka_unit_test(fp64_starts_from_the_widened_fp32_values),
         cmocka_unit_test(m6_38_weight_decay_set),
         cmocka_unit_test(m6_27_initial_loss_of_the_tiny_model),
@@ -541,7 +653,7 @@ int main(void)
         cmocka_unit_test(gradients_accumulate_over_microbatches),
         cmocka_unit_test(m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens),
         cmocka_unit_test(m6_22_gradients_do_not_depend_on_the_split_into_microbatches),
-        cmocka_unit_test(m6_32_embeddings_that_do_not_match_the_tokens_end_the_job),
+        cmocka_unit_test(m6_32_p12_32_36_embeddings_that_do_not_match_the_tokens_end_the_job),
         cmocka_unit_test(same_batch_twice_gives_the_same_bits),
         cmocka_unit_test(m6_30_text_only_batch),
         cmocka_unit_test(image_token_row_has_no_input_gradient),
@@ -551,6 +663,9 @@ int main(void)
         cmocka_unit_test(arenas_are_filled_exactly),
         cmocka_unit_test(forced_choice_is_balanced),
         cmocka_unit_test(forced_choice_ignores_the_scores),
+        cmocka_unit_test(p12_48_loss_is_a_sum_and_a_token_count),
+        cmocka_unit_test(p12_50_a_frozen_encoder_leaves_the_language_gradients_as_they_are),
+        cmocka_unit_test(p12_69_zeroing_reaches_every_module_that_is_there),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -161,7 +161,7 @@ static void embed_merge_gradients(void **state)
     FREE(&e.ids, &e.image_row);
 }
 
-static void embed_merge_places_text_and_pictures(void **state)
+static void p12_35_embed_merge_places_text_and_pictures(void **state)
 {
     struct embed_context e = embed_context();
     static const int from_table[11] = { 0, 5, -1, -1, 2, -1, 2, -1, -1, -1, 2 };
@@ -368,7 +368,7 @@ int main(void)
         cmocka_unit_test(gather_rows_gradient_is_gather_sum_rows),
         cmocka_unit_test(gather_sum_rows_rounds_once),
         cmocka_unit_test(embed_merge_gradients),
-        cmocka_unit_test(embed_merge_places_text_and_pictures),
+        cmocka_unit_test(p12_35_embed_merge_places_text_and_pictures),
         cmocka_unit_test(embed_merge_adds_repeated_ids_in_token_order),
         cmocka_unit_test(embed_merge_frozen_table_and_text_only),
         cmocka_unit_test(vit_assemble_gradients),

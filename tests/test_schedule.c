@@ -135,7 +135,7 @@ static void test_p12_44_trace_of_three_stages(void **state)
     }
 }
 
-static void test_frozen_encoder_sends_no_gradients(void **state)
+static void test_p12_50_frozen_encoder_sends_no_gradients(void **state)
 {
     struct job j = job_of(two, 2, 3, false, false);
     expect_trace(&j, 0, "F0 sf0 F1 sf1 F2 sf2");
@@ -486,13 +486,66 @@ static void test_verifying_all_800_ranks_is_fast(void **state)
     job_free(&j);
 }
 
+/* ---- stages ---- */
+
+/* Encoder of 2 stages in front of a language module of 3: 5 in all; stage s has 5-s-1 forwards ahead of its first backward and as many
+ * micro-batches alive plus one. */
+static void test_p12_41_stages_of_both_modules_add_up(void **state)
+{
+    const struct topology_spec specs[] = { { "encoder", 2, 0, 1, 1, 2, 1, 1 },
+                                           { "language", 3, 2, 1, 1, 3, 1, 1 } };
+    struct job j = job_of(specs, 2, 8, false, true);
+    for (int stage = 0; stage < 5; stage++) {
+        const struct schedule *s = &j.list[stage];
+        int ahead = 0;
+        for (int i = 0; s->action[i].kind != SCHEDULE_ENCODER_BACKWARD &&
+                        s->action[i].kind != SCHEDULE_LANGUAGE_BACKWARD;
+             i++)
+            ahead += s->action[i].kind == SCHEDULE_ENCODER_FORWARD ||
+                     s->action[i].kind == SCHEDULE_LANGUAGE_FORWARD;
+        assert_int_equal(ahead, 5 - stage);
+        assert_int_equal(stage < 2 ? s->encoder_slots : s->language_slots, 5 - stage);
+        assert_int_equal(stage < 2 ? s->language_slots : s->encoder_slots, 0);
+    }
+    expect_sound(&j);
+    job_free(&j);
+}
+
+/* Finalisation is the last action of each module that trains, once; a list without it, or with it earlier, is a fault. */
+static void test_p12_67_finalisation_cannot_be_left_out(void **state)
+{
+    for (int both = 0; both < 2; both++) {
+        struct job j = job_of(both ? colocated : two, 2, 3, false, true);
+        for (int r = 0; r < j.size; r++) {
+            const struct schedule *s = &j.list[r];
+            int syncs = 0;
+            for (int i = 0; i < s->n; i++)
+                syncs += s->action[i].kind == SCHEDULE_GRAD_SYNC;
+            assert_int_equal(syncs, both ? 2 : 1);
+            assert_int_equal(s->action[s->n - 1].kind, SCHEDULE_GRAD_SYNC);
+        }
+        struct schedule *s = &j.list[j.size - 1];
+        const struct action sync = s->action[s->n - 1], before = s->action[s->n - 2];
+        s->action[s->n - 1] = before;
+        s->action[s->n - 2] = sync;
+        expect_fault(&j, both ? "the language module comes first" : "are not finished");
+        s->action[s->n - 2] = before;
+        s->n--;
+        expect_fault(&j, "reduces the gradients of its");
+        s->n++;
+        s->action[s->n - 1] = sync;
+        expect_sound(&j);
+        job_free(&j);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_p12_44_trace_of_two_stages_and_4_microbatches),
         cmocka_unit_test(test_p12_44_trace_of_two_stages_and_1_microbatch),
         cmocka_unit_test(test_p12_44_trace_of_three_stages),
-        cmocka_unit_test(test_frozen_encoder_sends_no_gradients),
+        cmocka_unit_test(test_p12_50_frozen_encoder_sends_no_gradients),
         cmocka_unit_test(test_colocated_and_language_only_traces),
         cmocka_unit_test(test_p12_49_evaluation_runs_forward_only),
         cmocka_unit_test(test_p12_42_43_grids_of_the_upstream_tests_are_sound),
@@ -502,6 +555,8 @@ int main(void)
         cmocka_unit_test(test_an_edit_of_a_whole_stage_is_detected),
         cmocka_unit_test(test_the_interpreter_calls_each_action_once_and_costs_little),
         cmocka_unit_test(test_verifying_all_800_ranks_is_fast),
+        cmocka_unit_test(test_p12_41_stages_of_both_modules_add_up),
+        cmocka_unit_test(test_p12_67_finalisation_cannot_be_left_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

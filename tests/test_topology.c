@@ -255,7 +255,7 @@ static void test_p12_02_indivisible_products_are_refused_with_the_numbers(void *
             "its first rank is -2");
 }
 
-static void test_p12_05_rules_L1_to_L4_name_spans_and_counts(void **state)
+static void test_p12_05_15_rules_L1_to_L4_name_spans_and_counts(void **state)
 {
     UNSOUND(NULL, 0, 8, EXIT_DECK, "at least one"); /* L1 */
     UNSOUND(((struct topology_spec[]){ encoder_2x2 }), 1, 4, EXIT_DECK,
@@ -577,6 +577,54 @@ static void test_printing_names_grids_groups_and_the_bridge(void **state)
     topology_free(&t);
 }
 
+/* ---- ranks ---- */
+
+static void test_p12_13_membership_is_a_boolean(void **state)
+{
+    _Static_assert(_Generic(((struct grid *)0)->member, bool: 1, default: 0) &&
+                       _Generic(((struct grid *)0)->present, bool: 1, default: 0),
+                   "membership predicates are bool");
+    for (int r = 0; r < 8; r++) {
+        struct topology t =
+            sound((struct topology_spec[]){ encoder_2x2, language_2x2_ep4 }, 2, 8, r);
+        const struct grid *in = r < 4 ? &t.encoder : &t.language,
+                          *out = r < 4 ? &t.language : &t.encoder;
+        assert_true(in->member && in->present && !out->member && out->present);
+        assert_true(in->tp.rank == r % 2 && in->all.rank == r % 4);
+        assert_true(out->tp_rank == -1 && out->pp_rank == -1 && out->all.rank == -1);
+        topology_free(&t);
+    }
+}
+
+/* From the grid alone, the same on every rank of the world: the last stage's first rank. Another choice of tensor-, context- or
+ * data-parallel sizes moves it only with the stage. */
+static void test_p12_64_the_token_source_follows_from_the_grid_on_every_rank(void **state)
+{
+    static const struct {
+        int ranks, tp, cp, pp, source;
+    } grids[] = { { 4, 1, 1, 1, 2 }, { 4, 2, 1, 1, 2 }, { 8, 2, 1, 2, 6 }, { 8, 1, 2, 2, 6 },
+                  { 8, 1, 1, 4, 8 }, { 6, 1, 1, 3, 6 } };
+    for (size_t k = 0; k < sizeof grids / sizeof *grids; k++) {
+        const struct topology_spec specs[] = {
+            { "encoder", 2, 0, 1, 1, 1, 1, 1 },
+            { "language", grids[k].ranks, 2, grids[k].tp, grids[k].cp, grids[k].pp, 1, 1 }
+        };
+        const int n = grids[k].cp > 1 ? 1 : 2, first = 2 - n; /* an encoder excludes cp */
+        const int size = grids[k].ranks + (n == 2 ? 2 : 0);
+        struct topology_spec alone = specs[1];
+        alone.offset = 0;
+        for (int r = 0; r < size; r++) {
+            struct topology t = sound(first ? &alone : specs, n, size, r);
+            assert_int_equal(t.token_source, grids[k].source - (first ? 2 : 0));
+            if (r == t.token_source)
+                assert_true(t.language.tp_rank == 0 && t.language.cp_rank == 0 &&
+                            t.language.dp_rank == 0 &&
+                            t.language.pp_rank == t.language.pp_size - 1);
+            topology_free(&t);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -586,7 +634,7 @@ int main(void)
         cmocka_unit_test(test_p12_03_groups_partition_their_span_for_every_rank),
         cmocka_unit_test(test_p12_12_a_family_that_no_view_has_is_an_error),
         cmocka_unit_test(test_p12_02_indivisible_products_are_refused_with_the_numbers),
-        cmocka_unit_test(test_p12_05_rules_L1_to_L4_name_spans_and_counts),
+        cmocka_unit_test(test_p12_05_15_rules_L1_to_L4_name_spans_and_counts),
         cmocka_unit_test(test_p12_28_bridge_and_colocated_rules),
         cmocka_unit_test(test_p12_09_the_deck_maps_to_the_canonical_grids),
         cmocka_unit_test(test_p12_11_language_only_has_one_grid_that_covers_the_world),
@@ -599,6 +647,8 @@ int main(void)
         cmocka_unit_test(test_production_layouts_have_the_derived_numbers),
         cmocka_unit_test(test_describing_one_rank_of_800_takes_less_than_a_millisecond),
         cmocka_unit_test(test_printing_names_grids_groups_and_the_bridge),
+        cmocka_unit_test(test_p12_13_membership_is_a_boolean),
+        cmocka_unit_test(test_p12_64_the_token_source_follows_from_the_grid_on_every_rank),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -250,7 +250,7 @@ static void m6_05_pixel_shuffle_golden_on_a_non_square_tile(void **state)
                                      (2 * r + dr) * 6 + 2 * q + dq);
 }
 
-static void m6_06_class_tokens_are_removed_per_tile(void **state)
+static void m6_06_p12_102_class_tokens_are_removed_per_tile(void **state)
 {
     static const int32_t tile[2][2] = { { 2, 2 },
                                         { 2, 4 } }; /* rows: c c 0..3 c c 4..11 with c = 2 */
@@ -338,7 +338,7 @@ int main(void)
         cmocka_unit_test(cpe_of_the_largest_scale_stays_on_the_grid),
         cmocka_unit_test(cpe_outside_the_grid_is_zero),
         cmocka_unit_test(m6_05_pixel_shuffle_golden_on_a_non_square_tile),
-        cmocka_unit_test(m6_06_class_tokens_are_removed_per_tile),
+        cmocka_unit_test(m6_06_p12_102_class_tokens_are_removed_per_tile),
         cmocka_unit_test(m6_06_counts_of_the_full_size_tile),
         cmocka_unit_test(m6_07_cu_seqlens_shift_golden_and_repeatable),
         cmocka_unit_test(sources_interleave_class_tokens_and_patches),

@@ -147,7 +147,7 @@ static void rows_of_a_batch_number_its_pictures_in_order(void **state)
     deck_free(&deck);
 }
 
-static void pixels_are_the_resized_normalised_patches(void **state)
+static void p12_98_pixels_are_the_resized_normalised_patches(void **state)
 {
     struct tar t = { 0 };
     struct reader r;
@@ -524,7 +524,7 @@ int main(void)
         cmocka_unit_test(a_text_before_a_picture_does_not_predict_it),
         cmocka_unit_test(tags_surround_every_picture),
         cmocka_unit_test(rows_of_a_batch_number_its_pictures_in_order),
-        cmocka_unit_test(pixels_are_the_resized_normalised_patches),
+        cmocka_unit_test(p12_98_pixels_are_the_resized_normalised_patches),
         cmocka_unit_test(fixed_resolution_ignores_the_shape_of_the_picture),
         cmocka_unit_test(long_text_is_cut_without_end_of_document),
         cmocka_unit_test(pictures_shrink_before_text_is_cut),
