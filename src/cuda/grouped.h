@@ -1,0 +1,35 @@
+/* grouped.h - what the CUTLASS instantiations of the grouped GEMM (grouped_nt.cu, grouped_nn.cu, grouped_tn.cu) get from
+ * grouped.cu.
+ *
+ * Group e computes D_e[M_e,N_e] = A_e[M_e,K_e] B_e[K_e,N_e] (TN: += in place). Sizes, addresses and row strides lie on the
+ * device, made from the offsets by a kernel, so that the host never learns how many rows an expert has. Local, all.
+ */
+#ifndef MIMO_CUDA_GROUPED_H
+#define MIMO_CUDA_GROUPED_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#include "backend.h"
+
+/* Device arrays over the groups, all in the stream's scratch. */
+struct grouped {
+    int groups;
+    int (*size)[3];                  /* M, N, K; all 0 for an expert without rows */
+    const void **a, **b;
+    void **d;
+    int64_t *lda, *ldb, *ldd;        /* in elements */
+    void *workspace;                 /* TMA descriptors, rewritten by every block */
+    size_t workspace_bytes;
+};
+
+/* BF16 operands, 16-byte aligned rows; accumulation in fp32. D: BF16 for nt and nn, F32 for tn, which adds to it. */
+void cuda_grouped_nt(struct stream *s, const struct grouped *g);
+void cuda_grouped_nn(struct stream *s, const struct grouped *g);
+void cuda_grouped_tn(struct stream *s, const struct grouped *g);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,7 @@
+/* grouped_nn.cu - gradient of the experts' inputs: rows W_e, W_e [out, in], BF16. */
+#include "grouped_cutlass.cuh"
+
+extern "C" void cuda_grouped_nn(struct stream *s, const struct grouped *g)
+{
+    grouped_gemm<grouped_row, grouped_row, void, cutlass::bfloat16_t>::run(s, g);
+}

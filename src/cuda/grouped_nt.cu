@@ -1,0 +1,7 @@
+/* grouped_nt.cu - experts forward: rows W_e^T, W_e [out, in], BF16. */
+#include "grouped_cutlass.cuh"
+
+extern "C" void cuda_grouped_nt(struct stream *s, const struct grouped *g)
+{
+    grouped_gemm<grouped_row, grouped_column, void, cutlass::bfloat16_t>::run(s, g);
+}

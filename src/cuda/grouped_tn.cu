@@ -1,0 +1,7 @@
+/* grouped_tn.cu - gradient of the experts' weights, added in place: dW_e += dY_e^T X_e, F32 from BF16. */
+#include "grouped_cutlass.cuh"
+
+extern "C" void cuda_grouped_tn(struct stream *s, const struct grouped *g)
+{
+    grouped_gemm<grouped_column, grouped_row, float, float>::run(s, g);
+}
