@@ -27,9 +27,11 @@ CUDA_HERE = CUDA_HOME=/usr/local/cuda CUBLAS_HOME=.cuda/nvidia/cu13 NCCL_HOME=.c
 # Shadow tests on a GPU (tests/gpu): programs without MPI and HDF5, each linked with the kernels it names here and the reference.
 # `make gpu-tests T=name` builds one.
 GPU_NEEDS_memory    = memory
+GPU_NEEDS_moe       = moe
+GPU_NEEDS_grouped   = grouped grouped_nt grouped_nn grouped_tn gemm
 
 GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/gpu_check.c,$(wildcard tests/gpu/gpu_*.c))))
-GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o cuda/sizes.o ref/backend_ref.o) \
+GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o ref/backend_ref.o) \
             $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 
 $(BUILD)/gpu_%.o: tests/gpu/gpu_%.c

@@ -299,7 +299,7 @@ router_backward_kernel(matrix<const float> scores, const int32_t *expert, int to
         return;
     const int chosen = lane < topk ? expert[t * topk + lane] : -1;
     const float g = lane < topk ? dprob.row(t)[lane] : 0.0f, s = lane < topk ? scores.row(t)[chosen] : 0.0f;
-    const float sum = warp_sum(s) + 1e-20f, mean = warp_sum(g * s / sum), part = scaling * (g - mean) / sum;
+    const float sum = warp_sum(s) + 1e-20f, mean = warp_sum(g * (s / sum)), part = scaling * (g - mean) / sum;
     float score[I], ds[I] = {};
 #pragma unroll
     for (int i = 0; i < I; i++)

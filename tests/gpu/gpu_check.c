@@ -17,7 +17,7 @@ static const size_t CACHE = (size_t)60 << 20, FILLER = (size_t)1 << 30;
 struct state {
     struct stream stream, cpu;
     struct cuda_context context;
-    bool time, quick;
+    bool time, quick, large;
     const char *only[ONLY];
     int only_count;
     uint64_t seed, random;
@@ -50,12 +50,14 @@ struct gpu_check *gpu_check_start(int argc, char **argv)
             s->time = true;
         else if (strcmp(argv[i], "--quick") == 0)
             s->quick = true;
+        else if (strcmp(argv[i], "--large") == 0)
+            s->large = true;
         else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
             s->seed = strtoull(argv[++i], NULL, 0);
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc && s->only_count < ONLY)
             s->only[s->only_count++] = argv[++i];
         else
-            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--seed N] [--only WORD]...", argv[i]);
+            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--large] [--seed N] [--only WORD]...", argv[i]);
     }
     CHECK_CUDA(cudaSetDevice(0));
     CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
@@ -101,6 +103,11 @@ int gpu_check_end(struct gpu_check *g)
 bool gpu_production(const struct gpu_check *g)
 {
     return !((const struct state *)g->state)->quick;
+}
+
+bool gpu_small(const struct gpu_check *g)
+{
+    return !((const struct state *)g->state)->large;
 }
 
 void gpu_layout(struct gpu_check *g, int pad, int offset)

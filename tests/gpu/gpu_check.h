@@ -46,14 +46,16 @@ struct gpu_check {
     void *state;          /* gpu_check.c's */
 };
 
-/* Options: --time, --seed N, --only WORD (in the operation's name, repeatable), --quick (gpu_production is false). */
+/* Options: --time, --seed N, --only WORD (in the operation's name, repeatable), --quick (gpu_production is false),
+ * --large (gpu_small is false). */
 struct gpu_check *gpu_check_start(int argc, char **argv);
 /* Prints the count; exit status. */
 int gpu_check_end(struct gpu_check *g);
 /* Starts a case; false when the command line leaves it out. */
 bool gpu_case(struct gpu_check *g, const char *op, const char *format, ...) __attribute__((format(printf, 3, 4)));
-/* Whether large shapes are run. */
+/* Whether large shapes are run; small ones. */
 bool gpu_production(const struct gpu_check *g);
+bool gpu_small(const struct gpu_check *g);
 void gpu_layout(struct gpu_check *g, int pad, int offset);
 
 /* Tensors of the running case; an output until filled. */
