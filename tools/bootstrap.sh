@@ -46,7 +46,7 @@ if [ "$cuda" = yes ] && [ ! -d .cuda ]; then
     rm -rf .cuda.part   # what an interrupted fetch has left
     mkdir -p .cuda.part/wheels
     python3 -m pip download -q --no-deps -d .cuda.part/wheels nvidia-cublas==13.1.1.3 nvidia-nccl-cu13==2.28.9 \
-        nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0
+        nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0 nvidia-cuda-nvrtc==13.0.88
     for w in .cuda.part/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda.part; done
     rm -rf .cuda.part/wheels
     mv .cuda.part .cuda

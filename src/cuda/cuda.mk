@@ -5,7 +5,7 @@ CUDA_OBJ = $(patsubst src/%,$(BUILD)/%.o,$(basename $(CUDA_CU)))
 CUDA_INC   = -isystem $(CUDA_HOME)/include -isystem $(CUBLAS_HOME)/include -isystem $(NCCL_HOME)/include -isystem $(CUDNN_HOME)/include \
              $(if $(CUTLASS_INC),-isystem $(CUTLASS_INC)) $(if $(CUDNN_FRONTEND_INC),-isystem $(CUDNN_FRONTEND_INC))
 CUDA_LIBS  = -L$(CUBLAS_HOME)/lib -L$(NCCL_HOME)/lib -L$(CUDNN_HOME)/lib -L$(CUDA_HOME)/lib64 \
-             -l:libcublasLt.so.13 -l:libnccl.so.2 -l:libcudnn.so.9 -lcudart -lstdc++
+             -l:libcublasLt.so.13 -l:libnccl.so.2 -l:libcudnn.so.9 -l:libnvrtc.so.13 -lcudart -lstdc++
 NVCCFLAGS  = -std=c++17 -O3 $(NVCC_ARCH) --expt-relaxed-constexpr --expt-extended-lambda -lineinfo -DNDEBUG '-D_Noreturn=[[noreturn]]' -Isrc -Isrc/cuda \
              --Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers -MMD -MP
 CXXFLAGS   = -std=c++17 -O1 '-D_Noreturn=[[noreturn]]' $(HARDEN) -Wall -Wextra -Werror -Wno-unused-parameter -Isrc -Isrc/cuda -MMD -MP

@@ -16,7 +16,7 @@ extern "C" {
 #include "check.h"
 
 struct cuda_gemm;        /* gemm.c: cuBLASLt's handle, workspace and chosen algorithms */
-struct cuda_attention;   /* attention.cpp: cuDNN's handle and plans */
+struct cuda_attention;   /* attention_cudnn.cpp: cuDNN's handle and plans */
 
 struct cuda_context {
     cudaStream_t stream;

@@ -27,12 +27,17 @@ static void no_event(struct event *e) { e->native = NULL; }
 const struct backend_ops backend_sizes_bf16 = { SIZES, .act = DTYPE_BF16 };
 const struct backend_ops backend_sizes_f32 = { SIZES, .act = DTYPE_F32 };
 
-/* The deterministic backward of one chunk of heads (one segment slot per picture or sequence), the gradients' row sums and a
- * margin for cuDNN's alignment; the composed fp32 form needs the scores of one head at most, which is less. */
+/* One piece of attention.cu: statistics or slots, the deterministic backward's workspace of the heads (and slots) that run at
+ * once, cuDNN's fp32 gradient of the queries, and a margin for its alignment. */
 int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d, bool causal)
 {
-    const int64_t len = (max_len + 127) / 128 * 128, heads = cuda_attention_chunk(segments, max_len, n, g);
-    return heads * segments * len * len * 2 + tokens * n * (int64_t)(d + 2) * 4 + ((int64_t)16 << 20);
+    /* The packed form rounds lengths up to 1024 and takes as many slots as the cap allows. */
+    const int64_t len = (max_len + 1023) / 1024 * 1024, at_once = n == g && segments > 1 ? segments : 1;
+    const int64_t square = 2 * len * len, fit = ATTENTION_CAP / square > 1 ? ATTENTION_CAP / square : 1;
+    int64_t pieces = at_once * n < fit ? at_once * n : fit;
+    if (pieces < cuda_attention_chunk(1, max_len, n, g))
+        pieces = cuda_attention_chunk(1, max_len, n, g);
+    return pieces * square + tokens * n * (int64_t)(4 * d + 64) + 64 * (segments + 1) + ((int64_t)64 << 20);
 }
 
 /* Chunk states and their gradients in fp32, and per-chunk cumulative decays. */
