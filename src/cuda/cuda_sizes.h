@@ -4,6 +4,10 @@
 #ifndef MIMO_CUDA_SIZES_H
 #define MIMO_CUDA_SIZES_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #include "backend.h"
 
 /* Scratch of a computing stream: cuBLASLt's workspace first, then what the other operations use. */
@@ -15,4 +19,7 @@ int cuda_attention_chunk(int64_t segments, int64_t max_len, int n, int g);
 int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d, bool causal);
 int64_t cuda_ssd_work(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk);
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -520,6 +520,22 @@ void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name,
     note(s, name, worst, bound.element);
 }
 
+void gpu_close_columns(struct gpu_check *g, struct gpu_tensor *t, const char *name, int64_t first, const struct tensor *want,
+                       struct gpu_bound bound)
+{
+    double difference = 0, norm = 0;
+    for (int64_t r = 0; r < tensor_rows(want); r++)
+        for (int64_t c = 0; c < tensor_cols(want); c++) {
+            const double x = value_at(t, r, first + c), y = ((const float *)want->data)[r * want->ld + c];
+            difference += (x - y) * (x - y);
+            norm += y * y;
+        }
+    const double error = difference == 0 ? 0 : sqrt(difference / norm);
+    if (!(error <= bound.frobenius))
+        gpu_fail(g, "%s: relative error %.3g in columns %lld..., bound %.3g", name, error, (long long)first, bound.frobenius);
+    note(state_of(g), name, error, bound.frobenius);
+}
+
 void gpu_close(struct gpu_check *g, struct gpu_tensor *t, const char *name, struct gpu_bound bound)
 {
     gpu_close_rows(g, t, name, NULL, tensor_rows(&t->host), &t->host, bound);

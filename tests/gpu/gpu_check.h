@@ -92,6 +92,9 @@ void gpu_close(struct gpu_check *g, struct gpu_tensor *t, const char *name, stru
 /* Rows row[0..n-1] of t against rows 0..n-1 of want (F32); all other elements must be finite. */
 void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name, const int64_t *row, int64_t n,
                     const struct tensor *want, struct gpu_bound bound);
+/* Columns [first, first + cols(want)) of t against want (F32), by the relative Frobenius error. */
+void gpu_close_columns(struct gpu_check *g, struct gpu_tensor *t, const char *name, int64_t first, const struct tensor *want,
+                       struct gpu_bound bound);
 /* Integers, bit by bit. */
 void gpu_equal(struct gpu_check *g, struct gpu_tensor *t, const char *name);
 /* A failure found by the test itself. */
