@@ -211,7 +211,8 @@ static bool aligned(in_t t)
 
 static bool fits_cudnn(const problem &p)
 {
-    return p.qkv->dtype == DTYPE_BF16 && p.d % 8 == 0 && p.d <= 128 && aligned(p.qkv) && aligned(p.o) && aligned(p.d_o)
+    /* cuDNN refuses sequences of one row. */
+    return p.qkv->dtype == DTYPE_BF16 && p.max_len > 1 && p.d % 8 == 0 && p.d <= 128 && aligned(p.qkv) && aligned(p.o) && aligned(p.d_o)
            && aligned(p.dqkv);
 }
 
