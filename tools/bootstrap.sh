@@ -6,9 +6,10 @@
 set -eu
 cd "$(dirname "$0")/.."
 
+# munkres is what fonttools otherwise takes scipy for, and with it Boost's headers: 250 MB.
 packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread libopenblas-dev
     libjpeg62-turbo-dev libpng-dev libwebp-dev libpcre2-dev libjansson-dev libarchive-dev libxxhash-dev
-    python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-fonttools fonts-noto-color-emoji"
+    python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-munkres python3-fonttools fonts-noto-color-emoji"
 dev="clang clang-format libclang-rt-14-dev llvm libcmocka-dev git gfortran python3-venv"
 cuda=no
 f90nml=no
