@@ -84,7 +84,9 @@ gpu-programs: $(GPU_TESTS)
 demo:                              ## install, build, make the data, train on 8 ranks, show the result
 	tools/demo.sh
 
-check: all tests                   ## run every test; the last line counts them
+check:                             ## install what is missing, run every test; the last line counts them
+	tools/bootstrap.sh --dev
+	$(MAKE) all tests
 	$(MAKE) BUILD=build/clang CC=clang MPICC="mpicc.mpich -cc=clang" build/clang/mimo
 	$(MAKE) BUILD=build/asan SAN=1 tests build/asan/mimo
 	tests/run --build build --mimo ./mimo --asan build/asan --mpiexec $(MPIEXEC) --python $(PYTHON)

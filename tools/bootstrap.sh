@@ -2,7 +2,7 @@
 # Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need (and f90nml of the Python
 # index, in build/f90nml); with --cuda also NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed
 # to build); with --oracle also transformers and torch in .oracle/ for `make oracle`. Safe to run again.
-# Without root it prints the command to run as root and ends with status 1.
+# Without root it prints the command to run as root and ends with status 1. Elsewhere than on Debian it only names the packages.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -29,7 +29,9 @@ missing=
 for p in $packages; do
     dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"
 done
-if [ -n "$missing" ]; then
+if ! command -v dpkg-query >/dev/null; then
+    echo "bootstrap.sh: this is not Debian; what these packages of Debian 12 hold must be there:" $packages >&2
+elif [ -n "$missing" ]; then
     if [ "$(id -u)" -ne 0 ]; then
         echo "bootstrap.sh: packages are missing; as root run:" >&2
         echo "    apt-get update && apt-get install -y --no-install-recommends$missing" >&2
