@@ -1,5 +1,5 @@
 /* io_checkpoint.c - saving a checkpoint so that no kill at any moment leaves less than the previous
- * one; finding and retiring them.
+ * one; retiring old ones.
  *
  * <save>/.tmp-iter_%07d-<host>-<pid>/checkpoint.h5 is laid out by world rank 0 with its state,
  * filled by every rank with the slabs it owns (independent transfers), synced, closed; rank 0 adds
@@ -191,29 +191,35 @@ static void remove_directory(const char *path)
     if (rmdir(path) != 0) log_warn("%s: cannot delete: %s", path, strerror(errno));
 }
 
-/* What a killed job left behind: .tmp-iter_* and .trash-iter_* whose process is gone (this host) or
- * that are a day old (another). */
+/* What a killed job left behind: .tmp-iter_* and .trash-iter_*, and a tracker without its name,
+ * whose process is gone (this host) or that are a day old (another). */
 static void remove_leftovers(const char *save)
 {
+    static const char *const prefix[] = { ".tmp-iter_", ".trash-iter_",
+                                          ".latest_checkpointed_iteration.txt-" };
     DIR *d = opendir(save);
     if (!d) return;
     char nonce[320], host[320], path[IO_PATH];
     io_nonce(nonce, sizeof nonce);
     snprintf(host, sizeof host, "%.*s", (int)(strrchr(nonce, '-') - nonce + 1), nonce);
     for (struct dirent *e; (e = readdir(d)) != NULL;) {
-        if (strncmp(e->d_name, ".tmp-iter_", 10) && strncmp(e->d_name, ".trash-iter_", 12))
-            continue;
+        bool ours = false;
+        for (int i = 0; i < 3; i++)
+            ours = ours || strncmp(e->d_name, prefix[i], strlen(prefix[i])) == 0;
+        if (!ours) continue;
         const char *owner = strchr(strchr(e->d_name, '_'), '-');
         struct stat st;
         join(path, save, e->d_name);
-        if (!owner || lstat(path, &st) != 0 || !S_ISDIR(st.st_mode)) continue;
+        if (!owner || lstat(path, &st) != 0) continue;
         bool here = strncmp(owner + 1, host, strlen(host)) == 0,
              gone = time(NULL) - st.st_mtime > 86400;
         if (here) {
             long pid = atol(owner + 1 + strlen(host));
             gone = pid == (long)getpid() || (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH);
         }
-        if (gone) remove_directory(path);
+        if (gone && S_ISDIR(st.st_mode)) remove_directory(path);
+        else if (gone && S_ISREG(st.st_mode) && unlink(path) != 0)
+            log_warn("%s: cannot delete: %s", path, strerror(errno));
     }
     closedir(d);
 }
@@ -235,8 +241,7 @@ static void write_tracker(const char *save, int64_t iteration)
     io_sync(save);
 }
 
-/* The iteration in the tracker; -1: no tracker; -2: unreadable, `why` says how. */
-static int64_t read_tracker(const char *dir, char *why, size_t why_size)
+int64_t io_tracker_get(const char *dir, char *why, size_t why_size)
 {
     char path[IO_PATH], text[64], shown[256];
     join(path, dir, tracker_name);
@@ -373,41 +378,7 @@ void checkpoint_save(const char *save, const struct deck *deck, const struct top
     comm_host_barrier(topo->world);
 }
 
-/* ---- find ---------------------------------------------------------------------------------- */
-
-int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topology *topo,
-                        struct errors *errors)
-{
-    io_start();
-    int64_t found = ckpt_step;
-    if (topo->rank == 0) {
-        char why[IO_PATH + 512], path[IO_PATH], directory[IO_PATH];
-        if (ckpt_step < 0) found = read_tracker(load, why, sizeof why);
-        if (found == -2) errors_add(errors, EXIT_CHECKPOINT, "%s", why);
-        if (found >= 0) {
-            io_iteration_directory(directory, sizeof directory, load, found);
-            join(path, directory, "checkpoint.h5");
-            const char *not_regular = io_why_not_regular(path);
-            if (not_regular[0])
-                errors_add(errors, EXIT_CHECKPOINT,
-                           "%s: error: %s names iteration %" PRId64
-                           ", but its checkpoint cannot be used: %s",
-                           path, ckpt_step < 0 ? tracker_name : "checkpoint.ckpt_step", found,
-                           not_regular);
-        }
-    }
-    comm_host_broadcast(topo->world, &found, sizeof found, 0);
-    comm_host_collect_errors(topo->world, errors);
-    return found < 0 ? -1 : found;
-}
-
 /* ---- retention ----------------------------------------------------------------------------- */
-
-static int descending(const void *a, const void *b)
-{
-    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return x > y ? -1 : x < y;
-}
 
 static void retire(const char *save, int64_t iteration)
 {
@@ -427,27 +398,12 @@ static void retire(const char *save, int64_t iteration)
 void checkpoint_retain(const char *save, int64_t keep_last, int64_t retain_interval,
                        const struct topology *topo)
 {
-    char why[IO_PATH + 512], path[IO_PATH], again[IO_PATH];
+    char why[IO_PATH + 512];
     int64_t *have = NULL, n = 0, latest = -1;
     if (topo->rank == 0 && (keep_last > 0 || retain_interval > 0))
-        latest = read_tracker(save, why, sizeof why);
-    DIR *d = latest >= 0 ? opendir(save) : NULL;
-    for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
-        char *end;
-        struct stat st;
-        if (strncmp(e->d_name, "iter_", 5) || e->d_name[5] < '0' || e->d_name[5] > '9') continue;
-        long long iteration = strtoll(e->d_name + 5, &end, 10);
-        join(path, save, e->d_name);
-        io_iteration_directory(again, sizeof again, save, iteration);
-        /* Nothing newer than the tracker, no link, and only names that we would give. */
-        if (*end || strcmp(path, again) || iteration > latest || lstat(path, &st) != 0
-            || !S_ISDIR(st.st_mode))
-            continue;
-        have = xrealloc(have, (size_t)n + 1, sizeof *have);
-        have[n++] = iteration;
-    }
-    if (d) closedir(d);
-    if (n) qsort(have, (size_t)n, sizeof *have, descending);
+        latest = io_tracker_get(save, why, sizeof why);
+    /* Nothing newer than the tracker. */
+    if (latest >= 0) n = io_list_iterations(save, latest, &have);
     for (int64_t i = 0; i < n; i++) {
         bool recent = keep_last > 0 && i<keep_last, round = retain_interval> 0
                       && have[i] % retain_interval == 0;

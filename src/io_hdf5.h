@@ -50,8 +50,9 @@ struct train_state {
 /* <save>/iter_%07d/checkpoint.h5 and the tracker. Collective over the world. */
 void checkpoint_save(const char *save, const struct deck *deck, const struct topology *topo, struct model *model,
                      const struct train_state *state, bool with_optimizer);
-/* The iteration that <load>'s tracker (or ckpt_step >= 0) names; -1 when there is no tracker. Mistakes are collected (EXIT_CHECKPOINT).
- * Collective over the world: rank 0 reads, all agree. */
+/* The iteration to load from <load>: the tracker's if its checkpoint verifies, else the newest older one that does, with warnings;
+ * ckpt_step >= 0: that one or none. -1 when there is no tracker, or none can be used: all that was refused is collected
+ * (EXIT_CHECKPOINT). Collective over the world. */
 int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topology *topo, struct errors *errors);
 struct checkpoint_options { bool model_only; bool no_optimizer; bool finetune; };
 /* Every tensor is accounted for both ways; missing, unexpected and wrong-shape names are all listed (EXIT_CHECKPOINT); the stored layout

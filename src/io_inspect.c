@@ -69,73 +69,35 @@ static void human(char *out, size_t size, double n)
 
 /* ---- checkpoint ---------------------------------------------------------------------------- */
 
-static bool dtype_of(hid_t set, enum dtype *dtype)
-{
-    hid_t type = H5Dget_type(set);
-    bool found = false;
-    for (int d = DTYPE_F32; type >= 0 && d <= DTYPE_U8 && !found; d++) {
-        hid_t ours = io_type(d);
-        if (H5Tequal(type, ours) > 0) {
-            *dtype = d;
-            found = true;
-        }
-        H5Tclose(ours);
-    }
-    if (type >= 0) H5Tclose(type);
-    return found;
-}
-
 /* One tensor: its line in the table, and its blocks [first, last) of the manifest verified. */
 static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t index,
                            int64_t first, int64_t last, double *total)
 {
     const char *name = m->path[index];
     char shape_text[128] = "", shown[IO_TENSOR_PATH];
-    int64_t shape[TENSOR_MAX_DIMS], vocab = 0, volume = 0;
-    enum dtype dtype = DTYPE_F32;
-    int ndim = io_get_shape(v->file, name, shape), n = 0;
-    hid_t set = ndim > 0 ? H5Dopen2(v->file, name, H5P_DEFAULT) : -1;
-    if (set < 0 || !dtype_of(set, &dtype)) {
-        errors_add(&v->errors, EXIT_CHECKPOINT,
-                   "%s: error: %s: missing, or of a type that is not ours", v->path,
-                   printable(shown, sizeof shown, name));
-        if (set >= 0) H5Dclose(set);
-        return;
-    }
-    for (int i = 0; i < ndim; i++)
+    int64_t vocab = 0, volume = 0;
+    struct io_stored s;
+    int n = 0;
+    if (!io_stored_open(&s, v->path, v->file, name, &v->errors)) return;
+    for (int i = 0; i < s.ndim; i++)
         n += snprintf(shape_text + n, sizeof shape_text - (size_t)n, "%s%" PRId64, i ? " x " : "",
-                      shape[i]);
-    *total += (double)io_volume(ndim, shape);
+                      s.shape[i]);
+    *total += (double)io_volume(s.ndim, s.shape);
     if (strncmp(name, "/model/", 7) == 0) {
         fprintf(v->out, "  %-64s %-9s %s", printable(shown, sizeof shown, name + 7),
-                io_type_name(dtype), shape_text);
-        if (io_get_attr_i64(set, "vocab_size", &vocab))
+                io_type_name(s.dtype), shape_text);
+        if (io_get_attr_i64(s.set, "vocab_size", &vocab))
             fprintf(v->out, "  (vocabulary %" PRId64 ")", vocab);
         fputc('\n', v->out);
     }
     for (int64_t k = first; k < last; k++) {
-        const struct io_block *b = &m->block[k];
-        double bytes = (double)dtype_bytes(dtype);
-        bool inside = true;
-        for (int i = 0; i < ndim; i++) {
-            inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= shape[i]
-                     && b->start[i] <= shape[i] - b->count[i];
-            bytes *= (double)b->count[i];
-        }
-        if (!inside || bytes > (double)((int64_t)1 << 31)) {
-            errors_add(&v->errors, EXIT_CHECKPOINT,
-                       "%s: error: %s: /manifest names a block outside the tensor", v->path, name);
-            break;
-        }
-        void *buf = xmalloc((size_t)bytes, 1);
-        io_block_verify(v->path, set, name, dtype, ndim, b, buf, &v->errors);
-        free(buf);
-        volume += io_volume(ndim, b->count);
+        if (io_stored_verify(&s, &m->block[k], &v->errors))
+            volume += io_volume(s.ndim, m->block[k].count);
     }
-    if (volume != io_volume(ndim, shape) && v->errors.count == 0)
+    if (volume != io_volume(s.ndim, s.shape) && v->errors.count == 0)
         errors_add(&v->errors, EXIT_CHECKPOINT,
                    "%s: error: %s: /manifest does not vouch for all of it", v->path, name);
-    H5Dclose(set);
+    H5Dclose(s.set);
 }
 
 static herr_t visit_object(hid_t file, const char *name, const H5O_info_t *info, void *ctx)

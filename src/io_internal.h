@@ -182,5 +182,26 @@ uint64_t io_state_hash(const struct train_state *s, const char *layout, int64_t 
 bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout_size);
 /* <dir>/iter_%07d; Local. */
 void io_iteration_directory(char *out, size_t size, const char *dir, int64_t iteration);
+/* The iteration in the tracker; -1: no tracker; -2: unreadable, `why` says how. Local. */
+int64_t io_tracker_get(const char *dir, char *why, size_t why_size);
+
+/* ---- io_find.c ----------------------------------------------------------------------------- */
+
+/* Iterations <= most that have a directory of ours, the largest first; their number. The list is
+ * the caller's. Local. */
+int64_t io_list_iterations(const char *dir, int64_t most, int64_t **list);
+/* A tensor as a file holds it. */
+struct io_stored {
+    const char *path, *name; /* of the file and in it, for messages; the caller's */
+    hid_t set;
+    enum dtype dtype;
+    int ndim;
+    int64_t shape[TENSOR_MAX_DIMS];
+};
+/* Open a tensor of one of our types, any other is collected; the caller closes s->set. Local. */
+bool io_stored_open(struct io_stored *s, const char *path, hid_t file, const char *name,
+                    struct errors *errors);
+/* Read a block of the manifest and compare its checksum; a mistake is collected. Local. */
+bool io_stored_verify(const struct io_stored *s, const struct io_block *b, struct errors *errors);
 
 #endif

@@ -16,10 +16,12 @@
 #include <xxhash.h>
 #include "check.h"
 
-enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192, PROGRESS_MS = 200 };
+enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192, EARLY_BYTES = 16384, PROGRESS_MS = 200 };
 
 static struct {
     FILE *file;
+    char early[EARLY_BYTES];       /* said before run.log was open */
+    size_t early_used;
     bool writer;
     bool terminal;                 /* stdout is one that can erase a line */
     bool progress;                 /* such a line stands there now */
@@ -31,6 +33,9 @@ static struct {
 
 static struct log_process process = { .iteration = -1, .failing = ATOMIC_FLAG_INIT };
 
+static void keep(const char *fmt, va_list args) __attribute__((format(printf, 1, 0)));
+static void keep_text(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+static void check_stdout(void);
 static bool already_warned(const char *text);
 
 struct log_process *log_process(void)
@@ -46,7 +51,11 @@ bool log_open(const char *path, bool writer)
     if (!writer || !path)
         return true;
     state.file = fopen(path, "ae");
-    return state.file != NULL;
+    if (!state.file)
+        return false;
+    fwrite(state.early, 1, state.early_used, state.file);
+    state.early_used = 0;
+    return fflush(state.file) == 0;
 }
 
 void log_close(void)
@@ -77,14 +86,10 @@ void log_line(const char *fmt, ...)
     vprintf(fmt, ap);
     va_end(ap);
     putchar('\n');
-    fflush(stdout);
-    if (state.file) {
-        va_start(ap, fmt);
-        vfprintf(state.file, fmt, ap);
-        va_end(ap);
-        fputc('\n', state.file);
-        fflush(state.file);
-    }
+    check_stdout();
+    va_start(ap, fmt);
+    keep(fmt, ap);
+    va_end(ap);
 }
 
 void log_progress(const char *fmt, ...)
@@ -137,10 +142,45 @@ void log_warn(const char *fmt, ...)
     const ssize_t ignored =
         write(STDERR_FILENO, line, strlen(line)); /* nowhere to tell that stderr is gone */
     (void)ignored;
-    if (state.file) {
-        fputs(line, state.file);
-        fflush(state.file);
+    line[strlen(line) - 1] = '\0';
+    keep_text("%s", line);
+}
+
+/* A line for run.log, which must take it. */
+static void keep(const char *fmt, va_list args)
+{
+    if (!state.writer)
+        return;
+    if (!state.file) {
+        const size_t left = sizeof state.early - state.early_used;
+        const int n = vsnprintf(state.early + state.early_used, left, fmt, args);
+        if (n >= 0 && (size_t)n + 1 < left) { /* else it is only on stdout */
+            state.early_used += (size_t)n;
+            state.early[state.early_used++] = '\n';
+        }
+        return;
     }
+    const bool ok = vfprintf(state.file, fmt, args) >= 0 && fputc('\n', state.file) != EOF
+                    && fflush(state.file) == 0;
+    CHECK_SYS(ok, EXIT_WRITE, "%s/run.log", process.output_dir);
+}
+
+static void keep_text(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    keep(fmt, ap);
+    va_end(ap);
+}
+
+/* A full disk behind stdout ends the run; a reader or terminal that went away does not, run.log
+ * has it all. */
+static void check_stdout(void)
+{
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return;
+    CHECK_SYS(errno != ENOSPC && errno != EDQUOT && errno != EFBIG, EXIT_WRITE, "standard output");
+    clearerr(stdout);
 }
 
 static bool already_warned(const char *text)

@@ -18,8 +18,9 @@ struct log_process {
 };
 struct log_process *log_process(void);
 
-/* Become the writing rank (rank 0) or a silent one; `path` (may be NULL) is appended to. A file that cannot be
- * opened is reported by the return value false, errno set. */
+/* Become the writing rank (rank 0) or a silent one; `path` (may be NULL: what is said is kept for the next call's file) is
+ * appended to. A file that cannot be opened is reported by the return value false, errno set. Later a line that run.log or a full
+ * disk behind stdout does not take ends the job with EXIT_WRITE. */
 bool log_open(const char *path, bool writer);
 void log_close(void);
 /* One line to stdout and run.log, flushed; nothing on ranks that are not the writer. */

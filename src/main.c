@@ -75,7 +75,7 @@ static int check_deck(struct deck *deck, int size, struct comm *world, struct er
     if (out) {
         plan_print(deck, size, out, errors);
         plan_forgive_backend(deck, out, errors);
-        fflush(out);
+        CHECK_SYS(fflush(out) == 0 && !ferror(out), EXIT_WRITE, "standard output");
     }
     return agree(world, errors);
 }

@@ -1,5 +1,6 @@
 /* tool.c - see tool.h. */
 #include "tool.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include "code.h"
@@ -77,7 +78,10 @@ int tool_run(struct cli *cli)
     case CLI_HELP: cli_print_help(stdout); break;
     default: FATAL(EXIT_INTERNAL, "option %d has no tool", (int)cli->action);
     }
-    if (fflush(stdout) != 0 || ferror(stdout)) status = EXIT_WRITE;
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "mimo: error: standard output: %s\n", strerror(errno));
+        status = EXIT_WRITE;
+    }
     cli_free(cli);
     return status;
 }

@@ -55,7 +55,7 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
     s->own = own && !s->finetune;
     s->iteration = s->finetune ? 0 : found;
     s->checkpoint = found;
-    snprintf(s->text, sizeof s->text, "%s %s iteration %lld", s->finetune ? "weights of" : "restart from", s->load,
+    snprintf(s->text, sizeof s->text, "%s %s iteration %lld (verified)", s->finetune ? "weights of" : "restart from", s->load,
              (long long)found);
 }
 

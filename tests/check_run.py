@@ -338,28 +338,44 @@ def loading(r):
 
 def refused_checkpoints(r, load):
     copy = r.at("copy")
+    unbroken = everything(r.at("eight", "trace.h5"))["lm_loss"]
 
-    def broken(title, change, code, *needles, more=()):
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(r.at("six", "ckpt"), copy)
-        change(copy, os.path.join(copy, "iter_0000006", "checkpoint.h5"))
-        got = r.go("try", "checkpoint.load=" + copy, *more, iterations=8)
-        r.ok("F16_" + title, got, code, *needles)
-        if code:
-            lines = [x for x in got[2].splitlines() if "error:" in x]
-            r.tap.result(len(lines) >= 1 and "copy" in lines[0], "F16_%s_names_the_file" % title, got[2][-600:])
+    def broken(title, change, *needles):
+        """The newest of seven is damaged: the run says why and goes on from the one before; alone in its directory it is refused."""
+        for older in (True, False):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(r.at("six", "ckpt"), copy)
+            for i in range(6):
+                if not older:
+                    shutil.rmtree(os.path.join(copy, "iter_%07d" % i))
+            change(copy, os.path.join(copy, "iter_0000006", "checkpoint.h5"))
+            shutil.rmtree(r.at("try"), ignore_errors=True)
+            got = r.go("try", "checkpoint.load=" + copy, iterations=8)
+            if older:
+                newest = 6 if "tracker" in title else 5
+                r.ok("F16_%s_falls_back" % title, got, 0, "restart from %s iteration %d (verified)" % (copy, newest))
+                lines = [x for x in got[2].splitlines() if x.startswith("warning: ") and copy in x]
+                r.tap.result(len(lines) == 2 and all(n in lines[0] for n in needles) and "falling back to iteration %d" % newest in lines[1] and
+                             "error" not in got[2] and all(x in read(r.at("try", "run.log")) for x in lines),
+                             "F16_%s_is_said_in_a_warning" % title, got[2][-600:])
+                t = everything(r.at("try", "trace.h5"))
+                r.tap.result(list(t["iteration"][:int(t["rows"])]) == list(range(newest + 1, 9)) and np.array_equal(t["lm_loss"], unbroken[newest:]),
+                             "F16_%s_goes_on_as_the_unbroken_run" % title, t["lm_loss"])
+            elif "tracker" not in title:
+                r.ok("F16_%s_and_nothing_older_is_5" % title, got, 5, "error:", *needles)
+                r.tap.result(copy in [x for x in got[2].splitlines() if "error:" in x][0], "F16_%s_names_the_file" % title, got[2][-600:])
 
     def put(name, data):
         with open(name, "wb") as f:
             f.write(data)
     tracker = "latest_checkpointed_iteration.txt"
-    broken("garbage_tracker", lambda d, f: put(os.path.join(d, tracker), b"six\n"), 5, tracker)
-    broken("empty_tracker", lambda d, f: put(os.path.join(d, tracker), b""), 5, tracker)
-    broken("stale_tracker", lambda d, f: put(os.path.join(d, tracker), b"77\n"), 5, "77")
-    broken("empty_file", lambda d, f: put(f, b""), 5, "checkpoint.h5")
-    broken("garbage_file", lambda d, f: put(f, os.urandom(5000)), 5, "checkpoint.h5")
-    broken("truncated_file", lambda d, f: os.truncate(f, os.path.getsize(f) // 2), 5, "checkpoint.h5")
-    broken("no_file", lambda d, f: os.unlink(f), 5, "checkpoint.h5")
+    broken("garbage_tracker", lambda d, f: put(os.path.join(d, tracker), b"six\n"), tracker, "'six'")
+    broken("empty_tracker", lambda d, f: put(os.path.join(d, tracker), b""), tracker)
+    broken("stale_tracker", lambda d, f: put(os.path.join(d, tracker), b"77\n"), "iter_0000077")
+    broken("empty_file", lambda d, f: put(f, b""), "checkpoint.h5")
+    broken("garbage_file", lambda d, f: put(f, os.urandom(5000)), "checkpoint.h5")
+    broken("truncated_file", lambda d, f: os.truncate(f, os.path.getsize(f) // 2), "checkpoint.h5")
+    broken("no_file", lambda d, f: os.unlink(f), "checkpoint.h5")
 
     def flip(d, f):
         with h5py.File(f, "r") as h:
@@ -369,13 +385,13 @@ def refused_checkpoints(r, load):
             b = h.read(1)
             h.seek(offset + 1000)
             h.write(bytes([b[0] ^ 16]))
-    broken("flipped_bit", flip, 5, "embedding.word_embeddings.weight")
+    broken("flipped_bit", flip, "embedding.word_embeddings.weight")
 
     def link(d, f):
         os.rename(f, f + ".real")
         os.symlink(f + ".real", f)
-    broken("F43_symlink", link, 5, "link")
-    broken("only_an_unfinished_one", lambda d, f: (os.rename(os.path.dirname(f), os.path.join(d, ".tmp-iter_0000006-x-1"))), 5, "iter_0000006")
+    broken("F43_symlink", link, "link")
+    broken("only_an_unfinished_one", lambda d, f: (os.rename(os.path.dirname(f), os.path.join(d, ".tmp-iter_0000006-x-1"))), "iter_0000006")
     for title, more, words in (("F17_other_model", ("moe.num_experts=4",), ("num_experts", "8", "4")),
                                ("F17_other_precision", ("run.precision=fp64",), ("run.precision",)),
                                ("F17_other_lr", ("lr.lr=2e-3",), ("lr", "0.001", "0.002")),

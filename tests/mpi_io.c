@@ -616,15 +616,18 @@ static void tracker_is_checked(void **unused)
     } test[] = {
         { "7\n", -1, 7, NULL },
         { "7", -1, 7, NULL },
-        { "12\n", -1, 12, "names iteration 12" },
-        { "release\n", -1, -1, "holds 'release'" },
-        { "", -1, -1, "holds ''" },
-        { "7 8", -1, -1, "holds '7 8'" },
-        { "-7", -1, -1, "holds '-7'" },
-        { "99999999999999999999", -1, -1, "holds '9999" },
+        /* stale or unreadable: the newest that is there */
+        { "12\n", -1, 7, NULL },
+        { "release\n", -1, 7, NULL },
+        { "", -1, 7, NULL },
+        { "7 8", -1, 7, NULL },
+        { "-7", -1, 7, NULL },
+        { "99999999999999999999", -1, 7, NULL },
+        /* never a newer one than it says */
+        { "6\n", -1, -1, "holds no checkpoint that can be used" },
         { NULL, -1, -1, NULL },
         { NULL, 7, 7, NULL },
-        { "7\n", 3, 3, "ckpt_step names iteration 3" },
+        { "7\n", 3, -1, "checkpoint.ckpt_step names a checkpoint that cannot be used" },
     };
     for (size_t i = 0; i < sizeof test / sizeof test[0]; i++) {
         struct errors e = { 0 };
@@ -635,10 +638,43 @@ static void tracker_is_checked(void **unused)
         comm_host_barrier(world);
         bool ok = checkpoint_find(dir, test[i].step, &j.topo, &e) == test[i].found;
         if (world->rank == 0)
-            ok = ok && (test[i].said ? e.count == 1 && told(&e, test[i].said) : e.count == 0);
+            ok = ok && (test[i].said ? e.count == 2 && told(&e, test[i].said) : e.count == 0);
         if (!ok) print_message("  case %zu\n", i);
         errors_free(&e);
         agree(ok);
+    }
+    job_close(&j);
+}
+
+/* robustness.md 4.4.7: each damage is found by verifying, and the next older one is taken. */
+static void the_newest_checkpoint_that_verifies_is_found(void **unused)
+{
+    static const char tensor[] = "/optimizer/projector/encoder.weight/exp_avg_sq";
+    struct job j;
+    char dir[IO_PATH], path[IO_PATH];
+    job_open(&j, world, "");
+    for (j.state.iteration = 1; j.state.iteration <= 5; j.state.iteration++)
+        checkpoint_save(in_scratch(dir, "fallback"), &j.deck, &j.topo, &j.model, &j.state, true);
+    for (int64_t left = 5; left >= 0; left--) {
+        struct errors e = { 0 };
+        bool ok = checkpoint_find(dir, -1, &j.topo, &e) == (left ? left : -1);
+        if (world->rank == 0) ok = ok && (left ? e.count == 0 : e.count == 6 && told(&e, tensor));
+        if (!ok) print_message("  left %d, %d lines\n", (int)left, e.count);
+        errors_free(&e);
+        agree(ok);
+        if (world->rank == 0 && left > 0) {
+            checkpoint_file(path, "fallback", left);
+            if (left == 5) flip_byte(path, tensor, 3);
+            if (left == 4) CHECK_SYS(truncate(path, 5000) == 0, EXIT_INTERNAL, "test");
+            if (left == 3) write_text(path, "");
+            if (left == 2) CHECK_SYS(unlink(path) == 0, EXIT_INTERNAL, "test");
+            if (left == 1) {
+                hid_t file = io_open(path, true);
+                H5Adelete(file, "complete");
+                H5Fclose(file);
+            }
+        }
+        comm_host_barrier(world);
     }
     job_close(&j);
 }
@@ -705,6 +741,8 @@ static void saving_an_iteration_again_replaces_it_and_leftovers_go(void **unused
         ok = mkdir(in_scratch(path, name), 0777) == 0;
         strcat(path, "/checkpoint.h5");
         write_text(path, "torn");
+        snprintf(name, sizeof name, "again/.latest_checkpointed_iteration.txt-%s-999999999", host);
+        write_text(in_scratch(path, name), "3");
         snprintf(name, sizeof name,
                  "again/.tmp-iter_0000004-another-host-1"); /* maybe alive elsewhere */
         ok = ok && mkdir(in_scratch(path, name), 0777) == 0;
@@ -796,6 +834,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(unusable_files_are_refused),
         cmocka_unit_test(p12_89_another_model_streams_or_layout_is_refused_with_both_values),
         cmocka_unit_test(tracker_is_checked),
+        cmocka_unit_test(the_newest_checkpoint_that_verifies_is_found),
         cmocka_unit_test(p12_94_retention_keeps_last_interval_and_tracked),
         cmocka_unit_test(saving_an_iteration_again_replaces_it_and_leftovers_go),
         cmocka_unit_test(inspector_reads_a_good_file_and_refuses_foreign_ones),
