@@ -48,7 +48,7 @@ class Case:
         reference <group>                         what follows has its own tolerances, for this group of reference.h5
         oracle                                    reference.h5 comes from `make oracle`
         shards <samples> <pictures>               make such a data set and train on it
-        limit <seconds>                           per launch; 120 if not given
+        limit <seconds>                           per launch; 600 if not given
         needs <feature>=<value>                   of `mimo --features`; otherwise every launch is a SKIP
         identity resume <n> | identity repeat     in every launch, besides the reference
         ranks <n>                                 of the launches that follow
@@ -59,7 +59,7 @@ class Case:
         self.name, self.folder = os.path.basename(folder), folder
         self.deck, self.reference = os.path.join(folder, "deck.nml"), os.path.join(folder, "reference.h5")
         self.sections, self.launches, self.needs = [Section()], [], []
-        self.limit, self.resume, self.repeat, self.oracle, self.shards = 120.0, 0, False, False, None
+        self.limit, self.resume, self.repeat, self.oracle, self.shards = 600.0, 0, False, False, None
         ranks, place = None, ""
         try:
             with open(os.path.join(folder, "expect")) as f:
@@ -145,7 +145,7 @@ def read_group(name, group):
     """{path below the group: array} of an HDF5 file."""
     found = {}
     with h5py.File(name, "r", locking=False) as f:
-        f[group].visititems(lambda path, o: found.__setitem__(path, o[()]) if isinstance(o, h5py.Dataset) else None)
+        f[group or "/"].visititems(lambda path, o: found.__setitem__(path, o[()]) if isinstance(o, h5py.Dataset) else None)
     return found
 
 

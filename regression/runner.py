@@ -129,7 +129,8 @@ class Runner:
 
     def first_step(self, case, launch):
         """As `launch`, for a run of one iteration, whose checkpoint holds the gradients as the optimizer's first moments."""
-        return self.launch(case, launch.ranks, launch.overrides + ["run.train_iters=1"], saving=LAST)
+        longer = [w for w in launch.overrides if not w.startswith("run.train_iters=")]
+        return self.launch(case, launch.ranks, longer + ["run.train_iters=1"], saving=LAST)
 
     def identity(self, case, ranks, overrides, whole):
         """Once more, or in two parts: '' when every bit is that of `whole`."""
@@ -165,6 +166,12 @@ class Runner:
         out, fault = self.launch(case, ranks, overrides)
         if fault:
             return fault
+        tensors = {}
+        if "gradients" in case.sections[0].tolerance:
+            first, fault = self.first_step(case, case.launches[0])
+            if fault:
+                return fault
+            tensors = c.gradients(first)
         rows = read_rows(os.path.join(out, "trace.h5"), case.sections[0].quantities())
         bad = [k for k, v in rows.items() if len(v) != case.rows(overrides) or not np.all(np.isfinite(v))]
         if bad:
@@ -173,6 +180,8 @@ class Runner:
         with h5py.File(partial, "w") as f:
             for k, v in rows.items():
                 f[k] = v
+            for k, v in tensors.items():
+                f["gradients/" + k] = c.sketch(v)
             command = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
             f.attrs.update(program="mimo", version=self.features.get("version", ""), git=self.features.get("git", ""),
                            date=time.strftime("%Y-%m-%d", time.gmtime()),
