@@ -18,7 +18,7 @@
 #include <unistd.h>
 #include "log.h"
 
-enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20 };
+enum { TEXT_MAX = 2048, ERRORS_SHOWN = 100 };
 
 static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
                               const char *text);

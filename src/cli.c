@@ -12,11 +12,11 @@
 
 #include "deck_table.h"
 
-enum { RANKS = -1, NOTICE_SECONDS = 10 };
+enum { RANKS = -1, FP64 = -2, SHARD_BYTES = -3, NOTICE_SECONDS = 10 };
 
 static const struct option {
     const char *name;
-    int action;                  /* enum cli_action or RANKS */
+    int action;                  /* enum cli_action, or one of the above: goes with another option */
     const char *values;          /* what follows, blank-separated */
     bool deck;                   /* the action reads a deck */
     const char *missing;         /* not built: the feature's name */
@@ -29,8 +29,10 @@ static const struct option {
     { "--inspect", CLI_INSPECT, "FILE", false, NULL, "print what a checkpoint or trace holds" },
     { "--check-data", CLI_CHECK_DATA, "", true, NULL, "read every shard of the deck's data, print samples, sizes, tokens" },
     { "--show-sample", CLI_SHOW_SAMPLE, "N", true, NULL, "write sample N as the model sees it" },
-    { "--export", CLI_EXPORT, "DIR FILE", false, "Hugging Face export", "write checkpoint FILE as a Hugging Face directory DIR" },
-    { "--deck-from-hf", CLI_DECK_FROM_HF, "DIR", false, "Hugging Face import", "print the deck that fits a Hugging Face directory" },
+    { "--export", CLI_EXPORT, "DIR FILE", false, NULL, "write checkpoint FILE as a Hugging Face directory DIR" },
+    { "--fp64", FP64, "", false, NULL, "with --export: write F64, an fp64 run's numbers as they are" },
+    { "--shard-bytes", SHARD_BYTES, "N", false, NULL, "with --export: bytes of tensors in a file at most (5e9)" },
+    { "--deck-from-hf", CLI_DECK_FROM_HF, "DIR", false, NULL, "print the deck that fits a Hugging Face directory" },
     { "--doctor", CLI_DOCTOR, "", false, NULL, "tell what this machine and launcher offer" },
     { "--status", CLI_STATUS, "DIR", false, NULL, "print how the run in an output directory ended, and exit with that status" },
     { "--features", CLI_FEATURES, "", false, NULL, "print name=value lines: version, git, cuda, nccl, cudnn, hdf5, mpi" },
@@ -75,14 +77,14 @@ static const char *take_value(struct parser *p, const struct option *o, const ch
     return NULL;
 }
 
-static long take_number(struct parser *p, const struct option *o, const char *inline_value, long least)
+static long take_number(struct parser *p, const struct option *o, const char *inline_value, long least, long most)
 {
     const char *text = take_value(p, o, inline_value, "N");
     if (!text) return least;
     char *end;
     errno = 0;
     long n = strtol(text, &end, 10);
-    if (errno || end == text || *end || n < least || n > INT_MAX) {
+    if (errno || end == text || *end || n < least || n > most) {
         fault(p, "%s %.60s: an integer from %ld on is expected", o->name, text, least);
         return least;
     }
@@ -118,7 +120,15 @@ static void parse_option(struct parser *p)
     if (inline_value && !*o->values) fault(p, "%s takes no value", o->name);
     if (o->action == RANKS) {
         if (p->cli->ranks) fault(p, "--ranks is given twice");
-        p->cli->ranks = (int)take_number(p, o, inline_value, 1);
+        p->cli->ranks = (int)take_number(p, o, inline_value, 1, INT_MAX);
+        return;
+    }
+    if (o->action == FP64) {
+        p->cli->fp64 = true;
+        return;
+    }
+    if (o->action == SHARD_BYTES) {
+        p->cli->shard_bytes = take_number(p, o, inline_value, 1, LONG_MAX);
         return;
     }
     if (p->chosen && p->chosen != o) fault(p, "%s and %s exclude each other", p->chosen->name, o->name);
@@ -126,7 +136,7 @@ static void parse_option(struct parser *p)
     else p->cli->action = o->action;
     p->chosen = o;
     if (o->action == CLI_SHOW_SAMPLE) {
-        p->cli->sample = take_number(p, o, inline_value, 0);
+        p->cli->sample = take_number(p, o, inline_value, 0, INT_MAX);
     } else if (o->action == CLI_EXPORT) {
         p->cli->directory = take_value(p, o, inline_value, "DIR");
         if (p->cli->directory) p->cli->path = take_value(p, o, NULL, "FILE");
@@ -168,6 +178,8 @@ void cli_parse(struct cli *cli, int argc, char *const *argv, struct errors *erro
     }
     if (cli->ranks && cli->action != CLI_CHECK && cli->action != CLI_PLAN)
         fault(&p, "--ranks is for --check and --plan; the launcher sets the ranks of a run");
+    if ((cli->fp64 || cli->shard_bytes) && cli->action != CLI_EXPORT)
+        fault(&p, "%s is for --export", cli->fp64 ? "--fp64" : "--shard-bytes");
     if (!cli_needs_deck(cli) && (p.deck_given || cli->n_overrides))
         fault(&p, "%s takes no deck and no overrides", name_of((int)cli->action));
 }

@@ -8,6 +8,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include "check.h"
 
@@ -23,6 +24,8 @@ struct cli {
     long sample;                 /* --show-sample */
     const char *path;            /* --inspect FILE, --status DIR, --export FILE, --deck-from-hf DIR */
     const char *directory;       /* --export DIR */
+    bool fp64;                   /* --fp64, with --export */
+    int64_t shard_bytes;         /* --shard-bytes, with --export; 0 = as it sees fit */
     int n_overrides;
     char **overrides;            /* [n_overrides] point into argv; the array is owned */
 };

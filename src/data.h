@@ -90,4 +90,9 @@ void picture_batch_free(struct picture_batch *b);
 int data_check(const struct deck *deck, FILE *out);
 int data_show_sample(const struct deck *deck, int64_t n, const char *directory, FILE *out);
 
+/* The id of the picture's place holder when this tokenizer is used: by string, else data.image_token_id, else the first id behind the
+ * vocabulary. Local. */
+struct tokenizer;
+int64_t data_image_token(const struct deck *deck, const struct tokenizer *tokenizer);
+
 #endif

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include "data_internal.h"
+#include "image.h"
 
 enum { BROKEN_SHOWN = 50 };
 
@@ -316,8 +317,6 @@ static void print_tokens(const struct deck *deck, const struct data_webdataset *
 static bool write_picture(const struct deck *deck, const struct data_picture *p, const void *pixels,
                           const char *path)
 {
-    static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 },
-                        std[3] = { 0.26862954, 0.26130258, 0.27577711 };
     const int64_t edge = deck->vision.patch_dim, columns = p->width / edge;
     unsigned char *rgb = xmalloc((size_t)p->width * (size_t)p->height, 3);
     for (int64_t y = 0; y < p->height; y++)
@@ -327,7 +326,7 @@ static bool write_picture(const struct deck *deck, const struct data_picture *p,
                 const int64_t at = (patch * 3 + c) * edge * edge + y % edge * edge + x % edge;
                 const double v = deck->derived.fp64 ? ((const double *)pixels)[at]
                                                     : (double)((const float *)pixels)[at];
-                const double u = 255.0 * (v * std[c] + mean[c]);
+                const double u = 255.0 * (v * image_deviation[c] + image_mean[c]);
                 rgb[(y * p->width + x) * 3 + c] = (unsigned char)lround(u < 0.0     ? 0.0
                                                                         : u > 255.0 ? 255.0
                                                                                     : u);

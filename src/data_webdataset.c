@@ -316,29 +316,35 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
 
 /* By string; else the id that is named, if it is not a word; else the first id behind the
  * vocabulary. */
+int64_t data_image_token(const struct deck *deck, const struct tokenizer *tokenizer)
+{
+    const int64_t found = tokenizer_id(tokenizer, deck->data.image_token),
+                  named = deck->data.image_token_id, size = tokenizer_size(tokenizer);
+    const bool given = deck_given(deck, "data", "image_token_id"),
+               reserved = named >= 0 && (named >= size || tokenizer_is_added(tokenizer, named));
+    if (found >= 0)
+        return found;
+    return reserved && (given || named < deck->derived.padded_vocab) ? named : size;
+}
+
 static void find_image_id(struct data_webdataset *w, struct errors *errors)
 {
     const struct deck *deck = w->deck;
     const char *where = deck_where(deck, "data", "image_token_id"), *token = deck->data.image_token;
-    const int64_t found = tokenizer_id(w->tokenizer, token), named = deck->data.image_token_id;
-    const int64_t size = tokenizer_size(w->tokenizer), padded = deck->derived.padded_vocab;
+    const int64_t found = tokenizer_id(w->tokenizer, token), named = deck->data.image_token_id,
+                  padded = deck->derived.padded_vocab;
     const bool given = deck_given(deck, "data", "image_token_id");
-    const bool reserved = named >= 0 && (named >= size || tokenizer_is_added(w->tokenizer, named));
-    w->image_id = -1;
+    w->image_id = data_image_token(deck, w->tokenizer);
     if (found >= 0 && given && named != found)
         errors_add(errors, EXIT_DECK,
                    "%s: error: data.image_token_id = %" PRId64
                    ": in tokenizer '%s' '%s' is %" PRId64,
                    where, named, deck->data.tokenizer, token, found);
-    else if (found >= 0)
-        w->image_id = found;
-    else if (given && !reserved)
+    else if (found < 0 && given && w->image_id != named)
         errors_add(errors, EXIT_DECK,
                    "%s: error: data.image_token_id = %" PRId64 ": is a word of tokenizer '%s'",
                    where, named, deck->data.tokenizer);
-    else
-        w->image_id = reserved && (given || named < padded) ? named : size;
-    if (w->image_id >= padded)
+    else if (w->image_id >= padded)
         errors_add(errors, EXIT_DECK,
                    "%s: error: data.image_token_id = %" PRId64
                    ": tokenizer '%s' has no '%s', and id %" PRId64

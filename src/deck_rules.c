@@ -467,6 +467,16 @@ static void check_checkpoint(struct deck_rules *c)
         FAIL(checkpoint, ckpt_step, "nothing is loaded: neither checkpoint.load nor checkpoint.save is given");
     if (k->finetune && !*k->save && !*k->load)
         FAIL(checkpoint, finetune, "nothing is loaded: checkpoint.load is not given");
+    static const int imports[] = { DECK_ROW(checkpoint, import_language), DECK_ROW(checkpoint, import_vision),
+                                   DECK_ROW(checkpoint, import_projector) };
+    for (int i = 0; i < 3; i++) {
+        if (!**deck_string(c->deck, imports[i])) continue;
+        if (*k->load || k->finetune)
+            deck_rules_fail(c, imports[i], EXIT_DECK, "exclusive with %s: both would set the weights",
+                            *k->load ? "checkpoint.load" : "checkpoint.finetune");
+        if (i > 0 && c->deck->topology.layout == DECK_LAYOUT_LANGUAGE_ONLY)
+            deck_rules_fail(c, imports[i], EXIT_DECK, "layout 'language_only' has no pictures");
+    }
 }
 
 /* ---- not built ----------------------------------------------------------------------------------------------------- */

@@ -55,7 +55,10 @@ void image_free(struct image *im);   /* Local. */
 void image_grid(int width, int height, int patch, int64_t min_patches, int64_t max_patches,
                 int merge, int *tw, int *th);
 
-/* Normalised patches (u8/255 - mean)/std with the RADIO/CLIP constants: [n_patches, 3*patch*patch],
+/* Of the channels of pictures in 0..1: the RADIO/CLIP constants. */
+extern const double image_mean[3], image_deviation[3];
+
+/* Normalised patches (u8/255 - mean)/deviation: [n_patches, 3*patch*patch],
  * patches row by row, each one (channel, y, x). Width and height must be multiples of `patch`.
  * Returns n_patches. Local. */
 int64_t image_patchify_f32(const struct image *im, int patch, float *out);

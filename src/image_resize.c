@@ -88,18 +88,19 @@ void image_grid(int width, int height, int patch, int64_t min_patches, int64_t m
     *th = (int)rows;
 }
 
+const double image_mean[3] = { 0.48145466, 0.4578275, 0.40821073 };
+const double image_deviation[3] = { 0.26862954, 0.26130258, 0.27577711 };
+
 /* One loop for both precisions: mean and deviation are applied in double to the 256 values of each
  * channel. */
 #define DEFINE_PATCHIFY(name, type)                                                              \
     int64_t name(const struct image *im, int patch, type *out)                                   \
     {                                                                                            \
-        static const double mean[3] = { 0.48145466, 0.4578275, 0.40821073 };                     \
-        static const double deviation[3] = { 0.26862954, 0.26130258, 0.27577711 };               \
         ASSERT(patch >= 1 && im->width % patch == 0 && im->height % patch == 0);                 \
         type value[3][256];                                                                      \
         for (int c = 0; c < 3; c++)                                                              \
             for (int v = 0; v < 256; v++)                                                        \
-                value[c][v] = (type)((v / 255.0 - mean[c]) / deviation[c]);                      \
+                value[c][v] = (type)((v / 255.0 - image_mean[c]) / image_deviation[c]);          \
         const int64_t tw = im->width / patch, th = im->height / patch;                           \
         for (int64_t ty = 0; ty < th; ty++)                                                      \
             for (int64_t tx = 0; tx < tw; tx++)                                                  \

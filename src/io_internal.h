@@ -135,6 +135,8 @@ struct io_manifest {
  * (checked). Collective over the world. */
 void io_tensors_init(struct io_tensors *t, const struct topology *topo, const struct model *model,
                      bool with_optimizer);
+/* The values of the whole model that model_describe has filled. Local. */
+void io_tensors_whole(struct io_tensors *t, const struct model *model);
 void io_tensors_free(struct io_tensors *t);
 /* NULL when absent. Local. */
 struct io_tensor *io_tensors_find(const struct io_tensors *t, const char *path);
@@ -180,6 +182,12 @@ uint64_t io_state_hash(const struct train_state *s, const char *layout, int64_t 
 /* All of /state, its checksum verified; the positions are the caller's to free, also on failure.
  * Local. */
 bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout_size);
+/* A complete checkpoint open for reading; -1 with a collected mistake. Local. */
+hid_t io_open_checkpoint(const char *path, struct errors *errors);
+/* Compare the file's tensors with the wanted ones, both ways, and the manifest with both; every
+ * mistake is collected. Local. */
+void io_audit_tensors(const char *path, hid_t file, const struct io_tensors *want,
+                      bool with_optimizer, struct errors *errors);
 /* <dir>/iter_%07d; Local. */
 void io_iteration_directory(char *out, size_t size, const char *dir, int64_t iteration);
 /* The iteration in the tracker; -1: no tracker; -2: unreadable, `why` says how. Local. */

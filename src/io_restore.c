@@ -251,49 +251,61 @@ static void audit_state(struct audit *a, const struct train_state *stored, const
 
 /* ---- load ---------------------------------------------------------------------------------- */
 
+hid_t io_open_checkpoint(const char *path, struct errors *errors)
+{
+    char format[64] = "", why[1200];
+    int64_t version = 0, complete = 0;
+    const char *not_regular = io_why_not_regular(path);
+    if (not_regular[0]) {
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
+        return -1;
+    }
+    hid_t file = io_open(path, false);
+    if (file < 0) {
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: cannot open: %s", path,
+                   io_reason(why, sizeof why));
+        return -1;
+    }
+    if (!io_get_attr_string(file, "format", format, sizeof format)
+        || strcmp(format, "mimo-checkpoint"))
+        errors_add(errors, EXIT_CHECKPOINT, "%s: error: is no checkpoint of mimo", path);
+    else if (!io_get_attr_i64(file, "format_version", &version) || version != IO_CHECKPOINT_VERSION)
+        errors_add(errors, EXIT_CHECKPOINT,
+                   "%s: error: has format version %" PRId64 ", this program reads %d", path,
+                   version, IO_CHECKPOINT_VERSION);
+    else if (!io_get_attr_i64(file, "complete", &complete) || complete != 1)
+        errors_add(errors, EXIT_CHECKPOINT,
+                   "%s: error: is incomplete: its writer was killed before it was done", path);
+    else
+        return file;
+    H5Fclose(file);
+    return -1;
+}
+
+void io_audit_tensors(const char *path, hid_t file, const struct io_tensors *want,
+                      bool with_optimizer, struct errors *errors)
+{
+    struct audit a = { path, file, want, NULL, with_optimizer, errors };
+    audit_tensors(&a);
+    audit_manifest(&a);
+}
+
 /* Rank 0: everything that can be wrong but the numbers of the tensors. */
 static void audit_file(struct audit *a, const struct deck *deck, const struct topology *topo,
                        const struct train_state *state, int64_t iteration,
                        const struct checkpoint_options *options, struct train_state *stored)
 {
-    char format[64] = "", layout[512] = "", why[1200];
-    int64_t version = 0, complete = 0;
-    const char *not_regular = io_why_not_regular(a->path);
-    if (not_regular[0]) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s", a->path, not_regular);
-        return;
-    }
-    a->file = io_open(a->path, false);
-    if (a->file < 0) {
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: cannot open: %s", a->path,
-                   io_reason(why, sizeof why));
-        return;
-    }
-    if (!io_get_attr_string(a->file, "format", format, sizeof format)
-        || strcmp(format, "mimo-checkpoint"))
-        errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: is no checkpoint of mimo", a->path);
-    else if (!io_get_attr_i64(a->file, "format_version", &version)
-             || version != IO_CHECKPOINT_VERSION)
-        errors_add(a->errors, EXIT_CHECKPOINT,
-                   "%s: error: has format version %" PRId64 ", this program reads %d", a->path,
-                   version, IO_CHECKPOINT_VERSION);
-    else if (!io_get_attr_i64(a->file, "complete", &complete) || complete != 1)
-        errors_add(a->errors, EXIT_CHECKPOINT,
-                   "%s: error: is incomplete: its writer was killed before it was done", a->path);
-    else {
-        audit_deck(a, deck, !options->finetune && !options->model_only);
-        if (a->errors->count > 0) {   /* another model: its tensors need no line each */
-            H5Fclose(a->file);
-            a->file = -1;
-            return;
-        }
+    char layout[512] = "";
+    a->file = io_open_checkpoint(a->path, a->errors);
+    if (a->file < 0) return;
+    audit_deck(a, deck, !options->finetune && !options->model_only);
+    if (a->errors->count == 0) {   /* another model: its tensors need no line each */
         if (io_state_get(a->file, stored, layout, sizeof layout))
             audit_state(a, stored, layout, topo, state, iteration, options);
         else
             errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: /state is missing or damaged",
                        a->path);
-        audit_tensors(a);
-        audit_manifest(a);
+        io_audit_tensors(a->path, a->file, a->want, a->with_optimizer, a->errors);
     }
     H5Fclose(a->file);
     a->file = -1;

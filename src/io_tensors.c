@@ -260,6 +260,22 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
     t->count = (int)count;
 }
 
+void io_tensors_whole(struct io_tensors *t, const struct model *model)
+{
+    t->tensor = xcalloc((size_t)model->n_params + 1, sizeof *t->tensor);
+    t->count = model->n_params;
+    for (int i = 0; i < model->n_params; i++) {
+        const struct param *p = &model->param[i];
+        struct io_tensor *d = &t->tensor[i];
+        part_path(p, IO_VALUE, d->path);
+        d->dtype = p->buffer ? model->acc : model->act;
+        d->ndim = p->ndim;
+        memcpy(d->shape, p->shape, sizeof d->shape);
+        d->elements = io_volume(p->ndim, p->shape);
+    }
+    qsort(t->tensor, (size_t)t->count, sizeof *t->tensor, by_path);
+}
+
 void io_tensors_free(struct io_tensors *t)
 {
     free(t->tensor);

@@ -93,6 +93,12 @@ struct param *model_find_param(struct model *m, enum model_module module, const 
     return NULL;
 }
 
+static void set_types(struct model *m)
+{
+    m->act = m->deck->derived.fp64 ? DTYPE_F64 : m->deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
+    m->acc = m->deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
+}
+
 static void declare(struct model *m)
 {
     if (m->has_encoder)
@@ -105,8 +111,7 @@ void model_init(struct model *m, const struct deck *deck, const struct topology 
                 struct stream *compute)
 {
     *m = (struct model){ .deck = deck, .topo = topo, .be = be, .comm = comm_select(deck), .compute = compute };
-    m->act = deck->derived.fp64 ? DTYPE_F64 : deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
-    m->acc = deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
+    set_types(m);
     m->has_encoder = topo->encoder.member;
     m->has_language = topo->language.member;
     declare(m);
@@ -246,16 +251,28 @@ void model_initialise(struct model *m)
     m->be->stream_sync(m->compute);
 }
 
-/* ---- counts ------------------------------------------------------------------------------------------------------ */
+/* ---- the whole model --------------------------------------------------------------------------------------------- */
+
+void model_describe(struct model *m, struct topology *topo, const struct deck *deck)
+{
+    const bool encoder = deck->topology.layout != DECK_LAYOUT_LANGUAGE_ONLY;
+    struct grid one = { .tp_size = 1, .cp_size = 1, .dp_size = 1, .pp_size = 1, .ep_size = 1, .expt_tp_size = 1,
+                        .expt_dp_size = 1, .member = true, .present = true };
+    *topo = (struct topology){ .size = 1, .layout = deck->topology.layout, .language = one };
+    if (encoder)
+        topo->encoder = one;
+    *m = (struct model){ .deck = deck, .topo = topo, .has_encoder = encoder, .has_language = true };
+    set_types(m);
+    declare(m);
+}
 
 struct model_counts model_count(const struct deck *deck)
 {
-    struct topology topo = { .encoder = { .tp_size = 1, .ep_size = 1, .member = true },
-                             .language = { .tp_size = 1, .ep_size = 1, .member = true } };
-    struct model m = { .deck = deck, .topo = &topo, .has_encoder = true, .has_language = true };
+    struct topology topo;
+    struct model m;
     struct model_counts c = { 0 };
     int64_t idle_experts = 0, embedding = 0;
-    declare(&m);
+    model_describe(&m, &topo, deck);
     for (int i = 0; i < m.n_params; i++) {
         const struct param *p = &m.param[i];
         int64_t n = 1;

@@ -85,6 +85,8 @@ struct model {
  * without allocating: a deck for another backend is counted through the reference table, sizes follow deck->derived. Local. */
 void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
                 struct stream *compute);
+/* The parameter table of the whole model, as one rank would hold it; no memory, no buffers. Fills topo to match; model_free frees. Local. */
+void model_describe(struct model *m, struct topology *topo, const struct deck *deck);
 /* This rank's part of the logical shape of p, and its elements. Local. */
 void model_local_shape(const struct model *m, const struct param *p, int64_t shape[TENSOR_MAX_DIMS]);
 int64_t model_param_numel(const struct model *m, const struct param *p);

@@ -5,6 +5,7 @@
 #include <string.h>
 #include "bridge.h"
 #include "ddp.h"
+#include "io_hf.h"
 #include "model.h"
 #include "moe.h"
 #include "optim.h"
@@ -153,6 +154,7 @@ void plan_print(const struct deck *deck, int size, FILE *out, struct errors *err
         fputc('\n', out);
         n_roles = find_roles(all, size, role);
         print_memory(deck, all, role, n_roles, out);
+        if (import_wanted(deck)) import_print(deck, all, role, n_roles, out, errors);
         print_schedules(deck, all, size, role, n_roles, out, errors);
         for (int r = 0; r < size; r++) topology_free(&all[r]);
     }

@@ -472,7 +472,7 @@ static bool choose_files(struct safetensors *s, struct safetensors *index, const
     }
     snprintf(s->directory, sizeof s->directory, "%s", path);
     char *file = xasprintf("%s/model.safetensors.index.json", path);
-    if (access(file, F_OK) == 0) {
+    if (lstat(file, &st) == 0) { /* a link that leads nowhere is there, too: opening it tells why */
         size_t n;
         char *text = file_read(file, SAFETENSORS_HEADER, &n, why, sizeof why), reason[1500];
         free(index->file);
@@ -489,7 +489,7 @@ static bool choose_files(struct safetensors *s, struct safetensors *index, const
     free(file);
     for (size_t i = 0; i < sizeof single / sizeof single[0]; i++) {
         file = xasprintf("%s/%s", path, single[i]);
-        const bool here = access(file, F_OK) == 0;
+        const bool here = lstat(file, &st) == 0;
         free(file);
         if (here) {
             snprintf(index->file[0].name, sizeof index->file[0].name, "%s", single[i]);

@@ -7,7 +7,9 @@
 #include "data.h"
 #include "deck.h"
 #include "header.h"
+#include "hf_config.h"
 #include "io_hdf5.h"
+#include "io_hf.h"
 #include "run.h"
 
 enum { RANKS_TRIED = 4096 };
@@ -62,6 +64,20 @@ static int with_deck(const struct cli *cli)
     return status;
 }
 
+/* Hugging Face directories: write one, or print the deck of one. */
+static int with_directory(const struct cli *cli)
+{
+    const struct export_options options = { .fp64 = cli->fp64, .shard_bytes = cli->shard_bytes };
+    struct errors errors = { 0 };
+
+    if (cli->action == CLI_EXPORT) export_checkpoint(cli->directory, cli->path, &options, stdout, &errors);
+    else hf_config_print_deck(cli->path, stdout, &errors);
+    int status = errors.count > 0 ? (int)errors.worst : EXIT_OK;
+    errors_print(&errors);
+    errors_free(&errors);
+    return status;
+}
+
 int tool_run(struct cli *cli)
 {
     int status = EXIT_OK;
@@ -71,6 +87,8 @@ int tool_run(struct cli *cli)
     case CLI_INSPECT: status = io_inspect(cli->path, stdout); break;
     case CLI_CHECK_DATA:
     case CLI_SHOW_SAMPLE: status = with_deck(cli); break;
+    case CLI_EXPORT:
+    case CLI_DECK_FROM_HF: status = with_directory(cli); break;
     case CLI_DOCTOR: header_doctor(stdout); break;
     case CLI_STATUS: status = run_status(cli->path, stdout); break;
     case CLI_FEATURES: code_print_features(stdout); break;

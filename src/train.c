@@ -7,6 +7,7 @@
 #include <sys/time.h>
 #include <time.h>
 #include "ddp.h"
+#include "io_hf.h"
 #include "log.h"
 #include "timer.h"
 
@@ -50,6 +51,7 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
     if (comm_host_collect_errors(topo->world, errors) > 0 || found < 0) {
         s->load = NULL;
         s->finetune = false;
+        if (import_wanted(deck)) snprintf(s->text, sizeof s->text, "new, with imported weights");
         return;
     }
     s->own = own && !s->finetune;
@@ -158,6 +160,7 @@ static void load_checkpoint(struct train *t, const struct train_start *start, st
     if (k->no_load_rng)
         log_line("no_load_rng: nothing to leave out, random numbers follow from run.seed and counters");
     if (start->own) t->last_saved = start->iteration;
+    if (import_wanted(t->deck)) log_line("checkpoint.import_* was read at iteration 0; now the checkpoint counts");
 }
 
 static void open_trace(struct train *t)
@@ -186,7 +189,12 @@ void train_restore(struct train *t, const struct train_start *start, struct erro
     t->state.train_position = t->data.position;
     t->state.n_valid_streams = t->eval.active ? t->eval.data.n_streams : 0;
     t->state.valid_position = t->eval.data.position;
-    if (start->load) load_checkpoint(t, start, errors);
+    if (start->load) {
+        load_checkpoint(t, start, errors);
+    } else if (import_wanted(t->deck)) {
+        import_weights(&t->model, errors);
+        optim_refresh_masters(&t->optim);
+    }
     if (comm_host_collect_errors(t->topo->world, errors) > 0) return;
     open_trace(t);
 }
