@@ -74,8 +74,7 @@ def options(c):
     for wrong, right in (("--chekc", "--check"), ("--rank", "--ranks"), ("--statsu", "--status"), ("--halp", "--help")):
         c.expect("unknown_option_%s_names_the_nearest" % wrong[2:], c.call(wrong), 2, "command line: error:", "did you mean %s?" % right)
     c.expect("unknown_option_far_from_all_points_to_help", c.call("--zzzzzzzzzzzz"), 2, "--help")
-    for args, word in ((("--plan", os.path.join(INPUT, "mock_tiny.nml")), "--plan"), (("--export", "d", "f"), "--export"),
-                       (("--deck-from-hf", "d"), "--deck-from-hf")):
+    for args, word in ((("--plan", os.path.join(INPUT, "mock_tiny.nml")), "--plan"),):
         got = c.call(*args)
         c.expect("%s_is_refused_by_name" % word[2:], got, 2, word, "not built")
         c.tap.result(one_error(got[2]) == 1, "%s_is_refused_in_one_line" % word[2:], got[2])

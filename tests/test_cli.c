@@ -129,8 +129,11 @@ static void mistakes_are_named(void **state)
         { { "a.nml", "b.nml" }, "command line: error: 'b.nml': there is already a deck, 'a.nml'; an override is group.key=value" },
         { { "" }, "command line: error: an argument is empty" },
         { { "--plan", "d.nml" }, "command line: error: --plan: prediction of time and memory is not built yet" },
-        { { "--export", "dir", "f.h5" }, "command line: error: --export: Hugging Face export is not built yet" },
-        { { "--deck-from-hf", "dir" }, "command line: error: --deck-from-hf: Hugging Face import is not built yet" },
+        { { "--export", "dir" }, "command line: error: --export: FILE is missing after it" },
+        { { "--deck-from-hf" }, "command line: error: --deck-from-hf: DIR is missing after it" },
+        { { "--check", "d", "--fp64" }, "command line: error: --fp64 is for --export" },
+        { { "--version", "--shard-bytes", "5" }, "command line: error: --shard-bytes is for --export" },
+        { { "--export", "dir", "f.h5", "--shard-bytes", "0" }, "command line: error: --shard-bytes 0: an integer from 1 on is expected" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct parsed p;
@@ -145,7 +148,7 @@ static void mistakes_are_named(void **state)
 static void help_names_every_option_and_exit_status(void **state)
 {
     static const char *const words[] = { "--check", "--plan", "--ranks N", "--reference", "--inspect FILE", "--check-data",
-        "--show-sample N", "--export DIR FILE", "--deck-from-hf DIR", "--doctor", "--status DIR", "--features", "--version", "--help",
+        "--show-sample N", "--export DIR FILE", "--fp64", "--shard-bytes N", "--deck-from-hf DIR", "--doctor", "--status DIR", "--features", "--version", "--help",
         "group.key=value", "75" };
     char *text = NULL;
     size_t n;
