@@ -329,8 +329,11 @@ def main():
     if a.parse:
         return parse_with_f90nml(sys.stdin.read().splitlines())
     if a.install:
-        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-        return subprocess.run([os.path.join(VENV, "bin", "pip"), "install", "-q", "f90nml==1.5"], check=True) and None
+        for command in ([sys.executable, "-m", "venv", VENV], [os.path.join(VENV, "bin", "pip"), "install", "-q", "f90nml==1.5"]):
+            if subprocess.run(command).returncode != 0:
+                shutil.rmtree(VENV, ignore_errors=True)   # whole or absent, so that the next call tries again
+                return 1
+        return 0
     bad = []
 
     def report(reader, n, found):
