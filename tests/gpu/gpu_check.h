@@ -14,8 +14,8 @@
  * writes outside a view, writes to inputs, elements never written. A tensor has a guarded allocation; g->pad elements follow
  * each row of a matrix and g->offset elements precede the first one, all bytes 0xFF: NaN as a number, -1 as an index.
  *
- * Times are medians of events around single calls; the calls rotate among copies of all tensors so that the L2 cache does
- * not hold them. Local, all.
+ * Times are medians of events around single calls, taken of cases with 8 MiB or more; the calls rotate among copies of all
+ * tensors so that the L2 cache does not hold them. Local, all.
  */
 #ifndef MIMO_GPU_CHECK_H
 #define MIMO_GPU_CHECK_H
@@ -30,13 +30,13 @@ struct gpu_tensor {
     struct tensor host;   /* dense; floats as F32, rounded to the device's dtype when filled; data NULL with gpu_device_only */
     bool written;         /* by the operation: restored before each run, then compared */
     char *memory, *image; /* the device allocation and its contents before the operation */
-    char *replica[64];    /* copies for timing; [0] is memory */
+    char *replica[24];    /* copies for timing; [0] is memory */
     unsigned char *got;   /* what the operation left, whole allocation, on the host */
     size_t bytes, begin;  /* of the allocation; of the first element in it */
     struct gpu_tensor *next;
 };
 
-/* Relative Frobenius error; largest |got - want| / (|want| + rms(want)) over the elements. */
+/* Relative Frobenius error (up to twice that for few numbers); largest |got - want| / (|want| + rms(want)) over the elements. */
 struct gpu_bound { double frobenius, element; };
 
 struct gpu_check {
