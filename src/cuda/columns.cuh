@@ -6,9 +6,9 @@
 
 #include "cuda_util.cuh"
 
-enum { COLUMNS_LANES = 32, COLUMNS_GROUPS = 16 };
+enum { COLUMNS_LANES = 32, COLUMNS_GROUPS = 32 };
 
-/* A block has 32 columns and 16 groups of threads; a group adds every 16th partial sum. */
+/* A block has 32 columns and 32 groups of threads; a group adds every 32nd partial sum. */
 static __global__ void __launch_bounds__(COLUMNS_LANES *COLUMNS_GROUPS)
     columns_finish_kernel(const float *partial, int parts, int64_t stride, int64_t cols, float *out)
 {

@@ -28,10 +28,10 @@ CUDA_HERE = CUDA_HOME=/usr/local/cuda CUBLAS_HOME=.cuda/nvidia/cu13 NCCL_HOME=.c
 # `make gpu-tests T=name` builds one.
 GPU_NEEDS_memory    = memory
 GPU_NEEDS_moe       = moe
-GPU_NEEDS_grouped   = grouped grouped_nt grouped_nn grouped_tn gemm
+GPU_NEEDS_grouped   = grouped grouped_nt grouped_nn grouped_tn gemm dense
 GPU_NEEDS_attention = attention attention_cudnn memory
-GPU_NEEDS_gemm      = gemm dense memory
-GPU_NEEDS_dense     = dense memory
+GPU_NEEDS_gemm      = gemm dense
+GPU_NEEDS_dense     = dense
 
 GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/gpu_check.c,$(wildcard tests/gpu/gpu_*.c))))
 GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o ref/backend_ref.o) \

@@ -183,7 +183,7 @@ static __global__ void __launch_bounds__(BIAS_LANES *BIAS_GROUPS) bias_kernel(ma
                   end = first + run < dy.rows ? first + run : dy.rows;
     const int n = chunk_size(dy.cols, c);
     float sum[CHUNK] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t r = first + own; r < end; r += BIAS_GROUPS) {
         float v[CHUNK];
         load_chunk<VEC>(dy.row(r) + c, n, v);
@@ -228,8 +228,20 @@ extern "C" void cuda_bias_backward(struct stream *s, in_t dy, out_t dbias)
 
 /* ---- normalisations (model.md 1.4): RMSNorm, and with CENTRED LayerNorm ---- */
 
-/* A block holds R whole rows in registers: thread t has chunks t, t + threads, ... (K of them). */
-enum { NORM_WIDEST = 4 * 1024 * CHUNK, NORM_BLOCKS = 264 };
+/* A block holds R whole rows in registers, as they lie in memory: thread t has chunks t, t + threads, ... (K of them). What
+ * is needed after the sum over a row is read before it. */
+enum { NORM_NARROW = 192, NORM_MIDDLE = 384, NORM_WIDE = 2 * 512, NORM_WIDEST = 4 * 1024 };   /* chunks of a row */
+
+/* Threads a block has at most, and blocks that shall fit on a multiprocessor at once. The backward pass runs that many on each
+ * of 132, whatever the device has: the order of its sums must not depend on the device. */
+enum { NORM_MULTIPROCESSORS = 132 };
+constexpr int norm_bound(int k, int r) { return k > 2 ? 1024 : k > 1 ? 512 : r > 1 ? NORM_NARROW : NORM_MIDDLE; }
+constexpr int norm_resident(int k, int r) { return k > 1 ? 1 : r > 1 ? 3 : 2; }
+
+__device__ __forceinline__ int64_t own_column(int k)
+{
+    return (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
+}
 
 /* Each x[i] summed over the block, given to every thread. Barrier inside; `shared` may be written again after the next one. */
 template <int N> __device__ __forceinline__ void block_sums(float (&x)[N], float (*shared)[WARP])
@@ -248,126 +260,156 @@ template <int N> __device__ __forceinline__ void block_sums(float (&x)[N], float
 }
 
 template <bool VEC, bool CENTRED, class T, int K, int R>
-static __global__ void __launch_bounds__(K > 2 ? 1024 : 512)
+static __global__ void __launch_bounds__(norm_bound(K, R / 2))
     norm_forward_kernel(matrix<const T> x, const T *w, const T *b, float eps, matrix<T> y, float *mean, float *rs)
 {
     __shared__ float level[R][WARP], square[R][WARP];
     const int64_t first = blockIdx.x * (int64_t)R;
-    float v[R][K][CHUNK], mu[R] = {}, scale[R] = {};
+    const float share = 1.0f / (float)x.cols;
+    chunk<T> row[R][K], weight[K], bias[K];
+    float mu[R] = {}, scale[R] = {}, v[CHUNK];
 #pragma unroll
-    for (int r = 0; r < R; r++)
+    for (int k = 0; k < K; k++) {
+        const int n = chunk_size(x.cols, own_column(k));
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
-            load_chunk<VEC>(x.row(first + r) + c, first + r < x.rows ? chunk_size(x.cols, c) : 0, v[r][k]);
-        }
+        for (int r = 0; r < R; r++)
+            row[r][k] = read_chunk<VEC>(x.row(first + r) + own_column(k), first + r < x.rows ? n : 0);
+        weight[k] = read_chunk<VEC>(w + own_column(k), n);
+        if (CENTRED)
+            bias[k] = read_chunk<VEC>(b + own_column(k), n);
+    }
     if (CENTRED) {
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
-            for (int k = 0; k < K; k++)
+            for (int k = 0; k < K; k++) {
+                widen_chunk(row[r][k], v);
 #pragma unroll
                 for (int i = 0; i < CHUNK; i++)
-                    mu[r] += v[r][k][i];
+                    mu[r] += v[i];
+            }
         block_sums(mu, level);
     }
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        mu[r] /= (float)x.cols;
+        mu[r] *= share;
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            const int n = chunk_size(x.cols, (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK);
+            const int n = chunk_size(x.cols, own_column(k));
+            widen_chunk(row[r][k], v);
 #pragma unroll
-            for (int i = 0; i < CHUNK; i++) {
-                if (CENTRED)
-                    v[r][k][i] = i < n ? v[r][k][i] - mu[r] : 0.0f;
-                scale[r] += v[r][k][i] * v[r][k][i];
-            }
+            for (int i = 0; i < CHUNK; i++)
+                scale[r] += !CENTRED ? v[i] * v[i] : i < n ? (v[i] - mu[r]) * (v[i] - mu[r]) : 0.0f;
         }
     }
     block_sums(scale, square);
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        scale[r] = 1.0f / sqrtf(scale[r] / (float)x.cols + eps);
-        if (threadIdx.x == 0 && first + r < x.rows) {
+        scale[r] = 1.0f / sqrtf(scale[r] * share + eps);
+        if (first + r >= x.rows)
+            return;
+        if (threadIdx.x == 0) {
             rs[first + r] = scale[r];
             if (CENTRED)
                 mean[first + r] = mu[r];
         }
-    }
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
-        const int n = chunk_size(x.cols, c);
-        float weight[CHUNK], bias[CHUNK] = {};
-        load_chunk<VEC>(w + c, n, weight);
-        if (CENTRED)
-            load_chunk<VEC>(b + c, n, bias);
-#pragma unroll
-        for (int r = 0; r < R; r++) {
+        for (int k = 0; k < K; k++) {
+            float factor[CHUNK], shift[CHUNK] = {};
+            widen_chunk(row[r][k], v);
+            widen_chunk(weight[k], factor);
+            if (CENTRED)
+                widen_chunk(bias[k], shift);
 #pragma unroll
             for (int i = 0; i < CHUNK; i++)
-                v[r][k][i] = v[r][k][i] * scale[r] * weight[i] + bias[i];
-            store_chunk<VEC>(y.row(first + r) + c, first + r < y.rows ? n : 0, v[r][k]);
+                v[i] = (CENTRED ? v[i] - mu[r] : v[i]) * scale[r] * factor[i] + shift[i];
+            store_chunk<VEC>(y.row(first + r) + own_column(k), chunk_size(x.cols, own_column(k)), v);
         }
     }
 }
 
-/* With xh = (x-mean)*rs (RMSNorm: mean 0): dx += rs*(w dy - [mean(w dy)] - xh mean(w dy xh)), dw += dy xh, db += dy. Blocks take
- * groups of R rows in turn; their sums for dw and db go to partial[block] as [dw | db]. */
+/* A block's share of R rows: of x, dy and dx, and the rows' statistics. */
+template <class T, int K, int R> struct norm_rows {
+    chunk<T> x[R][K], dy[R][K], dx[R][K];
+    float mean[R], rs[R];
+};
+
 template <bool VEC, bool CENTRED, class T, int K, int R>
-static __global__ void __launch_bounds__(K > 2 ? 1024 : 512)
+__device__ __forceinline__ void norm_read(norm_rows<T, K, R> &own, int64_t first, const matrix<const T> &x, const float *mean,
+                                          const float *rs, const matrix<const T> &dy, const matrix<T> &dx)
+{
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const bool there = first + r < x.rows;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const int n = there ? chunk_size(x.cols, own_column(k)) : 0;
+            own.x[r][k] = read_chunk<VEC>(x.row(first + r) + own_column(k), n);
+            own.dy[r][k] = read_chunk<VEC>(dy.row(first + r) + own_column(k), n);
+            own.dx[r][k] = read_chunk<VEC>((const T *)dx.row(first + r) + own_column(k), n);
+        }
+        own.mean[r] = CENTRED && there ? mean[first + r] : 0.0f;
+        own.rs[r] = there ? rs[first + r] : 0.0f;
+    }
+}
+
+/* With xh = (x-mean)*rs (RMSNorm: mean 0): dx += rs*(w dy - [mean(w dy)] - xh mean(w dy xh)), dw += dy xh, db += dy. Blocks take
+ * groups of R rows in turn, reading the next group while they compute; their sums for dw and db go to partial[block] as
+ * [dw | db]. */
+template <bool VEC, bool CENTRED, class T, int K, int R>
+static __global__ void __launch_bounds__(norm_bound(K, R), norm_resident(K, R))
     norm_backward_kernel(matrix<const T> x, const T *w, const float *mean, const float *rs, matrix<const T> dy, matrix<T> dx,
                          float *partial)
 {
     __shared__ float shared[2][2 * R][WARP];
-    float weight[K][CHUNK], dw[K][CHUNK] = {}, db[K][CHUNK] = {};
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-        const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
-        load_chunk<VEC>(w + c, chunk_size(x.cols, c), weight[k]);
-    }
+    const float share = 1.0f / (float)x.cols;
+    chunk<T> weight[K];
+    float dw[K][CHUNK] = {}, db[K][CHUNK] = {};
+    norm_rows<T, K, R> own, next;
+    const int64_t step = gridDim.x * (int64_t)R;
     int turn = 0;
-    for (int64_t first = blockIdx.x * (int64_t)R; first < x.rows; first += gridDim.x * (int64_t)R, turn ^= 1) {
-        float xh[R][K][CHUNK], g[R][K][CHUNK], to[R][K][CHUNK], scale[R], sum[2 * R] = {};
+    norm_read<VEC, CENTRED>(own, blockIdx.x * (int64_t)R, x, mean, rs, dy, dx);
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            const int64_t row = first + r;
-            const bool there = row < x.rows;
-            const float mu = CENTRED && there ? mean[row] : 0.0f;
-            scale[r] = there ? rs[row] : 0.0f;
+    for (int k = 0; k < K; k++)
+        weight[k] = read_chunk<VEC>(w + own_column(k), chunk_size(x.cols, own_column(k)));
+    for (int64_t first = blockIdx.x * (int64_t)R; first < x.rows; first += step, turn ^= 1, own = next) {
+        float sum[2 * R] = {}, v[CHUNK], g[CHUNK], factor[CHUNK];
+        norm_read<VEC, CENTRED>(next, first + step, x, mean, rs, dy, dx);
+#pragma unroll
+        for (int r = 0; r < R; r++)
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
-                const int n = there ? chunk_size(x.cols, c) : 0;
-                load_chunk<VEC>(x.row(row) + c, n, xh[r][k]);
-                load_chunk<VEC>(dy.row(row) + c, n, g[r][k]);
-                load_chunk<VEC>(dx.row(row) + c, n, to[r][k]);
+                widen_chunk(own.x[r][k], v);
+                widen_chunk(own.dy[r][k], g);
+                widen_chunk(weight[k], factor);
 #pragma unroll
                 for (int i = 0; i < CHUNK; i++) {
-                    xh[r][k][i] = (xh[r][k][i] - mu) * scale[r];
-                    dw[k][i] += g[r][k][i] * xh[r][k][i];
-                    if (CENTRED)
-                        db[k][i] += g[r][k][i];
-                    g[r][k][i] *= weight[k][i];
-                    sum[r] += g[r][k][i] * xh[r][k][i];
-                    if (CENTRED)
-                        sum[R + r] += g[r][k][i];
+                    v[i] = (v[i] - own.mean[r]) * own.rs[r];
+                    dw[k][i] += g[i] * v[i];
+                    sum[r] += g[i] * factor[i] * v[i];
+                    if (CENTRED) {
+                        db[k][i] += g[i];
+                        sum[R + r] += g[i] * factor[i];
+                    }
                 }
             }
-        }
         block_sums(sum, shared[turn]);
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            const int64_t row = first + r;
-            const float along = sum[r] / (float)x.cols, level = sum[R + r] / (float)x.cols;
+            const float along = sum[r] * share, level = sum[R + r] * share;
+            if (first + r >= x.rows)
+                break;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
+                float old[CHUNK];
+                widen_chunk(own.x[r][k], v);
+                widen_chunk(own.dy[r][k], g);
+                widen_chunk(own.dx[r][k], old);
+                widen_chunk(weight[k], factor);
 #pragma unroll
                 for (int i = 0; i < CHUNK; i++)
-                    to[r][k][i] += scale[r] * (g[r][k][i] - level - xh[r][k][i] * along);
-                store_chunk<VEC>(dx.row(row) + c, row < x.rows ? chunk_size(x.cols, c) : 0, to[r][k]);
+                    v[i] = old[i] + own.rs[r] * (g[i] * factor[i] - level - (v[i] - own.mean[r]) * own.rs[r] * along);
+                store_chunk<VEC>(dx.row(first + r) + own_column(k), chunk_size(x.cols, own_column(k)), v);
             }
         }
     }
@@ -376,10 +418,10 @@ static __global__ void __launch_bounds__(K > 2 ? 1024 : 512)
     partial += blockIdx.x * x.cols * (CENTRED ? 2 : 1);
 #pragma unroll
     for (int k = 0; k < K; k++) {
-        const int64_t c = (threadIdx.x + k * (int64_t)blockDim.x) * CHUNK;
-        store_chunk<false>(partial + c, chunk_size(x.cols, c), dw[k]);
+        const int n = chunk_size(x.cols, own_column(k));
+        store_chunk<false>(partial + own_column(k), n, dw[k]);
         if (CENTRED)
-            store_chunk<false>(partial + x.cols + c, chunk_size(x.cols, c), db[k]);
+            store_chunk<false>(partial + x.cols + own_column(k), n, db[k]);
     }
 }
 
@@ -390,18 +432,22 @@ static unsigned norm_threads(int64_t cols, int k)
     return (unsigned)((threads + WARP - 1) / WARP * WARP);
 }
 
-/* Calls f with K as a constant: the fewest chunks a thread that a block can hold the row with. */
+/* Calls f with K, the chunks a thread takes, and R, the rows a block of the forward pass takes, as constants. The backward pass
+ * keeps more of each row and takes half as many. */
 template <class F> static void by_width(int64_t cols, F f)
 {
-    if (cols > NORM_WIDEST)
+    const int64_t chunks = (cols + CHUNK - 1) / CHUNK;
+    if (chunks > NORM_WIDEST)
         FATAL(EXIT_INTERNAL, "rows of %lld elements are too wide to be normalised on the GPU: at most %d", (long long)cols,
-              NORM_WIDEST);
-    if (cols <= 512 * CHUNK)
-        f(std::integral_constant<int, 1>());
-    else if (cols <= 2 * 512 * CHUNK)
-        f(std::integral_constant<int, 2>());
+              NORM_WIDEST * CHUNK);
+    if (chunks <= NORM_NARROW)
+        f(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
+    else if (chunks <= NORM_MIDDLE)
+        f(std::integral_constant<int, 1>(), std::integral_constant<int, 2>());
+    else if (chunks <= NORM_WIDE)
+        f(std::integral_constant<int, 2>(), std::integral_constant<int, 1>());
     else
-        f(std::integral_constant<int, 4>());
+        f(std::integral_constant<int, 4>(), std::integral_constant<int, 1>());
 }
 
 template <bool CENTRED>
@@ -416,9 +462,9 @@ static void norm_forward(struct stream *s, in_t x, in_t w, in_t b, double eps, o
         return;
     by_type(x, [&](auto zero) {
         using T = decltype(zero);
-        by_width(cols, [&](auto chunks) {
+        by_width(cols, [&](auto chunks, auto group) {
             by_flag(chunks_aligned({x, y, w, b}), [&](auto vec) {
-                constexpr int K = decltype(chunks)::value, R = K == 1 ? 2 : 1;
+                constexpr int K = decltype(chunks)::value, R = decltype(group)::value;
                 norm_forward_kernel<decltype(vec)::value, CENTRED, T, K, R>
                     <<<blocks_for(rows, R), norm_threads(cols, K), 0, cuda_stream_of(s)>>>(
                         as_matrix<const T>(x), (const T *)w->data, CENTRED ? (const T *)b->data : NULL, (float)eps,
@@ -444,10 +490,11 @@ static void norm_backward(struct stream *s, in_t x, in_t w, in_t mean, in_t rs, 
     float *partial = NULL;
     by_type(x, [&](auto zero) {
         using T = decltype(zero);
-        by_width(cols, [&](auto chunks) {
+        by_width(cols, [&](auto chunks, auto group) {
             by_flag(chunks_aligned({x, w, dy, dx}), [&](auto vec) {
-                constexpr int K = decltype(chunks)::value, R = K == 1 ? 2 : 1;
-                parts = (int)(rows < R * NORM_BLOCKS ? (rows + R - 1) / R : (int64_t)NORM_BLOCKS);
+                constexpr int K = decltype(chunks)::value, R = K == 1 ? decltype(group)::value / 2 : 1;
+                const int64_t most = NORM_MULTIPROCESSORS * norm_resident(K, R), groups = (rows + R - 1) / R;
+                parts = (int)(groups < most ? groups : most);
                 if (dw)
                     partial = (float *)cuda_scratch(s, (size_t)parts * cols * (CENTRED ? 2 : 1) * sizeof(float));
                 norm_backward_kernel<decltype(vec)::value, CENTRED, T, K, R><<<parts, norm_threads(cols, K), 0, stream>>>(

@@ -7,39 +7,71 @@
 #ifndef MIMO_CUDA_VECTOR_CUH
 #define MIMO_CUDA_VECTOR_CUH
 
+#include <initializer_list>
 #include <type_traits>
 #include "cuda_util.cuh"
 
 enum { CHUNK = 8 };
 
-template <bool VEC> __device__ __forceinline__ void load_chunk(const bf16 *p, int n, float (&v)[CHUNK])
+/* A chunk as it lies in memory: what a kernel keeps of a row takes half the registers that way. */
+template <class T> struct chunk;
+template <> struct chunk<bf16> {
+    unsigned word[4];
+};
+template <> struct chunk<float> {
+    float v[CHUNK];
+};
+
+/* The n elements at p. */
+template <bool VEC> __device__ __forceinline__ chunk<bf16> read_chunk(const bf16 *p, int n)
 {
+    chunk<bf16> c;
     if (VEC && n == CHUNK) {
         const uint4 raw = *(const uint4 *)p;
-        const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[2 * i] = __uint_as_float(word[i] << 16);
-            v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-        }
-        return;
+        c.word[0] = raw.x, c.word[1] = raw.y, c.word[2] = raw.z, c.word[3] = raw.w;
+        return c;
     }
+    const unsigned short *bits = (const unsigned short *)p;
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++)
-        v[i] = i < n ? to_float(p[i]) : 0.0f;
+    for (int i = 0; i < CHUNK / 2; i++)
+        c.word[i] = (2 * i < n ? bits[2 * i] : 0) | (2 * i + 1 < n ? (unsigned)bits[2 * i + 1] << 16 : 0);
+    return c;
 }
 
-template <bool VEC> __device__ __forceinline__ void load_chunk(const float *p, int n, float (&v)[CHUNK])
+template <bool VEC> __device__ __forceinline__ chunk<float> read_chunk(const float *p, int n)
 {
+    chunk<float> c;
     if (VEC && n == CHUNK) {
         const float4 low = *(const float4 *)p, high = *(const float4 *)(p + 4);
-        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-        v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-        return;
+        c.v[0] = low.x, c.v[1] = low.y, c.v[2] = low.z, c.v[3] = low.w;
+        c.v[4] = high.x, c.v[5] = high.y, c.v[6] = high.z, c.v[7] = high.w;
+        return c;
     }
 #pragma unroll
     for (int i = 0; i < CHUNK; i++)
-        v[i] = i < n ? p[i] : 0.0f;
+        c.v[i] = i < n ? p[i] : 0.0f;
+    return c;
+}
+
+__device__ __forceinline__ void widen_chunk(const chunk<bf16> &c, float (&v)[CHUNK])
+{
+#pragma unroll
+    for (int i = 0; i < CHUNK / 2; i++) {
+        v[2 * i] = __uint_as_float(c.word[i] << 16);
+        v[2 * i + 1] = __uint_as_float(c.word[i] & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ void widen_chunk(const chunk<float> &c, float (&v)[CHUNK])
+{
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++)
+        v[i] = c.v[i];
+}
+
+template <bool VEC, class T> __device__ __forceinline__ void load_chunk(const T *p, int n, float (&v)[CHUNK])
+{
+    widen_chunk(read_chunk<VEC>(p, n), v);
 }
 
 template <bool VEC> __device__ __forceinline__ void store_chunk(bf16 *p, int n, const float (&v)[CHUNK])

@@ -1,5 +1,6 @@
 /* gpu_memory.c - copies, fills and casts of the CUDA backend against the reference. */
 #include <stdio.h>
+#include "bf16.h"
 #include "gpu_check.h"
 
 static const int64_t shapes[][2] = { { 1, 1 }, { 0, 5 }, { 3, 0 }, { 7, 13 }, { 64, 256 }, { 251, 1009 }, { 1, 100003 } };
@@ -22,7 +23,7 @@ static void fill_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
         return;
     struct gpu_tensor *y = gpu_matrix(g, dtype, rows, cols);
     gpu_run(g) cuda_fill(g->stream, &y->dev, value);
-    backend_ref_f32.fill(g->cpu, &y->host, value);
+    backend_ref_f32.fill(g->cpu, &y->host, dtype == DTYPE_BF16 ? bf16_to_float(bf16_from_double(value)) : value);
     if (dtype == DTYPE_F32 || dtype == DTYPE_BF16)
         gpu_close(g, y, "y", (struct gpu_bound){ 0, 0 });
     else
