@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "deck_table.h"
+#include "path_hint.h"
 
 enum { RANKS = -1, FP64 = -2, SHARD_BYTES = -3, NOTICE_SECONDS = 10 };
 
@@ -212,7 +213,10 @@ char *cli_read_deck_text(const struct cli *cli, size_t *length, struct errors *e
     if (cli->deck) {
         fd = open(cli->deck, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);   /* a FIFO without writer reads as empty */
         if (fd < 0) {
-            errors_add(errors, EXIT_DECK, "%s: error: cannot open the deck: %s", name, strerror(errno));
+            char hint[512];
+            const int error = errno;
+            errors_add(errors, EXIT_DECK, "%s: error: cannot open the deck: %s%s", name, strerror(error),
+                       error == ENOENT || error == ENOTDIR ? path_hint(name, hint, sizeof hint) : "");
             return NULL;
         }
     } else if (isatty(fd)) {

@@ -14,6 +14,7 @@
 #include <string.h>
 #include "data_internal.h"
 #include "image.h"
+#include "path_hint.h"
 #include "rng.h"
 #include "sample.h"
 #include "shard.h"
@@ -292,8 +293,9 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
     }
     w->tokenizer = tokenizer_open(path, why, sizeof why);
     if (!w->tokenizer) {
+        char hint[512];
         errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '%s': %s%s", where, path, why,
-                   strncmp(path, "data/", 5) == 0 ? " (run `make data`)" : "");
+                   path_hint(path, hint, sizeof hint));
         return;
     }
     find_image_id(w, errors);

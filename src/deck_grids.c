@@ -88,11 +88,12 @@ static bool resolve_disjoint(struct deck_rules *c, int64_t unit_e, int64_t unit_
     int64_t encoder = e_dp > 0 ? deck_rules_mul(e_dp, unit_e) : !offset_open ? offset : l_dp > 0 ? w - language : w / 2;
     if (e_dp > 0 && l_dp > 0 && offset_open && encoder <= (1 << 20) && language <= (1 << 20) && encoder + language != w) {
         FAIL(layout, EXIT_ENVIRONMENT, "the deck needs %" N " ranks (encoder %" N " = " ENCODER_UNIT " * encoder_dp, language %" N
-             " = " LANGUAGE_UNIT " * llm_dp), %" N " %s present", encoder + language, encoder, language, w, w == 1 ? "is" : "are");
+             " = " LANGUAGE_UNIT " * llm_dp), %" N " %s present; start it with mpiexec -n %" N, encoder + language, encoder, language, w,
+             w == 1 ? "is" : "are", encoder + language);
         return false;
     }
     if (w < 2) {
-        FAIL(layout, EXIT_ENVIRONMENT, "two grids need at least 2 ranks, 1 is present");
+        FAIL(layout, EXIT_ENVIRONMENT, "two grids need at least 2 ranks, 1 is present; start it with mpiexec -n 2");
         return false;
     }
     if (e_dp == 0 && l_dp == 0 && offset_open && w % 2) {
@@ -132,8 +133,8 @@ static bool resolve_whole(struct deck_rules *c, int row, int64_t unit, const cha
     int64_t *dp = deck_integer(c->deck, row), w = c->size;
     if (!derive_dp(c, row, w, unit, grid, product)) return false;
     if (deck_rules_mul(*dp, unit) == w) return true;
-    deck_rules_fail(c, row, EXIT_ENVIRONMENT, "the %s grid has %s * dp = %" N " * %" N " = %" N " ranks, %" N " are present", grid,
-                    product, unit, *dp, deck_rules_mul(*dp, unit), w);
+    deck_rules_fail(c, row, EXIT_ENVIRONMENT, "the %s grid has %s * dp = %" N " * %" N " = %" N " ranks, %" N " %s present; start it with mpiexec -n %" N,
+                    grid, product, unit, *dp, deck_rules_mul(*dp, unit), w, w == 1 ? "is" : "are", deck_rules_mul(*dp, unit));
     return false;
 }
 

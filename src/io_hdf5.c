@@ -17,8 +17,12 @@
 #include "code.h"
 #include "io_internal.h"
 
+enum { INTERRUPTED_MAX = 100 };
+
 void io_start(void)
 {
+    /* What a failed run has left open must stay alone: closing it at exit would fail again, or crash. */
+    H5dont_atexit();
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     H5PLset_loading_state(0);
 }
@@ -340,9 +344,16 @@ void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int
                   const int64_t *start, const int64_t *count, const void *data)
 {
     hid_t memory, space;
+    char why[1200];
     bool ok = select_box(set, ndim, start, count, &memory, &space);
     IO_WRITE(path, name, ok ? 0 : -1);
-    IO_WRITE(path, name, H5Dwrite(set, type, memory, space, H5P_DEFAULT, data));
+    herr_t status = -1;
+    for (int tries = 0; tries < INTERRUPTED_MAX && status < 0; tries++) {
+        status = H5Dwrite(set, type, memory, space, H5P_DEFAULT, data);
+        /* MPI-IO, unlike HDF5's own driver, gives up when a signal comes; the same bytes again do no harm. */
+        if (status < 0 && !strstr(io_reason(why, sizeof why), strerror(EINTR))) break;
+    }
+    IO_WRITE(path, name, status);
     close_box(memory, space);
 }
 

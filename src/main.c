@@ -1,5 +1,6 @@
 /* main.c - prolog, loop, epilog. Every rank takes the same way through main and leaves with the same status. */
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include "backend.h"
@@ -141,6 +142,7 @@ int main(int argc, char **argv)
 
     /* 1. command line; what needs one process and no launcher is done at once */
     open_standard_streams();
+    signal(SIGXFSZ, SIG_IGN); /* a file-size limit is an error of the write, MPI's own files included */
     backend_blas_start(argv);
     cli_parse(&cli, argc, argv, &errors);
     if (errors.count == 0 && tool_is_local(&cli)) return tool_run(&cli);

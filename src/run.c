@@ -149,8 +149,7 @@ static void catch_signals(bool term)
     sigemptyset(&a.sa_mask);
     if (term) sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);
-    /* A file-size limit and a closed pipe on stdout are errors of a write, not ends of the process. */
-    signal(SIGXFSZ, SIG_IGN);
+    /* A closed pipe on stdout is an error of a write, not the end of the process. */
     signal(SIGPIPE, SIG_IGN);
 }
 

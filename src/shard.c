@@ -23,8 +23,9 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "path_hint.h"
 
-enum { BLOCK = 512, WINDOW = 16384, EXTENDED_MAX = 1 << 20, SHARDS_MAX = 1000000 };
+enum { BLOCK = 512, WINDOW = 16384, EXTENDED_MAX = 1 << 20, SHARDS_MAX = 1000000, HINT = 512 };
 /* A pipe instead of a file is no reason to wait. */
 enum { OPEN_FLAGS = O_RDONLY | O_CLOEXEC | O_NONBLOCK };
 
@@ -60,7 +61,6 @@ static bool expand_pattern(const char *text, const char *where, struct paths *ou
                            struct errors *errors);
 static void paths_add(struct paths *p, char *path);
 static int compare_text(const void *a, const void *b);
-static const char *hint(const char *path);
 static const char *unpack_command(const char *path, const unsigned char *head, int64_t n);
 static void index_shard(struct shard_set *set, int64_t shard, struct errors *errors);
 static void walk(struct walk *w);
@@ -175,6 +175,7 @@ void shard_free(struct shard_set *set)
 static void expand(const char *path, const char *where, struct paths *out, struct errors *errors)
 {
     struct stat st;
+    char hint[HINT];
     if (strchr(path, '{') && stat(path, &st) != 0) {
         if (!expand_pattern(path, where, out, errors)) {
             for (int64_t i = 0; i < out->n; i++)
@@ -182,7 +183,9 @@ static void expand(const char *path, const char *where, struct paths *out, struc
             out->n = 0;
         }
     } else if (stat(path, &st) != 0) {
-        errors_add(errors, EXIT_DATA, "%s = '%s': %s%s", where, path, strerror(errno), hint(path));
+        const int error = errno;
+        errors_add(errors, EXIT_DATA, "%s = '%s': %s%s", where, path, strerror(error),
+                   path_hint(path, hint, sizeof hint));
     } else if (S_ISDIR(st.st_mode)) {
         expand_directory(path, where, out, errors);
     } else {
@@ -194,8 +197,9 @@ static void expand_directory(const char *path, const char *where, struct paths *
                              struct errors *errors)
 {
     DIR *dir = opendir(path);
+    char hint[HINT];
     if (!dir) {
-        errors_add(errors, EXIT_DATA, "%s = '%s': %s%s", where, path, strerror(errno), hint(path));
+        errors_add(errors, EXIT_DATA, "%s = '%s': %s", where, path, strerror(errno));
         return;
     }
     bool compressed = false;
@@ -223,7 +227,7 @@ static void expand_directory(const char *path, const char *where, struct paths *
         errors_add(errors, EXIT_DATA, "%s = '%s': %s", where, path, strerror(trouble));
     else if (out->n == 0 && !compressed)
         errors_add(errors, EXIT_DATA, "%s = '%s': this directory holds no .tar file%s", where, path,
-                   hint(path));
+                   path_hint(path, hint, sizeof hint));
 }
 
 /* The first {A..B} becomes each number from A to B, with as many digits as A has; the rest is
@@ -279,12 +283,6 @@ static int compare_text(const void *a, const void *b)
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-static const char *hint(const char *path)
-{
-    return strncmp(path, "data/", 5) == 0 || strncmp(path, "./data/", 7) == 0 ? " (run `make data`)"
-                                                                              : "";
-}
-
 /* The command that unpacks a compressed shard, known by its first bytes or, without them, by its
  * name; NULL = not compressed. */
 static const char *unpack_command(const char *path, const unsigned char *head, int64_t n)
@@ -330,7 +328,10 @@ static void index_shard(struct shard_set *set, int64_t shard, struct errors *err
     struct stat st;
     w->fd = open(w->path, OPEN_FLAGS);
     if (w->fd < 0 || fstat(w->fd, &st) != 0) {
-        errors_add(errors, EXIT_DATA, "%s: error: %s%s", w->path, strerror(errno), hint(w->path));
+        const int error = errno;
+        char hint[HINT];
+        errors_add(errors, EXIT_DATA, "%s: error: %s%s", w->path, strerror(error),
+                   path_hint(w->path, hint, sizeof hint));
     } else if (!S_ISREG(st.st_mode)) {
         errors_add(errors, EXIT_DATA, "%s: error: not a regular file", w->path);
     } else {

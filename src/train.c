@@ -9,6 +9,7 @@
 #include "ddp.h"
 #include "io_hf.h"
 #include "log.h"
+#include "path_hint.h"
 #include "timer.h"
 
 /* ---- where to start ----------------------------------------------------------------------------------------------- */
@@ -25,6 +26,7 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
 {
     const struct deck_checkpoint *k = &deck->checkpoint;
     int64_t found = -1, again = 0, own = 0;
+    char hint[512];
 
     *s = (struct train_start){.iteration = 0};
     snprintf(s->text, sizeof s->text, "new");
@@ -46,7 +48,7 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
         own = !again && own;
         s->finetune = k->finetune;
         if (found < 0 && topo->rank == 0 && errors->count == 0)
-            log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0", k->load);
+            log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0%s", k->load, path_hint(k->load, hint, sizeof hint));
     }
     if (comm_host_collect_errors(topo->world, errors) > 0 || found < 0) {
         s->load = NULL;

@@ -1,5 +1,6 @@
 /* test_cli.c - the command line: every option, overrides, what is refused and how; the deck's text from files and pipes. */
 #include "test_deck.h"
+#include "path_hint.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -193,13 +194,37 @@ static void unreadable_decks_are_named_with_the_reason(void **state)
     struct errors errors = { 0 };
     size_t length;
     assert_null(read_deck("/nonexistent/deck.nml", &length, &errors));
-    assert_string_equal(errors.line[0], "/nonexistent/deck.nml: error: cannot open the deck: No such file or directory");
+    assert_string_equal(errors.line[0], "/nonexistent/deck.nml: error: cannot open the deck: No such file or directory; "
+                        "there is no directory /nonexistent");
     assert_null(read_deck("/tmp", &length, &errors));
     assert_string_equal(errors.line[1], "/tmp: error: cannot read the deck: Is a directory");
     assert_null(read_deck("/dev/zero", &length, &errors));   /* endless */
     assert_string_equal(errors.line[2], "/dev/zero: error: the deck is larger than 1048576 bytes");
     assert_int_equal(errors.worst, EXIT_DECK);
     errors_free(&errors);
+}
+
+static void a_path_that_is_nearly_right_is_suggested(void **state)
+{
+    static const struct {
+        const char *path, *hint;
+    } test[] = {
+        { "input/stag2.nml", "; did you mean input/stage2.nml?" },
+        { "./inptu//stag2.nml", "; did you mean ./input//stage2.nml?" },
+        { "src/refs/densee.c", "; did you mean src/ref/dense.c?" },
+        { "/etc/psswd", "; did you mean /etc/passwd?" },
+        { "input/quite_another.nml", "" },
+        { "nowhere/at/all.nml", "; there is no directory nowhere" },
+        { "input/sub/stage2.nml", "; there is no directory input/sub" },
+        { "data/nothing\x1bhere", " (run `make data`)" },
+        { "input/stage2.nml", "" },
+        { "", "" },
+    };
+    char out[512];
+    for (size_t i = 0; i < sizeof test / sizeof test[0]; i++)
+        assert_string_equal(path_hint(test[i].path, out, sizeof out), test[i].hint);
+    assert_string_equal(path_hint("no\x1bwhere/x", out, sizeof out), "; there is no directory no\\x1bwhere");
+    assert_string_equal(path_hint("input/stag2.nml", out, 12), "; did you m");
 }
 
 /* Run cli_read_deck_text in a child whose standard input is fd (-1: closed); returns its first error or text. */
@@ -268,6 +293,7 @@ int main(void)
         cmocka_unit_test(help_names_every_option_and_exit_status),
         cmocka_unit_test(deck_text_from_a_file_is_its_bytes),
         cmocka_unit_test(unreadable_decks_are_named_with_the_reason),
+        cmocka_unit_test(a_path_that_is_nearly_right_is_suggested),
         cmocka_unit_test(standard_input_closed_terminal_pipe_and_endless),
     };
     return cmocka_run_group_tests_name("command line", tests, NULL, NULL);

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Ways to fail: each ends every rank within seconds, with its exit status and one line that says what to do or what the system said.
+
+Starts with the mistakes of somebody who has just met the program. Faults of the system are put in by limits, small file systems and,
+where strace is there, by system calls that fail or kill on one rank (robustness.md 4.6). Decks are tests/decks, data test_shard.c and
+check_run.py, checkpoints and locks check_run.py, killed ranks check_kill.py.
+"""
+import os
+import re
+import shutil
+import stat
+import subprocess
+import time
+
+from check_run import DECK, Runs, checkpoint, everything, finish, grids, read, same_trace, wait_for
+from harness import ROOT
+
+INPUT = os.path.join(ROOT, "input")
+PAIR = grids(1, 1)
+
+
+def error_lines(stderr):
+    return [x for x in stderr.splitlines() if "error: " in x]
+
+
+class Failures(Runs):
+    def shell(self, script, arguments, ranks=0, limit=60, **kw):
+        """Run `script` (sh) in which "$@" is mimo's command line; with ranks the whole script runs on every rank."""
+        command, env = self.m.command(arguments, 0, kw.pop("env", None))
+        command = ["sh", "-c", script, "sh", *command]
+        if ranks:
+            command = [self.m.arg.mpiexec, "-n", str(ranks), *command]
+        try:
+            p = subprocess.run(command, stdin=kw.pop("stdin", subprocess.DEVNULL), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=limit, env=env,
+                               cwd=kw.pop("cwd", ROOT), text=True, errors="replace", **kw)
+            return p.returncode, p.stdout, p.stderr
+        except subprocess.TimeoutExpired as e:
+            return "still running after %d s" % limit, str(e.stdout), str(e.stderr)
+
+    def one_line(self, name, got, code, *words):
+        """The status, and a single error line with these words."""
+        lines = error_lines(got[2])
+        lacks = [w for w in words if not lines or w not in lines[0]]
+        return self.tap.result(got[0] == code and len(lines) == 1 and not lacks, name, "status %s, not %s; lacks %s\n%s" % (got[0], code, lacks, got[2][-1500:]))
+
+
+def new_user(r):
+    """A wrong path, a typo in a key, a wrong number of ranks: one line that says what to do, and nothing is started."""
+    work = r.at("new")
+    os.mkdir(work)
+    os.symlink(INPUT, os.path.join(work, "input"))
+
+    def mistake(name, code, arguments, *words, ranks=0):
+        r.one_line("new_user_" + name, r.m.run(*arguments, ranks=ranks, cwd=work, limit=60), code, *words)
+        r.tap.result(os.listdir(work) == ["input"], "new_user_%s_starts_nothing" % name, os.listdir(work))
+    tiny = "input/mock_tiny.nml"
+    mistake("mistypes_the_deck", 2, ("input/mok_tiny.nml",), "input/mok_tiny.nml: error: cannot open the deck", "did you mean input/mock_tiny.nml?")
+    mistake("mistypes_the_directory", 2, ("inputs/mock_tiny.nml",), "did you mean input/mock_tiny.nml?")
+    mistake("forgets_the_directory", 2, ("no/mock_tiny.nml",), "there is no directory no")
+    mistake("mistypes_a_key", 2, (tiny, "run.train_itres=5"), "did you mean train_iters?")
+    mistake("takes_the_key_of_another_group", 2, (tiny, "run.lr=1e-3"), "lr belongs to &lr")
+    mistake("mistypes_a_group", 2, (tiny, "optimiser.clip_grad=1"), "did you mean &optimizer?")
+    mistake("mistypes_a_word", 2, (tiny, "lr.lr_decay_style=cosin"), "did you mean 'cosine'?")
+    mistake("uses_dashes", 2, (tiny, "run.train-iters=5"), "did you mean train_iters?")
+    mistake("writes_a_real_for_an_integer", 2, (tiny, "run.train_iters=1e3"), "integer expected, write 1000")
+    mistake("mistypes_an_option", 2, ("--chek", tiny), "did you mean --check?")
+    mistake("forgets_the_launcher", 3, (tiny, *grids(2, 2)), "needs 4 ranks", "1 is present", "start it with mpiexec -n 4")
+    mistake("starts_too_few_ranks", 3, (tiny, *grids(2, 2)), "needs 4 ranks", "3 are present", "start it with mpiexec -n 4", ranks=3)
+    mistake("starts_too_many_ranks", 3, (tiny, *PAIR), "needs 2 ranks", "4 are present", "start it with mpiexec -n 2", ranks=4)
+    mistake("starts_an_odd_number_of_ranks", 3, (tiny,), "3 ranks are neither 1 nor even; possible: ", ranks=3)
+    mistake("starts_one_grid_too_small", 3, (tiny, "topology.layout=language_only", "topology.llm_dp=4"), "start it with mpiexec -n 4", ranks=2)
+    # From here on the run directory is made: the directory says how the start ended.
+    real = [x for x in r.real() if not x.startswith("data.t")]
+    paths = {"train_data_path": r.at("data", "train"), "tokenizer": r.at("data", "tokenizer.json")}
+    for key, wrong, right in (("train_data_path", r.at("data", "trian"), r.at("data", "train")), ("tokenizer", r.at("data", "tokeniser.json"), r.at("data", "tokenizer.json"))):
+        given = ["data.%s=%s" % x for x in {**paths, key: wrong}.items()]
+        got = r.go("wrongpath", *real, *given)
+        r.one_line("new_user_mistypes_%s" % key, got, 4, "data.%s = '%s'" % (key, wrong), "did you mean %s?" % right)
+    r.ok("new_user_asks_how_it_ended", r.m.run("--status", r.at("wrongpath")), 4, "did you mean")
+
+
+def standard_input(r):
+    """Launchers that give the deck to nobody, to rank 0 or to all."""
+    text = read(DECK)
+    args = ("run.train_iters=2", "batch.global_batch_size=2")
+    r.ok("a_deck_on_standard_input_of_every_rank", r.shell('exec "$@" < "%s"' % DECK, [*args, "run.output_dir=" + r.at("stdin_all")], ranks=2))
+    r.ok("a_deck_on_standard_input_of_rank_0", r.m.run(*args, "run.output_dir=" + r.at("stdin_0"), ranks=2, stdin=text))
+    r.equal("both_give_the_same_run", same_trace(r.at("stdin_all"), r.at("stdin_0")))
+    got = r.shell('exec "$@" <&-', [*args], ranks=2)
+    r.one_line("no_standard_input_on_any_rank", got, 2, "<stdin>", "empty")
+    got = r.shell('if [ "$PMI_RANK" = 1 ]; then exec "$@" <&-; else exec "$@"; fi', [DECK, *args, "run.output_dir=" + r.at("stdin_closed1")], ranks=2)
+    r.ok("standard_input_closed_on_rank_1", got)
+    got = r.shell('exec "$@" < /dev/zero', [DECK, *args, "run.output_dir=" + r.at("stdin_zero")], ranks=2)
+    r.ok("an_endless_standard_input_beside_a_deck", got)
+    got = r.m.run(*args, "run.output_dir=" + r.at("stdin_bad"), ranks=2, stdin=text.replace("train_iters", "train_itres"))
+    r.one_line("a_bad_deck_on_standard_input_under_a_launcher", got, 2, "did you mean train_iters?")
+
+
+def limits(r):
+    """F11, F12: limits of the shell."""
+    for ranks, layout in ((0, ()), (2, PAIR)):
+        where = "on_%d_ranks" % max(ranks, 1)
+        # 5 MB: MPI's own shared memory needs as much.
+        got = r.shell('ulimit -f 10000; exec "$@"', r.arguments("f_trace" + where, layout, iterations=300000), ranks)
+        r.one_line("F11_a_file_limit_for_the_trace_%s" % where, got, 6, "trace.h5", "File too large")
+        got = r.shell('ulimit -f 10000; exec "$@"', r.arguments("f_save" + where, (*layout, "language.vocab_size=30000"), save=True), ranks)
+        r.one_line("F11_a_file_limit_for_the_checkpoint_%s" % where, got, 6, "checkpoint.h5", "File too large")
+        r.tap.result(read(r.at("f_save" + where), "EXIT").startswith("6 ") and not os.path.exists(r.at("f_save" + where, "ckpt", "latest_checkpointed_iteration.txt")),
+                     "F11_no_tracker_names_it_%s" % where)
+        large = ("language.vocab_size=4000000", "language.make_vocab_size_divisible_by=128")
+        start = time.monotonic()
+        got = r.shell('ulimit -v 1500000; exec "$@"', r.arguments("v" + where, (*layout, *large)), ranks, limit=90)
+        r.one_line("F12_a_memory_limit_%s" % where, got, 3, "bytes")
+        r.tap.result(time.monotonic() - start < 60, "F12_a_memory_limit_ends_soon_%s" % where)
+    got = r.shell('ulimit -n 40; exec "$@"', r.arguments("n", ()))
+    r.tap.result(got[0] in (0, 3, 4, 6) and len(error_lines(got[2])) == (got[0] != 0), "F12_few_descriptors", "%s\n%s" % (got[0], got[2][-800:]))
+
+
+def environment(r):
+    """F49, S5: what a batch system may leave out, and the modes of new files."""
+    base = {k: v for k, v in os.environ.items() if k not in ("HOME", "TMPDIR", "USER", "LANG", "TERM")}
+    command, env = r.m.command(r.arguments("bare", ()), 0, None)
+    p = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT,
+                       env={**{k: env[k] for k in ("HWLOC_PLUGINS_PATH", "UCX_TLS")}, **base, "LC_ALL": "tr_TR.UTF-8"})
+    r.ok("F49_without_HOME_TMPDIR_and_a_known_locale", (p.returncode, p.stdout, p.stderr))
+    r.go("known", iterations=3)
+    r.equal("F49_it_is_the_same_run", same_trace(r.at("bare"), r.at("known")))
+    for mask in (0o027, 0o002):
+        name = "umask_%03o" % mask
+        r.ok("S5_%s" % name, r.shell('umask %03o; exec "$@"' % mask, r.arguments(name, (), save=True, iterations=1)))
+        wrong = []
+        for folder, _, names in os.walk(r.at(name)):
+            for n, full in [(folder, 0o777)] + [(os.path.join(folder, x), 0o666) for x in names]:
+                mode = stat.S_IMODE(os.stat(n).st_mode)
+                if mode != full & ~mask:
+                    wrong.append("%s: %03o" % (n, mode))
+        r.tap.result(not wrong, "S5_files_follow_%s" % name, wrong)
+    gone = r.at("gone")
+    os.mkdir(gone)
+    got = r.shell('cd "%s" && rmdir "%s" && exec "$@"' % (gone, gone), [DECK, "run.train_iters=1", "run.output_dir=here"])
+    r.one_line("F42_a_removed_working_directory", got, 6, "run.output_dir")
+
+
+def full_disks(r):
+    """F06, F08: the disk fills up while the run goes on."""
+    with open("/dev/full", "w") as full:
+        command, env = r.m.command(r.arguments("fullout", ()), 0, None)
+        p = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, timeout=60)
+        r.one_line("F08_a_full_disk_behind_standard_output", (p.returncode, "", p.stderr), 6, "standard output: No space left on device")
+        for option in ("--help", "--reference", "--features"):
+            p = subprocess.run([r.m.binary, option], stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+            r.one_line("F08_%s_to_a_full_disk" % option[2:], (p.returncode, "", p.stderr), 6, "No space left on device")
+    p = subprocess.Popen([*r.m.command(r.arguments("reader", (), iterations=30), 0, None)[0]], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    p.stdout.readline()
+    p.stdout.close()
+    stderr = p.stderr.read()
+    r.tap.result(p.wait(60) == 0 and read(r.at("reader"), "run.log").count("lm loss:") == 30, "a_reader_that_goes_away_does_not_end_the_run", stderr)
+    probe = subprocess.run(["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=4m tmpfs /mnt"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for ranks, layout in ((0, ()), (2, PAIR)):
+        name = "F08_a_disk_that_fills_up_on_%d_ranks" % max(ranks, 1)
+        if probe.returncode != 0:
+            r.tap.skip(name, "this machine does not let us mount a tmpfs in a namespace of its own")
+            continue
+        disk = r.at(name)
+        os.mkdir(disk)
+        command, env = r.m.command(r.arguments("x", (*layout, "run.output_dir=" + disk), iterations=1000000, batch=2), ranks, None)
+        # Once the run has written its first lines something else takes the rest of the disk.
+        script = ('mount -t tmpfs -o size=200m tmpfs "%s" || exit 99; (until grep -q "lm loss:" "%s/run.log" 2>/dev/null; do sleep 0.05; done; '
+                  'cat /dev/zero > "%s/fill" 2>/dev/null) & exec "$@"') % (disk, disk, disk)
+        try:
+            p = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, timeout=60, env=env, cwd=ROOT)
+            got = p.returncode, "", p.stderr
+        except subprocess.TimeoutExpired:
+            got = "still running after 60 s", "", ""
+        r.one_line(name + "_ends_with_6", got, 6, "No space left on device")
+
+
+def strace_works():
+    if not shutil.which("strace"):
+        return "strace is not installed (tools/bootstrap.sh --dev)"
+    p = subprocess.run(["strace", "-f", "-o", "/dev/null", "-e", "inject=fsync:error=EIO:when=1", "true"], stderr=subprocess.PIPE, text=True)
+    return "" if p.returncode == 0 else "strace cannot trace here: " + p.stderr.strip()[-200:]
+
+
+def system_calls(r):
+    """F02, F03, F07, F09, F10: a system call fails, or kills, while a checkpoint is saved. What was there before stays whole."""
+    reason = strace_works()
+    if reason:
+        for name in ("F02_F03_killed_at_any_system_call_of_a_save", "F07_one_rank_without_space", "F09_interrupted_and_short_writes", "F10_a_sync_that_fails"):
+            r.tap.skip(name, reason)
+        return
+    base = "traced"
+    args = (*PAIR, "stage.training_stage=3", "checkpoint.save_interval=2")
+    r.ok("traced_first_part", r.go(base, *args, "run.exit_interval=2", ranks=2, iterations=6, batch=2, save=True), 75)
+    r.ok("traced_unbroken", r.go("whole_traced", *args, ranks=2, iterations=6, batch=2, save=True))
+    whole = everything(r.at("whole_traced", "trace.h5"))["lm_loss"]
+
+    def traced(name, inject, victim, iterations=4):
+        """Go on from the first part in a copy of its directory, system calls of rank `victim` tampered with."""
+        shutil.rmtree(r.at(name), ignore_errors=True)
+        shutil.copytree(r.at(base), r.at(name))
+        script = 'if [ "$PMI_RANK" = %d ]; then exec strace -f -o /dev/null -P "%s" %s "$@"; else exec "$@"; fi'
+        inject = "".join(" -e inject=%s" % i for i in inject)
+        # Only calls that touch the checkpoint directory are counted.
+        return r.shell(script.replace(' -P "%s"', "") % (victim, inject), r.arguments(name, args, iterations=iterations, batch=2, save=True), ranks=2, limit=90)
+
+    def goes_on(name):
+        got = r.go(name, *args, ranks=2, iterations=6, batch=2, save=True)
+        t = everything(r.at(name, "trace.h5"))
+        return "" if got[0] == 0 and t["lm_loss"].tobytes() == whole.tobytes() else "status %s, %s\n%s" % (got[0], t["lm_loss"], got[2][-600:])
+
+    for title, inject, victim, words in (("F07_one_rank_without_space", ("pwrite64:error=ENOSPC:when=3+",), 1, ("No space left",)),
+                                         ("F10_a_sync_that_fails", ("fsync,fdatasync:error=EIO:when=1+",), 0, ("Input/output error",)),
+                                         ("F09_a_write_error", ("pwrite64:error=EIO:when=5+",), 0, ("Input/output error",)),
+                                         ("F03_a_rename_that_fails", ("rename,renameat,renameat2:error=EACCES:when=1+",), 0, ("Permission denied",))):
+        start = time.monotonic()
+        got = traced("tampered", inject, victim)
+        r.one_line(title + "_ends_with_6", got, 6, *words)
+        r.tap.result(time.monotonic() - start < 45 and r.m.run("--inspect", checkpoint(r.at("tampered"), 2))[0] == 0, title + "_leaves_the_earlier_checkpoint", "%.1f s" % (time.monotonic() - start))
+        r.equal(title + "_goes_on_afterwards", goes_on("tampered"))
+    got = traced("tampered", ("pwrite64:error=EINTR:when=2+7", ), 0)
+    r.tap.result(got[0] == 0, "F09_interrupted_writes_are_tried_again", got[2][-800:])
+    faults, kills = [], 0
+    for calls in ("pwrite64", "rename,renameat2", "fsync", "mkdir,mkdirat", "unlink,unlinkat,rmdir"):
+        n = 1
+        while n < 1000:
+            got = traced("shot", ("%s:signal=KILL:when=%d" % (calls, n),), 0)
+            if got[0] == 0:
+                break
+            kills += 1
+            fault = goes_on("shot")
+            if fault:
+                faults.append("%s %d: %s" % (calls, n, fault))
+            n += n if calls == "pwrite64" else 1      # there are hundreds: 1, 2, 4, 8, ...
+        print("# killed at %s 1 to %d" % (calls, n - 1), flush=True)
+    r.tap.result(not faults and kills >= 10, "F02_F03_killed_at_any_system_call_of_a_save", "%d kills\n%s" % (kills, "\n".join(faults)))
+
+
+def main():
+    r = Failures()
+    for group in (new_user, standard_input, limits, environment, full_disks, system_calls):
+        if r.m.arg.k and r.m.arg.k not in group.__name__:
+            continue
+        start = time.monotonic()
+        group(r)
+        print("# %s: %.1f s" % (group.__name__, time.monotonic() - start), flush=True)
+    r.m.close()
+    r.tap.close()
+
+
+if __name__ == "__main__":
+    main()
