@@ -18,7 +18,8 @@
 #include <unistd.h>
 #include "log.h"
 
-enum { TEXT_MAX = 2048, ERRORS_SHOWN = 100 };
+/* A checkpoint of another model has a line for every tensor. */
+enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20, TENSORS_SHOWN = 100 };
 
 static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
                               const char *text);
@@ -91,11 +92,12 @@ void errors_add(struct errors *e, enum exit_code code, const char *fmt, ...)
 
 void errors_print(const struct errors *e)
 {
+    const int shown = e->worst == EXIT_CHECKPOINT ? TENSORS_SHOWN : ERRORS_SHOWN;
     log_clear_progress();
-    for (int i = 0; i < e->count && i < ERRORS_SHOWN; i++)
+    for (int i = 0; i < e->count && i < shown; i++)
         fprintf(stderr, "%s\n", e->line[i]);
-    if (e->count > ERRORS_SHOWN)
-        fprintf(stderr, "... and %d more\n", e->count - ERRORS_SHOWN);
+    if (e->count > shown)
+        fprintf(stderr, "... and %d more\n", e->count - shown);
     fflush(stderr);
 }
 
