@@ -162,24 +162,3 @@ void header_print(const struct deck *deck, const struct topology *topo, const ch
     if (*deck->run.title) log_line("title: %s", deck->run.title);
     log_line("start: %s", start);
 }
-
-static void print_pair(void *ctx, const char *key, const char *value)
-{
-    fprintf(ctx, "%s: %s\n", key, value);
-}
-
-void header_doctor(FILE *out)
-{
-    char warning[256], host[HOST_BYTES] = "";
-    const char *cuda = backend_cuda_missing();
-
-    code_visit(print_pair, out);
-    if (gethostname(host, sizeof host - 1) == 0) fprintf(out, "host: %s\n", host);
-    fprintf(out, "cores: %d of %ld\n", header_cores(), sysconf(_SC_NPROCESSORS_ONLN));
-    fprintf(out, "memory: %.1f GiB\n", (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / 0x1p30);
-    fprintf(out, "blas kernels: %s\n", backend_blas_core(warning, sizeof warning));
-    if (*warning) fprintf(out, "warning: %s\n", warning);
-    fprintf(out, "gpu: %s\n", cuda ? cuda : "CUDA backend present");
-    fprintf(out, "launcher: PMI_SIZE %s, SLURM_NTASKS %s, SLURM_JOB_ID %s\n", variable("PMI_SIZE"), variable("SLURM_NTASKS"),
-            variable("SLURM_JOB_ID"));
-}

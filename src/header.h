@@ -3,7 +3,6 @@
 #define MIMO_HEADER_H
 
 #include <stddef.h>
-#include <stdio.h>
 #include "deck.h"
 #include "topology.h"
 
@@ -12,7 +11,5 @@ void header_print(const struct deck *deck, const struct topology *topo, const ch
                   const char *start);
 /* Cores that this process may use. Local. */
 int header_cores(void);
-/* mimo --doctor: program, libraries, machine and launcher on one page. Local. */
-void header_doctor(FILE *out);
 
 #endif

@@ -6,7 +6,7 @@
 #include "code.h"
 #include "data.h"
 #include "deck.h"
-#include "header.h"
+#include "doctor.h"
 #include "hf_config.h"
 #include "io_hdf5.h"
 #include "io_hf.h"
@@ -89,7 +89,7 @@ int tool_run(struct cli *cli)
     case CLI_SHOW_SAMPLE: status = with_deck(cli); break;
     case CLI_EXPORT:
     case CLI_DECK_FROM_HF: status = with_directory(cli); break;
-    case CLI_DOCTOR: header_doctor(stdout); break;
+    case CLI_DOCTOR: doctor_print(stdout); break;
     case CLI_STATUS: status = run_status(cli->path, stdout); break;
     case CLI_FEATURES: code_print_features(stdout); break;
     case CLI_VERSION: printf("mimo %s (git %s)\n", code_version(), code_git()); break;

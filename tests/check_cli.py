@@ -6,6 +6,7 @@ Every call runs in a scratch directory, so that "nothing was started" can be see
 import os
 import pty
 import re
+import resource
 import subprocess
 import time
 
@@ -70,7 +71,7 @@ def options(c):
     text = got[1]
     got = c.call("--check", "-", "run.train_iters=1", "lr.lr=1", "language.preset=tiny", stdin=text)
     c.expect("reference_reads_as_a_deck", got, 0)
-    c.expect("doctor_tells_about_the_machine", c.call("--doctor"), 0, out=["cores", "memory", "mpi", "hdf5", "blas", "gpu", "launcher"])
+    doctor(c)
     for wrong, right in (("--chekc", "--check"), ("--rank", "--ranks"), ("--statsu", "--status"), ("--halp", "--help")):
         c.expect("unknown_option_%s_names_the_nearest" % wrong[2:], c.call(wrong), 2, "command line: error:", "did you mean %s?" % right)
     c.expect("unknown_option_far_from_all_points_to_help", c.call("--zzzzzzzzzzzz"), 2, "--help")
@@ -84,6 +85,40 @@ def options(c):
     c.expect("two_decks_are_refused", c.call(os.path.join(INPUT, "mock_tiny.nml"), os.path.join(INPUT, "stage1.nml")), 2, "deck")
     c.expect("two_actions_are_refused", c.call("--version", "--help"), 2, "exclude")
     c.expect("inspect_without_a_file_is_refused", c.call("--inspect"), 2, "--inspect")
+
+
+def doctor(c):
+    """One page: a line for each subject, and a warning under each one that stands in the way of a run."""
+    def page(name, *wanted, warned=(), env=None, cwd=None, limits=None):
+        command, environment = c.m.command(["--doctor"], 0, env)
+        p = subprocess.run(command, env=environment, cwd=cwd or c.work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, preexec_fn=limits)
+        said = [x for x in p.stdout.splitlines() if x.startswith("  warning: ")]
+        last = p.stdout.splitlines()[-1] if p.stdout else ""
+        lacks = [w for w in wanted if not re.search("^%s: ." % w, p.stdout, re.M)] + [w for w in warned if not any(w in x for x in said)]
+        counted = last == ("%d warning%s" % (len(said), "" if len(said) == 1 else "s") if said else "no warnings")
+        c.tap.result(p.returncode == 0 and not lacks and counted and not p.stderr, name, "status %s, lacks %s\n%s%s" % (p.returncode, lacks, p.stdout,
+                                                                                                              p.stderr))
+        return p.stdout
+
+    text = page("doctor_tells_about_the_machine", "version", "mpi", "hdf5", "blas", "host", "cores", "memory", "disk", "shared memory", "limits",
+                "blas kernels", "hdf5 parallel", "yield", "launchers", "launcher", "gpu")
+    c.tap.result("one rank" in text and "mpiexec" in text and len(text.splitlines()) < 60, "doctor_is_one_page_without_a_launcher", text)
+    c.tap.result(not os.listdir(c.work), "doctor_leaves_nothing_behind", os.listdir(c.work))
+    page("doctor_warns_of_a_foreign_launcher", warned=["linked with another MPI"], env={"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"})
+    page("doctor_warns_of_srun_without_kill", warned=["kill-on-bad-exit"], env={"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"})
+    page("doctor_warns_where_nothing_can_be_written", warned=["nothing can be written here"], cwd="/proc")
+    page("doctor_warns_without_mpiexec", warned=["neither mpiexec nor srun"], env={"PATH": "/nonexistent"})
+
+    def tight():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    page("doctor_warns_of_tight_limits", warned=["ulimit -n 1024", "ulimit -f unlimited"], limits=tight)
+    got = c.call("--doctor", ranks=3)
+    c.tap.result(got[0] == 0 and len(re.findall("^cores: ", got[1], re.M)) == 1 and re.search("^launcher: mpiexec, 3 ranks$", got[1], re.M),
+                 "doctor_under_a_launcher_prints_once", got[1])
+    secret = c.call("--doctor", env={"WANDB_API_KEY": "secretsecret"})
+    c.tap.result("secretsecret" not in secret[1], "doctor_does_not_show_the_environment", secret[1])
 
 
 def status(c):
