@@ -30,7 +30,7 @@ BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 all: $(BIN)                        ## build ./mimo (the default)
 
 help:                              ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(filter-out %.d,$(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(BIN): $(BUILD)/main.o $(BUILD)/libmimo.a
 	$(MPICC) $(LDFLAGS) -o $@ $(BUILD)/main.o $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS)
@@ -103,6 +103,8 @@ lint: all                          ## the rules of the source tree
 
 bench-cpu: all build/tests/bench_gemm   ## speed on this machine; PEER='command' compares
 	$(PYTHON) tools/bench_cpu.py --mimo ./mimo --mpiexec $(MPIEXEC) --peer "$(PEER)" --peer-lm "$(PEER_LM)"
+
+include tools/analysis.mk
 
 format:                            ## clang-format every source file in place
 	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h tests/*.c tests/*.h

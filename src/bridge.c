@@ -90,7 +90,7 @@ static void init_end(struct end *e, int n, int n_slots, int64_t max_rows)
     e->n_slots = n_slots;
     e->max_rows = max_rows;
     e->peer = xcalloc((size_t)n, sizeof *e->peer);
-    e->rows = xcalloc((size_t)(n_slots * n), sizeof *e->rows);
+    e->rows = xcalloc((size_t)n_slots * (size_t)n, sizeof *e->rows);
 }
 
 static void find_source(struct bridge *b, int n_slots, int64_t max_rows)
@@ -152,8 +152,8 @@ struct bridge *bridge_init(const struct deck *deck, const struct topology *topo,
     if (b->leads && !hands_over(&b->dest)) b->dest.n_received = b->dest.n_slots;
     b->source.received = xcalloc((size_t)b->source.n_received, sizeof *b->source.received);
     b->dest.received = xcalloc((size_t)b->dest.n_received, sizeof *b->dest.received);
-    b->call_peer = xcalloc((size_t)(b->source.n + b->dest.n), sizeof *b->call_peer);
-    b->count = xcalloc((size_t)(b->source.n + b->dest.n), sizeof *b->count);
+    b->call_peer = xcalloc((size_t)b->source.n + (size_t)b->dest.n, sizeof *b->call_peer);
+    b->count = xcalloc((size_t)b->source.n + (size_t)b->dest.n, sizeof *b->count);
     b->leaving = xcalloc((size_t)b->dest.n, sizeof *b->leaving);
     return b;
 }

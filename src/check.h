@@ -28,7 +28,7 @@ _Noreturn void fatal(enum exit_code code, const char *file, int line, const char
 #define FATAL(code, ...) fatal(code, __FILE__, __LINE__, NULL, __VA_ARGS__)
 #define ASSERT(cond) \
     ((cond) ? (void)0 : fatal(EXIT_INTERNAL, __FILE__, __LINE__, NULL, "assertion failed: %s", #cond))
-/* A call into the C library or the system that must be true/non-negative; appends strerror(errno). */
+/* A call into the C library or the system that must be true/non-negative; appends strerror(errno). Local; does not return. */
 #define CHECK_SYS(ok, code, ...) ((ok) ? (void)0 : fatal_sys(code, __FILE__, __LINE__, __VA_ARGS__))
 _Noreturn void fatal_sys(enum exit_code code, const char *file, int line, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
@@ -53,11 +53,11 @@ void errors_print(const struct errors *e);
 void errors_free(struct errors *e);
 
 /* malloc family that cannot return NULL (ends the job with EXIT_ENVIRONMENT) and checks count*size. Local. */
-void *xmalloc(size_t count, size_t size);
-void *xcalloc(size_t count, size_t size);
-void *xrealloc(void *p, size_t count, size_t size);
-char *xstrdup(const char *s);
-char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+void *xmalloc(size_t count, size_t size) __attribute__((returns_nonnull));
+void *xcalloc(size_t count, size_t size) __attribute__((returns_nonnull));
+void *xrealloc(void *p, size_t count, size_t size) __attribute__((returns_nonnull));
+char *xstrdup(const char *s) __attribute__((returns_nonnull));
+char *xasprintf(const char *fmt, ...) __attribute__((format(printf, 1, 2), returns_nonnull));
 
 /* Text made safe to print: control characters become \xNN. Writes at most size bytes into out, returns out. Local. */
 const char *printable(char *out, size_t size, const char *text);

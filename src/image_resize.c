@@ -123,6 +123,7 @@ static void reserve(struct image *im, int width, int height)
         im->rgb = xmalloc(bytes, 1);
         im->capacity = bytes;
     }
+    ASSERT(im->rgb);
     im->width = width;
     im->height = height;
 }

@@ -320,6 +320,7 @@ static void take_state(const struct train_state *stored, struct train_state *sta
     state->consumed_train_samples = stored->consumed_train_samples;
     state->consumed_valid_samples = stored->consumed_valid_samples;
     state->skipped_train_samples = stored->skipped_train_samples;
+    ASSERT(stored->train_position && stored->valid_position);
     if (state->n_train_streams == stored->n_train_streams && state->n_train_streams)
         memcpy(state->train_position, stored->train_position,
                (size_t)state->n_train_streams * sizeof(int64_t));

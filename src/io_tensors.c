@@ -176,7 +176,7 @@ static int by_path(const void *a, const void *b)
 
 struct io_tensor *io_tensors_find(const struct io_tensors *t, const char *path)
 {
-    struct io_tensor key;
+    struct io_tensor key = { .ndim = 0 };
     snprintf(key.path, sizeof key.path, "%s", path);
     return t->count ? bsearch(&key, t->tensor, (size_t)t->count, sizeof key, by_path) : NULL;
 }
@@ -268,7 +268,7 @@ void io_tensors_whole(struct io_tensors *t, const struct model *model)
         const struct param *p = &model->param[i];
         struct io_tensor *d = &t->tensor[i];
         part_path(p, IO_VALUE, d->path);
-        d->dtype = p->buffer ? model->acc : model->act;
+        d->dtype = (int32_t)(p->buffer ? model->acc : model->act);
         d->ndim = p->ndim;
         memcpy(d->shape, p->shape, sizeof d->shape);
         d->elements = io_volume(p->ndim, p->shape);
@@ -410,6 +410,7 @@ static int64_t scatter(const struct model *model, const struct tensor *v, const 
 {
     int64_t start[TENSOR_MAX_DIMS], count[TENSOR_MAX_DIMS], at[TENSOR_MAX_DIMS];
     if (!overlap(b, s, ndim, start, count)) return 0;
+    ASSERT(buf && ndim >= 1 && ndim <= TENSOR_MAX_DIMS);
     int outer = ndim - 1; /* dimensions [outer, ndim) form one run */
     int64_t run = count[outer];
     while (outer > 0 && count[outer] == b->count[outer] && count[outer] == s->count[outer])

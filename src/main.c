@@ -85,7 +85,7 @@ static int check_deck(struct deck *deck, int size, struct comm *world, struct er
 static int run_deck(const struct deck *deck, struct topology *topo, struct comm *world, const char *text, size_t length)
 {
     struct errors errors = {0};
-    struct train_start start;
+    struct train_start start = {0};
     struct train train;
     struct run run;
     int status;

@@ -128,7 +128,7 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
 /* Rows of the encoder's output on this rank at most (sizes the bridge's buffers). Local. */
 int64_t model_max_image_rows(const struct model *m);
 
-/* ---- accumulators of an iteration, device scalars that the step reads once at its end ------------------------------------ */
+/* ---- accumulators of an iteration, device scalars that the step reads once at its end; Local ----------------------------- */
 struct tensor model_loss_sum(struct model *m);             /* acc [1] sum of loss*mask over micro-batches */
 struct tensor model_token_loss(struct model *m);           /* acc [T] per-token loss of the last micro-batch */
 void model_token_lse(struct model *m, double *lse);         /* lse [T] on the host: log-sum-exp of the last micro-batch; waits */

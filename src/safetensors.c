@@ -255,7 +255,7 @@ static int by_file_name(const void *a, const void *b)
 
 static int find_file(const struct safetensors *s, const char *name)
 {
-    struct safetensors_file key;
+    struct safetensors_file key = { .name = "" };
     snprintf(key.name, sizeof key.name, "%s", name);
     const struct safetensors_file *f =
         bsearch(&key, s->file, (size_t)s->n_files, sizeof key, by_file_name);
@@ -376,7 +376,7 @@ static bool add_file(struct safetensors *s, const char *path, char *why, size_t 
     if (fd < 0)
         return false;
     bool ok = bytes >= 8 && read_all(fd, head, sizeof head, 0);
-    for (int i = 7; i >= 0; i--)
+    for (int i = 7; ok && i >= 0; i--)
         n = n << 8 | head[i];
     if (!ok) {
         snprintf(why, why_size, "has %" PRId64 " bytes: no safetensors file", bytes);
@@ -527,7 +527,7 @@ void safetensors_free(struct safetensors *s)
 
 const struct safetensors_tensor *safetensors_find(const struct safetensors *s, const char *name)
 {
-    struct safetensors_tensor key;
+    struct safetensors_tensor key = { .name = "" };
     if (strlen(name) >= sizeof key.name || s->n == 0)
         return NULL;
     snprintf(key.name, sizeof key.name, "%s", name);

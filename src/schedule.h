@@ -57,11 +57,12 @@ void schedule_print(const struct schedule *s, FILE *out);
 /* "send_forward(3)", "send_backward_recv_forward(g2,a3)", ...: for messages. Returns out. Local. */
 const char *schedule_action_text(const struct action *a, char *out, size_t size);
 
-/* What the interpreter calls, and the interpreter. A kind without a call that is met is fatal. */
+/* What the interpreter calls. A kind without a call that is met is fatal. */
 struct schedule_calls {
     void *ctx;
     void (*call[SCHEDULE_KIND_COUNT])(void *ctx, const struct action *a);
 };
+/* One call for each action, in order. Local, except for what the calls do. */
 void schedule_run(const struct schedule *s, const struct schedule_calls *calls);
 void schedule_free(struct schedule *s);
 

@@ -633,6 +633,7 @@ static void add_member(struct walk *w, const char *name, int64_t offset, int64_t
             set->sample_capacity = set->sample_capacity ? 2 * set->sample_capacity : 1024;
             set->sample = xrealloc(set->sample, (size_t)set->sample_capacity, sizeof *set->sample);
         }
+        ASSERT(set->sample);
         s = &set->sample[set->n_samples++];
         *s = (struct shard_sample){ .first_part = set->n_parts,
                                     .key = pool_add(set, name, key),

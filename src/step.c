@@ -31,7 +31,7 @@ static void leave(const struct step *s, enum timer_section section)
 static void add_sender(struct step *s, struct comm *c)
 {
     if (!c) return;
-    s->sender = xrealloc(s->sender, (size_t)s->n_senders + 1, sizeof *s->sender);
+    s->sender = xrealloc(s->sender, (size_t)s->n_senders + 1, sizeof *s->sender);   /* NOLINT(bugprone-sizeof-expression): pointers */
     s->sender[s->n_senders++] = c;
 }
 
@@ -128,9 +128,8 @@ static void load_pictures(struct step *s, int m, int slot)
     s->sum[SUM_PATCHES] += (double)b->patches;
     s->sum[SUM_ROWS] += (double)b->rows;
     for (int64_t i = 0; i < b->tiles; i++) {
-        int64_t p = s->deck->vision.patch_dim;
-        s->sum[SUM_ENCODER_FLOPS] +=
-            model_flops_encoder_tile(s->deck, (double)(b->tile_size[i][0] / p * (b->tile_size[i][1] / p)));
+        int64_t p = s->deck->vision.patch_dim, patches = b->tile_size[i][0] / p * (b->tile_size[i][1] / p);
+        s->sum[SUM_ENCODER_FLOPS] += model_flops_encoder_tile(s->deck, (double)patches);
     }
 }
 
@@ -425,7 +424,7 @@ static void fill_row(struct step *s, const struct optim_result *o, double loss, 
     row->grad_norm = o->grad_norm;
     row->num_zeros = o->num_zeros;
     row->params_norm = o->params_norm;
-    row->skipped = !o->applied;
+    row->skipped = (int8_t)!o->applied;
     row->seq_load_balancing_loss =
         s->n_moe > 0 ? s->sum[SUM_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
     row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;

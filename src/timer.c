@@ -132,7 +132,7 @@ static void settle(double now)
 }
 
 /* What to do about time that trained nothing. */
-static void notes(const double mean[TIMER_SECTIONS], double wall, const char *name,
+static void notes(const double mean[TIMER_SECTIONS], double wall, const char *whose,
                   const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
     char grid[64], text[256];
@@ -152,8 +152,8 @@ static void notes(const double mean[TIMER_SECTIONS], double wall, const char *na
         const double spent = mean[waste[w].section];
         if (spent < note_share * wall)
             continue;
-        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s ranks' time was spent %s; %s",
-                 100 * spent / wall, name, waste[w].what, waste[w].cure);
+        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s time was spent %s; %s",
+                 100 * spent / wall, whose, waste[w].what, waste[w].cure);
         line(ctx, text);
     }
 }

@@ -190,10 +190,10 @@ static bool merge_parts(struct parsing *p, const json_t *entry, size_t index, co
 {
     if (json_is_array(entry) && json_array_size(entry) == 2 &&
         json_is_string(json_array_get(entry, 0)) && json_is_string(json_array_get(entry, 1))) {
-        for (size_t i = 0; i < 2; i++) {
-            part[i] = json_string_value(json_array_get(entry, i));
-            length[i] = json_string_length(json_array_get(entry, i));
-        }
+        part[0] = json_string_value(json_array_get(entry, 0));
+        length[0] = json_string_length(json_array_get(entry, 0));
+        part[1] = json_string_value(json_array_get(entry, 1));
+        length[1] = json_string_length(json_array_get(entry, 1));
     } else if (json_is_string(entry)) {
         const char *text = json_string_value(entry), *space = strchr(text, ' ');
         if (!space || strchr(space + 1, ' '))
@@ -225,8 +225,8 @@ static bool read_merges(struct parsing *p, const json_t *merges)
         const json_t *entry = json_array_get(merges, i);
         if (json_is_string(entry) && !strncmp(json_string_value(entry), "#version", 8))
             continue; /* first line of a merges.txt */
-        const char *part[2];
-        size_t length[2];
+        const char *part[2] = { "", "" };
+        size_t length[2] = { 0 };
         if (!merge_parts(p, entry, i, part, length))
             return false;
         memcpy(joined, part[0], length[0]);

@@ -244,6 +244,7 @@ static void pieces_push(struct pieces *p, struct piece piece)
         p->capacity = p->capacity ? 2 * p->capacity : 64;
         p->piece = xrealloc(p->piece, (size_t)p->capacity, sizeof *p->piece);
     }
+    ASSERT(p->piece);
     p->piece[p->count++] = piece;
 }
 

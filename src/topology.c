@@ -127,7 +127,7 @@ void topology_connect(struct topology *t, struct comm *world)
     struct bridge_map *b = &t->bridge;
     ASSERT(storage && !t->world && world->size == t->size && world->rank == t->rank);
     t->world = world;
-    storage->owned = xcalloc(2 * N_FAMILIES + 3, sizeof *storage->owned);
+    storage->owned = xcalloc(2 * N_FAMILIES + 3, sizeof *storage->owned);   /* NOLINT(bugprone-sizeof-expression): pointers */
     if (t->encoder.present)
         connect_grid(t, &t->encoder);
     connect_grid(t, &t->language);
@@ -458,7 +458,7 @@ static void list_leaders(struct bridge_map *b, int rank, int **next)
     int *member = *next;
     memcpy(member, b->source_leader, (size_t)b->n_source * sizeof *member);
     memcpy(member + b->n_source, b->dest_leader, (size_t)b->n_dest * sizeof *member);
-    qsort(member, (size_t)(b->n_source + b->n_dest), sizeof *member, compare_ranks);
+    qsort(member, (size_t)b->n_source + (size_t)b->n_dest, sizeof *member, compare_ranks);
     for (int i = 0; i < b->n_source + b->n_dest; i++) {
         if (i > 0 && member[i] == member[b->leaders.size - 1])
             continue;

@@ -174,7 +174,7 @@ static void open_trace(struct train *t)
     for (int i = 0; i < ARENA_COUNT; i++) bytes[i] = (int64_t)t->arenas.a[i].capacity;
     if (rows < done) rows = done;
     if (rows < 1) rows = 1;
-    t->trace = trace_open(path, t->deck, t->topo, t->step.n_moe, rows, t->run->continues ? done : 0,
+    t->trace = trace_open(path, t->deck, t->topo, (int)t->step.n_moe, rows, t->run->continues ? done : 0,
                           eval_most(&t->eval, rows, t->run->starts), bytes);
     free(path);
     if (t->topo->rank == 0) t->board = tensorboard_open(t->deck->log.tensorboard_dir, t->run->continues);
@@ -355,7 +355,8 @@ static void report_timers(struct train *t, int64_t iterations)
     for (int i = 0; i < TIMER_SECTIONS; i++) {
         char tag[40];
         int n = snprintf(tag, sizeof tag, "%s-time", timer_name(i));
-        for (int j = 0; j < n; j++) tag[j] = tag[j] == ' ' ? '-' : tag[j];
+        for (int j = 0; j < n; j++)
+            if (tag[j] == ' ') tag[j] = '-';
         tensorboard_put(t->board, tag, TENSORBOARD_ITERATIONS, seconds[i] / (double)iterations);
     }
 }

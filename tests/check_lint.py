@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The rules of the source tree that a program can hold. Each rule is one test; `make lint` runs only this file."""
 import argparse
+import functools
 import os
 import re
+import shutil
 import subprocess
 
 from harness import ROOT, Tap
@@ -77,17 +79,24 @@ def foreign_headers():
     return found
 
 
+def objects(build):
+    """Object files of the program itself, not of the tests or of other builds that lie below."""
+    for folder, dirs, names in os.walk(build):
+        dirs[:] = [d for d in dirs if d in ("ref", "cuda")]
+        yield from (os.path.join(folder, n) for n in sorted(names) if n.endswith(".o"))
+
+
+def nm(path, *options):
+    return subprocess.run(["nm", *options, path], capture_output=True, text=True).stdout.splitlines()
+
+
 def mutable_data(build):
     found = []
-    for folder, dirs, names in os.walk(build):
-        dirs[:] = [d for d in dirs if d in ("ref", "cuda")]   # not the other builds that lie below
-        for n in sorted(names):
-            stem = re.sub(r"(_f32|_f64)?\.o$", "", n)
-            if not n.endswith(".o") or stem in MUTABLE or "tests" in folder:
-                continue
-            out = subprocess.run(["nm", os.path.join(folder, n)], capture_output=True, text=True).stdout
-            found += ["%s: %s" % (n, l.split()[-1]) for l in out.splitlines() if re.search(r" [bBdDC] ", l) and ".rel.ro" not in l
-                      and not is_relro(os.path.join(folder, n), l.split()[-1])]
+    for path in objects(build):
+        n = os.path.basename(path)
+        if re.sub(r"(_f32|_f64)?\.o$", "", n) not in MUTABLE:
+            found += ["%s: %s" % (n, l.split()[-1]) for l in nm(path)
+                      if re.search(r" [bBdDC] ", l) and ".rel.ro" not in l and not is_relro(path, l.split()[-1])]
     return found
 
 
@@ -98,10 +107,70 @@ def is_relro(path, symbol):
 
 
 def prototypes_without_contract():
+    """Each prototype says Local or Collective beside it, in a comment above it with no blank line between, or the header's first
+    comment ends with 'Local' for all of them."""
+    part = re.compile(r"(?P<comment>/\*.*?\*/)|(?P<blank>\n[ \t]*\n)|"
+                      r"^(?P<prototype>(?!static|typedef|return|extern)[A-Za-z_][\w \t*\n]*?\b(?P<name>\w+)\([^;{}]*\)[^;{}]*;(?:[ \t]*/\*.*?\*/)?)",
+                      re.M | re.S)
     found = []
-    for name, text in files(".h"):
-        if re.search(r"^[a-z][\w \*]*\b\w+\([^;{]*\)[^;{]*;", text, re.M) and not re.search(r"\bLocal\b|\bCollective\b", text):
-            found.append("src/%s says neither Local nor Collective" % name)
+    for name, text in files(".h", skip=()):
+        if re.search(r"\bLocal(, all)?\.\s*\*/$", text[:text.index("*/") + 2]):
+            continue
+        said = ""
+        for m in part.finditer(text):
+            if m.group("prototype") is None:
+                said = said + m.group("comment") if m.group("comment") else ""
+            elif not re.search(r"\b(Local|[Cc]ollective)\b", said + m.group("prototype")):
+                found.append("src/%s:%d: %s" % (name, text.count("\n", 0, m.start()) + 1, m.group("name")))
+    return found
+
+
+# What a file exports beside names that begin with its stem or with its module, the stem's first word.
+EXPORTS = {
+    "arena": ("arenas_",), "backend": ("comm_select",), "check": ("errors_", "fatal", "printable", "xmalloc", "xcalloc", "xrealloc", "xstrdup", "xasprintf"),
+    "data": ("picture_batch_", "text_batch_"), "io": ("batch_dump_", "checkpoint_", "export_", "import_", "trace_"), "language": ("model_",), "linear": ("param_",),
+    "radio": ("model_",), "tensor": ("dtype_",), "tokenizer": ("bpe_", "merges_", "regex_", "split_", "token_", "utf8_", "vocab_"),
+    "yield": ("ucp_worker_progress",), "ref": ("ref_",), "cuda": ("cuda_", "backend_", "comm_"),
+}
+
+
+def foreign_symbols(build):
+    """Exported names that do not tell where they are defined."""
+    found = []
+    for path in objects(build):
+        folder, stem = os.path.basename(os.path.dirname(path)), re.sub(r"(_f32|_f64)?\.o$", "", os.path.basename(path))
+        module = stem.split("_")[0]
+        own = (stem, module + "_") + EXPORTS.get(folder if folder in ("ref", "cuda") else module, ())
+        for line in nm(path, "-g", "--defined-only"):
+            symbol = line.split()[-1]
+            if not symbol.startswith(own):
+                found.append("%s: %s" % (os.path.relpath(path, build), symbol))
+    return found
+
+
+def undocumented_targets():
+    """Targets of make that make help does not list."""
+    said, phony = set(), set()
+    for path in ("Makefile", "tools/analysis.mk"):
+        text = open(os.path.join(ROOT, path), encoding="utf-8").read()
+        said |= set(re.findall(r"^([a-z-]+):.*##", text, re.M))
+        phony |= {t for line in re.findall(r"^\.PHONY:(.*)", text, re.M) for t in line.split()}
+    return sorted(phony - said - {"FORCE", "gpu-programs", "fuzzers"})     # these three are for other targets
+
+
+def cppcheck():
+    """Findings of cppcheck; None when it is not installed."""
+    if not shutil.which("cppcheck"):
+        return None
+    flags = ["cppcheck", "-j2", "--quiet", "--std=c11", "--enable=warning,performance,portability", "--library=posix", "--inline-suppr",
+             "--library=tools/cppcheck.cfg", "--suppressions-list=tools/cppcheck.suppress", "--suppress=missingIncludeSystem",
+             "--template={file}:{line}: {id}: {message}", "-Isrc", "-D_GNU_SOURCE"]
+    found = []
+    for more in (["-isrc/ref", "src"], ["-Dreal=float", "-Dref_suffix=f32", "src/ref"]):
+        p = subprocess.run(flags + more, capture_output=True, text=True, cwd=ROOT)
+        found += [l for l in (p.stdout + p.stderr).splitlines() if re.match(r"\S+:\d+: ", l)]
+        if p.returncode != 0:
+            found.append("cppcheck ended with status %d: %s" % (p.returncode, p.stderr[-300:]))
     return found
 
 
@@ -173,25 +242,38 @@ def main():
     ap.add_argument("--mimo")
     ap.add_argument("--mpiexec")
     ap.add_argument("--build", default=os.path.join(ROOT, "build"))
+    ap.add_argument("-k", default="", help="only rules whose name holds this")
     a = ap.parse_args()
     tap = Tap()
     rules = [
-        ("foreign headers stay in their files", foreign_headers()),
-        ("preprocessor conditionals are header guards only", conditionals()),
-        ("groups have a size and a rank, no other words", grep(r"nprocs|num_proc|world_size", ".c", ".h")),
-        ("only check.c and comm_mpi.c end the process", grep(r"\b(exit|_exit|abort|MPI_Abort|quick_exit)\s*\(", ".c", allow=ENDS)),
-        ("assert.h is not used", grep(r"assert\.h", ".c", ".h", raw=True)),
-        ("no unsafe string functions or shell", grep(r"\b(strcpy|strcat|sprintf|gets|system|popen|atoi|atof)\s*\(", ".c")),
-        ("no marks of unfinished work", grep(r"\b(TODO|FIXME|XXX|HACK)\b", ".c", ".h", raw=True)),
-        ("p12_16 no mutable data outside log, timer and the process's own state", mutable_data(a.build)),
-        ("every header says Local or Collective", prototypes_without_contract()),
-        ("main() has at most 120 lines", main_is_short()),
-        ("Makefile has at most 150 lines", short("Makefile", 150)),
-        ("Makefile.inc has at most 60 lines", short("Makefile.inc", 60)),
+        ("foreign headers stay in their files", foreign_headers),
+        ("preprocessor conditionals are header guards only", conditionals),
+        ("groups have a size and a rank, no other words", lambda: grep(r"nprocs|num_proc|world_size", ".c", ".h")),
+        ("only check.c and comm_mpi.c end the process",
+         lambda: grep(r"\b(exit|_exit|abort|MPI_Abort|quick_exit)\s*\(", ".c", allow=ENDS)),
+        ("assert.h is not used", lambda: grep(r"assert\.h", ".c", ".h", raw=True)),
+        ("no unsafe string functions or shell", lambda: grep(r"\b(strcpy|strcat|sprintf|gets|system|popen|atoi|atof)\s*\(", ".c")),
+        ("no marks of unfinished work", lambda: grep(r"\b(TODO|FIXME|XXX|HACK)\b", ".c", ".h", raw=True)),
+        ("p12_16 no mutable data outside log, timer and the process's own state", lambda: mutable_data(a.build)),
+        ("exported names begin with their module", lambda: foreign_symbols(a.build)),
+        ("every prototype says Local or Collective", prototypes_without_contract),
+        ("main() has at most 120 lines", main_is_short),
+        ("Makefile has at most 150 lines", lambda: short("Makefile", 150)),
+        ("Makefile.inc has at most 60 lines", lambda: short("Makefile.inc", 60)),
+        ("make help lists every target", undocumented_targets),
+        ("cppcheck finds nothing", cppcheck),
     ]
-    rules += zip(("every pinned behaviour has its row, every numbered test its place in it", "a fault of that table would be seen"), pinned_rules())
-    for name, found in rules:
-        tap.result(not found, name, "\n".join(found))
+    pinned = functools.lru_cache(None)(pinned_rules)
+    rules += [("every pinned behaviour has its row, every numbered test its place in it", lambda: pinned()[0]),
+              ("a fault of that table would be seen", lambda: pinned()[1])]
+    for name, rule in rules:
+        if a.k not in name:
+            continue
+        found = rule()
+        if found is None:
+            tap.skip(name, "the program is not installed (tools/bootstrap.sh --dev)")
+        else:
+            tap.result(not found, name, "\n".join(found))
     tap.close()
 
 

@@ -195,7 +195,7 @@ class Boards:
     def by_package(self, title, directory):
         """What the package reads is what the reader here reads."""
         if not self.package:
-            self.tap.skip(title, "no Python with the package tensorboard was found (ORACLE_PYTHON names one)")
+            self.tap.skip(title, "no Python with the package tensorboard was found (tools/bootstrap.sh --oracle, or ORACLE_PYTHON names one)")
             return
         p = subprocess.run([self.package, "-c", PACKAGE, directory], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if p.returncode != 0:

@@ -86,9 +86,10 @@ class Mimo:
 
 
 def python_with(*modules):
-    """A Python interpreter that can import these packages of the Python index, or None. ORACLE_PYTHON names one to try first."""
-    for python in (os.environ.get("ORACLE_PYTHON"), sys.executable, shutil.which("python3")):
-        if python and subprocess.run([python, "-c", "import " + ", ".join(modules)], stdout=subprocess.DEVNULL,
+    """A Python interpreter that can import these packages of the Python index, or None. ORACLE_PYTHON names one to try first, else
+    there is the one of tools/bootstrap.sh --oracle."""
+    for python in (os.environ.get("ORACLE_PYTHON"), os.path.join(ROOT, ".oracle", "bin", "python"), sys.executable):
+        if python and os.path.exists(python) and subprocess.run([python, "-c", "import " + ", ".join(modules)], stdout=subprocess.DEVNULL,
                                      stderr=subprocess.DEVNULL).returncode == 0:
             return python
     return None

@@ -27,6 +27,7 @@ struct cuda_context {
     struct cuda_attention *attention;
 };
 
+/* Local. */
 void cuda_gemm_free(struct cuda_gemm *g);
 /* dense.cu, for gemm.c: d = product + beta*c in fp32, rounded once; product dense, of d's shape, NULL = 0; c NULL when beta is 0. */
 void cuda_gemm_finish(struct stream *s, const float *product, double beta, in_t c, out_t d);

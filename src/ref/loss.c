@@ -50,7 +50,7 @@ void REF(loss_finish)(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss,
     real *out = ref_vector(loss, rows), *into = ref_vector(total, 1);
     double all = 0;
     for (int64_t t = 0; t < rows; t++) {
-        double value = log(sum[t]) - picked[t];
+        double value = log((double)sum[t]) - picked[t];
         out[t] = (real)value;
         all += value * keep[t];
     }
