@@ -25,7 +25,7 @@ TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wil
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle demo data lint format clean tests bench-cpu
+.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -97,6 +97,9 @@ regression: all                    ## one trace on every layout, and bitwise res
 oracle: all                        ## make the references of transformers and torch again; K=word chooses
 	@test -n "$(ORACLE_PYTHON)" || tools/bootstrap.sh --oracle
 	$(or $(ORACLE_PYTHON),.oracle/bin/python) regression/oracle/oracle.py --mimo ./mimo --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
+
+mutants: all                       ## plant errors one by one; a regression case must see each; K=word chooses
+	regression/mutate --make "$(MAKE)" --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
 
 lint: all                          ## the rules of the source tree
 	$(PYTHON) tests/check_lint.py

@@ -50,7 +50,9 @@ class Case:
         shards <samples> <pictures>               make such a data set and train on it
         limit <seconds>                           per launch; 600 if not given
         needs <feature>=<value>                   of `mimo --features`; otherwise every launch is a SKIP
-        identity resume <n> | identity repeat     in every launch, besides the reference
+        identity <kind> [n]                       in every launch, besides the reference, bit for bit: the launch again (repeat), stopped
+                                                  after n iterations and resumed (resume), or begun with other initial weights, but then
+                                                  with its first ones loaded (finetune) or exported and imported (import)
         ranks <n>                                 of the launches that follow
         launch <name> [group.key=value ...]
     """
@@ -59,7 +61,7 @@ class Case:
         self.name, self.folder = os.path.basename(folder), folder
         self.deck, self.reference = os.path.join(folder, "deck.nml"), os.path.join(folder, "reference.h5")
         self.sections, self.launches, self.needs = [Section()], [], []
-        self.limit, self.resume, self.repeat, self.oracle, self.shards = 600.0, 0, False, False, None
+        self.limit, self.identity, self.stop, self.oracle, self.shards = 600.0, "", 0, False, None
         ranks, place = None, ""
         try:
             with open(os.path.join(folder, "expect")) as f:
@@ -101,10 +103,8 @@ class Case:
             self.limit = float(words[1])
         elif key == "needs":
             self.needs.append(words[1])
-        elif words[:2] == ["identity", "resume"]:
-            self.resume = int(words[2])
-        elif words[:2] == ["identity", "repeat"]:
-            self.repeat = True
+        elif key == "identity" and words[1] in ("resume", "repeat", "import", "finetune"):
+            self.identity, self.stop = words[1], int(words[2]) if words[1] == "resume" else 0
         elif key == "ranks":
             return int(words[1])
         elif key == "launch":

@@ -20,7 +20,8 @@ sys.path.insert(0, os.path.join(ROOT, "tests"))
 import harness   # noqa: E402
 
 STOPPED = 75   # the exit status of a planned stop
-LAST = ("checkpoint.save_interval=0",)   # overrides of a run that leaves its last checkpoint
+# Overrides of a run that leaves its last checkpoint, and of one that leaves the first as well.
+LAST, BOTH = ("checkpoint.save_interval=0",), ("checkpoint.save_initial=T",)
 # What a clock or an allocator decides, and the echo, which names the run's own directory.
 NOT_BITWISE = re.compile(r"seconds|tokens_per_second|tflops|peak_bytes|^deck/|^code/")
 
@@ -116,14 +117,13 @@ class Runner:
             return "SKIP " + reason
         if not os.path.exists(case.reference):
             return "WRONG reference.h5 is missing (%s writes it)" % writer(case)
-        identity = case.resume or case.repeat
-        out, fault = self.launch(case, ranks, overrides, saving=LAST if identity or launch.section.tensors() else ())
+        out, fault = self.launch(case, ranks, overrides, saving=BOTH if case.identity else LAST if launch.section.tensors() else ())
         fault, note = (fault, "") if fault else compare(case, launch, out)
         if not fault and "gradients" in launch.section.tolerance:
             first, fault = self.first_step(case, launch)
             stored = fault or c.read_group(case.reference, launch.section.group)
             fault = fault or compare_tensors(launch.section, "gradients", c.gradients(first), stored)
-        if not fault and identity:
+        if not fault and case.identity:
             fault = self.identity(case, ranks, overrides, out)
         return fault or "OK" + note
 
@@ -132,20 +132,36 @@ class Runner:
         longer = [w for w in launch.overrides if not w.startswith("run.train_iters=")]
         return self.launch(case, launch.ranks, longer + ["run.train_iters=1"], saving=LAST)
 
+    def other_start(self, case, whole):
+        """(overrides of a run that draws other weights and then takes the first ones of `whole`, '' or the outcome that prevented it)"""
+        other = ["language.init_method_std=0.01"]
+        if case.identity == "finetune":
+            return other + ["checkpoint.load=" + os.path.join(whole, "ckpt"), "checkpoint.ckpt_step=0", "checkpoint.finetune=T"], ""
+        folder = whole + "_exported"
+        p = subprocess.run([self.mimo, "--export", folder, c.checkpoint(whole, 0), "--fp64"], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=case.limit)
+        if p.returncode != 0:
+            return [], "CRASH status %s of --export\n%s" % (p.returncode, tail(p.stdout))
+        return other + ["checkpoint.import_%s=%s" % (m, folder) for m in ("language", "vision", "projector")], ""
+
     def identity(self, case, ranks, overrides, whole):
-        """Once more, or in two parts: '' when every bit is that of `whole`."""
-        rows, again = case.rows(overrides), whole + "_again"
-        if case.resume:
-            part = overrides + ["run.exit_interval=%d" % case.resume]
+        """Once more, or in two parts, or from other weights: '' when every bit is that of `whole`."""
+        rows, again, more = case.rows(overrides), whole + "_again", []
+        if case.identity == "resume":
+            part = overrides + ["run.exit_interval=%d" % case.stop]
             out, fault = self.launch(case, ranks, part, expected=STOPPED, out=again, saving=LAST)
-            if not fault and len(read_rows(os.path.join(again, "trace.h5"), ["iteration"])["iteration"]) != case.resume:
-                fault = "WRONG the first part did not stop after %d iterations" % case.resume
+            if not fault and len(read_rows(os.path.join(again, "trace.h5"), ["iteration"])["iteration"]) != case.stop:
+                fault = "WRONG the first part did not stop after %d iterations" % case.stop
             if fault:
                 return fault
-        out, fault = self.launch(case, ranks, overrides, out=again, saving=LAST)
+        elif case.identity in ("import", "finetune"):
+            more, fault = self.other_start(case, whole)
+            if fault:
+                return fault
+        out, fault = self.launch(case, ranks, overrides + more, out=again, saving=LAST)
         if fault:
             return fault
-        ignore = (NOT_RESUMED if case.resume else NOT_BITWISE).search
+        ignore = (NOT_RESUMED if case.identity == "resume" else NOT_BITWISE).search
         for name in ("trace.h5", c.checkpoint("", rows)):
             a, b = (harness.everything(os.path.join(d, name)) for d in (whole, again))
             bits = harness.differing(a, b, ignore=ignore)

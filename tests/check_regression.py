@@ -221,9 +221,25 @@ def tolerances(tap):
     tap.result(size < 20e6, "the_folder_is_below_20_MB", size)
 
 
+def planted(tap):
+    """Every mutant's patch applies to the sources as they are, and the launch that must see it exists."""
+    launches = {case.name + "/" + l.name for case in cases(os.path.dirname(RUN)) for l in case.launches}
+    folder, bad = os.path.join(os.path.dirname(RUN), "mutants"), []
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name)) as f:
+            text = f.read()
+        caught = re.search(r"^Caught by: (\S+)$", text, re.M)
+        p = subprocess.run(["patch", "-p1", "--dry-run", "--batch"], input=text, cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True)
+        if p.returncode or not caught or caught.group(1) not in launches:
+            bad.append("%s: %s\nplant the error in the new lines: diff -u a/FILE b/FILE below the patch's first lines" % (name, p.stdout))
+    tap.result(len(os.listdir(folder)) >= 19 and not bad, "every_mutant_applies_and_names_its_launch", "\n".join(bad))
+
+
 def main():
     tap, m = Tap(), Mimo()
     tolerances(tap)
+    planted(tap)
     tensors(tap, m)
     coverage(tap)
     failures(tap, m)

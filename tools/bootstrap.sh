@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 packages="gcc make mpich libmpich-dev libhdf5-mpich-dev libopenblas0-pthread libopenblas-dev
     libjpeg62-turbo-dev libpng-dev libwebp-dev libpcre2-dev libjansson-dev libarchive-dev libxxhash-dev
     python3 python3-numpy python3-h5py python3-matplotlib python3-pil python3-munkres python3-fonttools fonts-noto-color-emoji"
-dev="clang clang-format libclang-rt-14-dev llvm libcmocka-dev git gfortran strace python3-venv
+dev="clang clang-format libclang-rt-14-dev llvm libcmocka-dev git patch gfortran strace python3-venv
     cppcheck clang-tidy valgrind mandoc"
 cuda=no
 f90nml=no

@@ -82,6 +82,19 @@ def forward(model, d, batch, double, augment):
     return model(input_ids=ids, use_cache=False, **more).logits
 
 
+def next_words(d, ids):
+    """Labels of model.md 3.3: the next id, none where that is a picture, the end or padding (which fills the end of a row). In real
+    data a picture predicts nothing either (training.md 6.7)."""
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:]
+    padding = (ids.flip(1) == d["data.pad_token_id"]).long().cumprod(1).flip(1).bool()
+    labels[:, :-1][padding[:, 1:]] = -100
+    labels[labels == d["data.image_token_id"]] = -100
+    if d["data.dataset_provider"] != "mock":
+        labels[ids == d["data.image_token_id"]] = -100
+    return labels
+
+
 def train(checkpoint, batches, double):
     """The trace of the whole run as {name: array}, gradients of iteration 1, parameters at the end."""
     d, tensors = read_weights(checkpoint)
@@ -105,11 +118,12 @@ def train(checkpoint, batches, double):
     with h5py.File(batches, "r") as f:
         for i in range(d["run.train_iters"]):
             batch = f["iteration_%06d" % (i + 1)]
-            labels = torch.from_numpy(batch["labels"][()])
+            labels = next_words(d, torch.from_numpy(batch["input_ids"][()]))
             logits = forward(model, d, batch, double, "cpe" in batch and "vision" not in frozen)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
             tokens = int((labels != -100).sum())
             balance, bare, counts = routers.take(len(labels))
+            counts *= balanced   # a frozen language model counts nothing and keeps its bias
             optimizer.zero_grad(set_to_none=False)
             (loss + coefficient * balance).backward()
             for p in trained.values():
@@ -136,6 +150,7 @@ def train(checkpoint, batches, double):
 
 # What the two programs may differ by at most, whatever was measured before; loss for other quantities of rows.
 BOUND = {"fp64": {"lm_loss": 1e-11, "gradients": 1e-9, "parameters": 1e-8}, "fp32": {"lm_loss": 2e-6, "gradients": 2e-5, "parameters": 1e-4}}
+WHOLE = ("iteration", "num_tokens", "moe/tokens_per_expert")   # numbers that must be equal; others may differ by a rounding
 EPSILON = {"fp64": 2.0 ** -52, "fp32": 2.0 ** -23}
 # mimo's own rounding depends on the matrix kernels that OpenBLAS picks for a processor: --measure takes the largest of these.
 KERNELS = ("Haswell", "SkylakeX", "Nehalem")
@@ -213,7 +228,7 @@ def state(case, section, far):
             group = words[1] if words[:1] == ["reference"] else group
             if group == section.group and words and words[0] in far:
                 source = " ".join(words[3:]).partition(": measured")[0].strip()
-                measured = two_digits(far[words[0]] and max(far[words[0]], EPSILON[group]))
+                measured = 0.0 if words[0] in WHOLE else two_digits(max(far[words[0]], EPSILON["fp64" if words[0] == "learning_rate" else group]))
                 line = "%-24s 0 %-8s %s%s\n" % (words[0], "%.2e" % (4 * measured) if measured else "0", source,
                                                ": measured %.1e" % measured if measured else "")
             lines.append(line)
