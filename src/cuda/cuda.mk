@@ -32,6 +32,7 @@ GPU_NEEDS_grouped   = grouped grouped_nt grouped_nn grouped_tn gemm dense
 GPU_NEEDS_attention = attention attention_cudnn memory
 GPU_NEEDS_gemm      = gemm dense
 GPU_NEEDS_dense     = dense
+GPU_NEEDS_rows      = rows
 
 GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/gpu_check.c,$(wildcard tests/gpu/gpu_*.c))))
 GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o ref/backend_ref.o) \
