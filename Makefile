@@ -25,7 +25,7 @@ TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wil
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu
+.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu man install
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -108,6 +108,19 @@ bench-cpu: all build/tests/bench_gemm   ## speed on this machine; PEER='command'
 	$(PYTHON) tools/bench_cpu.py --mimo ./mimo --mpiexec $(MPIEXEC) --peer "$(PEER)" --peer-lm "$(PEER_LM)"
 
 include tools/analysis.mk
+
+man: build/mimo.1                  ## the manual page, build/mimo.1
+build/mimo.1: all
+	./mimo --man > $@
+
+PREFIX = /usr/local
+install: all man                   ## program, manual, decks and documents below PREFIX (/usr/local)
+	install -D -m 755 mimo $(DESTDIR)$(PREFIX)/bin/mimo
+	install -D -m 644 build/mimo.1 $(DESTDIR)$(PREFIX)/share/man/man1/mimo.1
+	install -d $(DESTDIR)$(PREFIX)/share/doc/mimo/input $(DESTDIR)$(PREFIX)/share/doc/mimo/docs
+	install -m 644 README.md LICENSE CITATION.cff $(DESTDIR)$(PREFIX)/share/doc/mimo
+	install -m 644 input/*.nml $(DESTDIR)$(PREFIX)/share/doc/mimo/input
+	install -m 644 docs/* $(DESTDIR)$(PREFIX)/share/doc/mimo/docs
 
 format:                            ## clang-format every source file in place
 	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h tests/*.c tests/*.h

@@ -37,6 +37,7 @@ static const struct option {
     { "--doctor", CLI_DOCTOR, "", false, NULL, "tell what this machine and launcher offer" },
     { "--status", CLI_STATUS, "DIR", false, NULL, "print how the run in an output directory ended, and exit with that status" },
     { "--features", CLI_FEATURES, "", false, NULL, "print name=value lines: version, git, cuda, nccl, cudnn, hdf5, mpi" },
+    { "--man", CLI_MAN, "", false, NULL, "print the manual page, for man -l" },
     { "--version", CLI_VERSION, "", false, NULL, "print the version" },
     { "--help", CLI_HELP, "", false, NULL, "print this" },
 };
@@ -260,6 +261,12 @@ void cli_print_help(FILE *out)
     }
     fputs("\nexit status: 0 done; 75 stopped as planned, submit again; 1 internal error; 2 deck or command line;\n"
           "3 environment; 4 data; 5 checkpoint; 6 writing failed; 7 numerics; 8 a rank died\n", out);
+}
+
+void cli_visit_options(cli_visit_option *visit, void *ctx)
+{
+    for (int i = 0; i < OPTIONS; i++)
+        visit(ctx, options[i].name, options[i].values, options[i].help, options[i].deck, options[i].missing);
 }
 
 void cli_free(struct cli *cli)

@@ -14,7 +14,7 @@
 
 enum cli_action {
     CLI_RUN, CLI_CHECK, CLI_PLAN, CLI_REFERENCE, CLI_INSPECT, CLI_CHECK_DATA, CLI_SHOW_SAMPLE, CLI_EXPORT, CLI_DECK_FROM_HF,
-    CLI_DOCTOR, CLI_STATUS, CLI_FEATURES, CLI_VERSION, CLI_HELP
+    CLI_DOCTOR, CLI_STATUS, CLI_FEATURES, CLI_MAN, CLI_VERSION, CLI_HELP
 };
 
 struct cli {
@@ -40,6 +40,10 @@ const char *cli_deck_name(const struct cli *cli);
 char *cli_read_deck_text(const struct cli *cli, size_t *length, struct errors *errors);
 /* Usage with every option. Local. */
 void cli_print_help(FILE *out);
+/* Each option of the command line in the order of the help: `values` follow it, `deck`: a deck follows too, `missing`: the feature that
+ * is not built, or NULL. Local. */
+typedef void cli_visit_option(void *ctx, const char *name, const char *values, const char *help, bool deck, const char *missing);
+void cli_visit_options(cli_visit_option *visit, void *ctx);
 void cli_free(struct cli *cli);
 
 #endif

@@ -9,6 +9,7 @@
 #include "doctor.h"
 #include "hf_config.h"
 #include "io_hdf5.h"
+#include "manual.h"
 #include "io_hf.h"
 #include "run.h"
 
@@ -92,6 +93,7 @@ int tool_run(struct cli *cli)
     case CLI_DOCTOR: doctor_print(stdout); break;
     case CLI_STATUS: status = run_status(cli->path, stdout); break;
     case CLI_FEATURES: code_print_features(stdout); break;
+    case CLI_MAN: manual_print(stdout); break;
     case CLI_VERSION: printf("mimo %s (git %s)\n", code_version(), code_git()); break;
     case CLI_HELP: cli_print_help(stdout); break;
     default: FATAL(EXIT_INTERNAL, "option %d has no tool", (int)cli->action);
