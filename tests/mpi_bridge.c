@@ -226,22 +226,55 @@ static void local_calls(struct job *j)
     }
 }
 
-static void run_one(struct comm *world, const struct topology_spec grids[2], int mbs, rows_rule *rule, void (*run)(struct job *))
+/* What is done on every layout, and what was wrong with it; all of them share a layout's communicators. */
+struct sweep {
+    rows_rule *rule;
+    void (*run)(struct job *);
+    double wrong;
+    char first[160];                          /* layout that was wrong first */
+};
+
+enum { PLAIN_UNIFORM, STEADY_UNIFORM, STEADY_LANES, PLAIN_VARIABLE, STEADY_VARIABLE, STEADY_NONE, STEADY_TEXT, STEADY_FULL, DISJOINT_SWEEPS };
+
+static struct sweep disjoint[DISJOINT_SWEEPS] = {
+    [PLAIN_UNIFORM] = {.rule = uniform_rows, .run = one_at_a_time},
+    [STEADY_UNIFORM] = {.rule = uniform_rows, .run = steady_state},
+    [STEADY_LANES] = {.rule = rows_on_every_third_sample, .run = steady_state},
+    [PLAIN_VARIABLE] = {.rule = variable_rows, .run = one_at_a_time},
+    [STEADY_VARIABLE] = {.rule = variable_rows, .run = steady_state},
+    [STEADY_NONE] = {.rule = no_rows, .run = steady_state},
+    [STEADY_TEXT] = {.rule = every_second_microbatch_is_text, .run = steady_state},
+    [STEADY_FULL] = {.rule = full_rows, .run = steady_state},
+};
+
+static struct sweep colocated[] = {
+    {.rule = uniform_rows, .run = local_calls}, {.rule = variable_rows, .run = local_calls},
+    {.rule = rows_on_every_third_sample, .run = local_calls}, {.rule = every_second_microbatch_is_text, .run = local_calls},
+    {.rule = no_rows, .run = local_calls}, {.rule = full_rows, .run = local_calls},
+};
+enum { COLOCATED_SWEEPS = sizeof colocated / sizeof *colocated };
+
+static void run_all(struct comm *world, const struct topology_spec grids[2], int mbs, struct sweep *sweep, int n)
 {
     struct job j;
 
-    open_job(&j, world, grids, mbs, rule);
-    run(&j);
-    comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
-    if (j.wrong != 0.0)
-        fail_msg("encoder %d ranks tp %d, language %d ranks tp %d, micro-batch %d: %g wrong", grids[0].num_ranks, grids[0].tp,
-                 grids[1].num_ranks, grids[1].tp, mbs, j.wrong);
+    open_job(&j, world, grids, mbs, NULL);
+    for (int i = 0; i < n; i++) {
+        j.rule = sweep[i].rule;
+        j.wrong = 0.0;
+        sweep[i].run(&j);
+        comm_host_reduce_f64(world, &j.wrong, 1, COMM_SUM);
+        if (j.wrong != 0.0 && sweep[i].wrong == 0.0)
+            snprintf(sweep[i].first, sizeof sweep[i].first, "encoder %d ranks tp %d, language %d ranks tp %d, micro-batch %d",
+                     grids[0].num_ranks, grids[0].tp, grids[1].num_ranks, grids[1].tp, mbs);
+        sweep[i].wrong += j.wrong;
+    }
     close_job(&j);
 }
 
 /* Every pair of widths of two grids; every micro-batch size that the rules accept with lanes of one rank, else the two smallest. Returns how
  * many. */
-static int over_all_widths(struct comm *world, int encoder, int language, int offset, rows_rule *rule, void (*run)(struct job *))
+static int over_all_widths(struct comm *world, int encoder, int language, int offset, struct sweep *sweep, int n)
 {
     int tried = 0;
 
@@ -252,7 +285,7 @@ static int over_all_widths(struct comm *world, int encoder, int language, int of
             if (encoder % te || language % tl || (de % dl && dl % de)) continue;
             for (int mbs = 1, runs = te == 1 && tl == 1 && offset > 0 ? 6 : 2; mbs <= 6 && runs > 0; mbs++)
                 if (mbs * dl % de == 0) {
-                    run_one(world, grids, mbs, rule, run);
+                    run_all(world, grids, mbs, sweep, n);
                     tried++;
                     runs--;
                 }
@@ -260,41 +293,47 @@ static int over_all_widths(struct comm *world, int encoder, int language, int of
     return tried;
 }
 
-static void over_all_splits(struct comm *world, rows_rule *rule, void (*run)(struct job *))
+/* Every layout once, before the tests look at what was wrong. */
+static void sweep_all(struct comm *world)
 {
     int tried = 0;
 
     for (int encoder = 1; encoder < world->size; encoder++)
-        tried += over_all_widths(world, encoder, world->size - encoder, encoder, rule, run);
-    assert_true(tried > 0);
+        tried += over_all_widths(world, encoder, world->size - encoder, encoder, disjoint, DISJOINT_SWEEPS);
+    ASSERT(tried > 0 && over_all_widths(world, world->size, world->size, 0, colocated, COLOCATED_SWEEPS) > 0);
+}
+
+static void nothing_wrong(const struct sweep *s)
+{
+    if (s->wrong != 0.0) fail_msg("%g wrong, first with %s", s->wrong, s->first);
 }
 
 static void p12_27_plain_and_combined_calls_give_identical_rows(void **state)
 {
-    over_all_splits(*state, uniform_rows, one_at_a_time);
-    over_all_splits(*state, uniform_rows, steady_state);
+    nothing_wrong(&disjoint[PLAIN_UNIFORM]);
+    nothing_wrong(&disjoint[STEADY_UNIFORM]);
 }
 
 static void p12_30_lanes_with_and_without_pictures_are_cut_by_sample(void **state)
 {
-    over_all_splits(*state, rows_on_every_third_sample, steady_state);
+    nothing_wrong(&disjoint[STEADY_LANES]);
 }
 
 static void p12_33_fan_in_gradients_are_cut_as_the_rows_arrived(void **state)
 {
-    over_all_splits(*state, variable_rows, one_at_a_time);
-    over_all_splits(*state, variable_rows, steady_state);
+    nothing_wrong(&disjoint[PLAIN_VARIABLE]);
+    nothing_wrong(&disjoint[STEADY_VARIABLE]);
 }
 
 static void p12_29_text_only_microbatches_send_nothing_and_do_not_hang(void **state)
 {
-    over_all_splits(*state, no_rows, steady_state);
-    over_all_splits(*state, every_second_microbatch_is_text, steady_state);
+    nothing_wrong(&disjoint[STEADY_NONE]);
+    nothing_wrong(&disjoint[STEADY_TEXT]);
 }
 
 static void samples_of_the_largest_size_fit(void **state)
 {
-    over_all_splits(*state, full_rows, steady_state);
+    nothing_wrong(&disjoint[STEADY_FULL]);
 }
 
 static void nothing_is_sent_for_zero_rows(void **state)
@@ -338,14 +377,7 @@ static void every_row_travels_once_in_each_direction(void **state)
 
 static void p12_85_colocated_lanes_of_any_widths_get_their_rows(void **state)
 {
-    static rows_rule *const rules[] = {uniform_rows, variable_rows, rows_on_every_third_sample, every_second_microbatch_is_text, no_rows,
-                                       full_rows};
-    struct comm *world = *state;
-    int tried = 0;
-
-    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
-        tried += over_all_widths(world, world->size, world->size, 0, rules[i], local_calls);
-    assert_true(tried > 0);
+    for (int i = 0; i < COLOCATED_SWEEPS; i++) nothing_wrong(&colocated[i]);
 }
 
 /* Fan-out is a choice of rows: no embedding leaves its rank. */
@@ -556,6 +588,7 @@ int main(int argc, char **argv)
         TEST(p12_21_all_payloads_are_launched_in_one_bracket_in_the_order_of_peers),
         TEST(p12_26_fan_in_and_fan_out_of_four_with_577_rows),
     };
+    sweep_all(world);
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     comm_finish(world);
     return failed;
