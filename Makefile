@@ -25,7 +25,7 @@ TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wil
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu man install
+.PHONY: FORCE all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu man install
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 

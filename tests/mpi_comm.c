@@ -523,7 +523,7 @@ static void test_ranks_that_wait_give_the_core_away(struct comm *c)
     if (c->rank == 0)
         printf("100 all-reduces of 8 bytes on %d ranks: %.4f s, %.4f s of all processors\n",
                c->size, best_wall, best);
-    ASSERT(best < 1.0);
+    ASSERT(best < 2.5); /* without yield.c: 5 and more */
 }
 
 int main(int argc, char **argv)
