@@ -115,6 +115,9 @@ class Runner:
         reason = self.skip(case, ranks)
         if reason:
             return "SKIP " + reason
+        if self.arg.record or self.arg.bitwise:
+            out, fault = self.launch(case, ranks, overrides, saving=LAST)
+            return fault or (self.record if self.arg.record else self.bitwise)(case, launch, out) or "OK"
         if not os.path.exists(case.reference):
             return "WRONG reference.h5 is missing (%s writes it)" % writer(case)
         out, fault = self.launch(case, ranks, overrides, saving=BOTH if case.identity else LAST if launch.section.tensors() else ())
@@ -126,6 +129,32 @@ class Runner:
         if not fault and case.identity:
             fault = self.identity(case, ranks, overrides, out)
         return fault or "OK" + note
+
+    def record(self, case, launch, out):
+        """Keep what the launch left in the directory of --record."""
+        kept = os.path.join(self.arg.record, case.name, launch.name)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.makedirs(kept)
+        with open(os.path.join(self.arg.record, "machine"), "w") as f:
+            f.write(machine())
+        for name in ("trace.h5", c.checkpoint(out, case.rows(launch.overrides))):
+            shutil.copy(os.path.join(out, name), kept)
+        return ""
+
+    def bitwise(self, case, launch, out):
+        """The outcome of comparing with what --record kept, or ''."""
+        kept = os.path.join(self.arg.bitwise, case.name, launch.name)
+        try:
+            with open(os.path.join(self.arg.bitwise, "machine")) as f:
+                where = f.read()
+        except OSError:
+            return "WRONG %s: nothing was recorded there" % self.arg.bitwise
+        if where != machine():
+            return "WRONG %s was recorded on another machine: bits may differ" % self.arg.bitwise
+        if not os.path.exists(os.path.join(kept, "trace.h5")):
+            return "WRONG this launch was not recorded in %s" % self.arg.bitwise
+        return same_bits((os.path.join(kept, "trace.h5"), os.path.join(out, "trace.h5")),
+                         (os.path.join(kept, "checkpoint.h5"), c.checkpoint(out, case.rows(launch.overrides))), ignore=NOT_BITWISE.search)
 
     def first_step(self, case, launch):
         """As `launch`, for a run of one iteration, whose checkpoint holds the gradients as the optimizer's first moments."""
@@ -161,15 +190,8 @@ class Runner:
         out, fault = self.launch(case, ranks, overrides + more, out=again, saving=LAST)
         if fault:
             return fault
-        ignore = (NOT_RESUMED if case.identity == "resume" else NOT_BITWISE).search
-        for name in ("trace.h5", c.checkpoint("", rows)):
-            a, b = (harness.everything(os.path.join(d, name)) for d in (whole, again))
-            bits = harness.differing(a, b, ignore=ignore)
-            if bits:
-                return first_bit(bits[0], a.get(bits[0]), b.get(bits[0]), len(bits))
-            if not [k for k in a if not ignore(k)]:
-                return "WRONG %s: holds nothing to compare" % name
-        return ""
+        return same_bits(*((os.path.join(whole, name), os.path.join(again, name)) for name in ("trace.h5", c.checkpoint("", rows))),
+                         ignore=(NOT_RESUMED if case.identity == "resume" else NOT_BITWISE).search)
 
     def update(self, case):
         """Write reference.h5 from the case's first launch; '' or the outcome that prevented it."""
@@ -204,6 +226,25 @@ class Runner:
                            command=" ".join([*command, "mimo", "regression/%s/deck.nml" % case.name, *overrides]))
         os.replace(partial, case.reference)
         return ""
+
+
+def machine():
+    """What decides the bits of a sum besides the program: this computer and its processor."""
+    with open("/proc/cpuinfo") as f:
+        model = re.search(r"model name\s*: (.*)", f.read())
+    return "%s, %s\n" % (os.uname().nodename, model.group(1) if model else os.uname().machine)
+
+
+def same_bits(*files, ignore):
+    """'' when every dataset of each pair of files is the same bit for bit, but for the ignored ones; else the outcome."""
+    for one, other in files:
+        a, b = harness.everything(one), harness.everything(other)
+        bits = harness.differing(a, b, ignore=ignore)
+        if bits:
+            return first_bit(bits[0], a.get(bits[0]), b.get(bits[0]), len(bits))
+        if not [k for k in a if not ignore(k)]:
+            return "WRONG %s: holds nothing to compare" % os.path.basename(one)
+    return ""
 
 
 def first_bit(name, a, b, count):

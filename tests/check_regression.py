@@ -200,6 +200,29 @@ def tensors(tap, m):
     tap.result(code == 1 and "make oracle" in text, "an_oracle's_reference_is_not_updated_from_a_run", text)
 
 
+def bits(tap, m):
+    """--bitwise sees one value that was moved by its last bit, in the trace and in a parameter."""
+    c = Copy(m, "503_mlp", "fp32")
+    c.launch = "^503_mlp/fp32$"
+    kept = m.path("kept")
+    code, text = c.run("--record", kept)
+    tap.result(code == 0, "a_launch_is_recorded", text)
+    code, text = c.run("--bitwise", kept)
+    tap.result(code == 0, "the_same_program_gives_the_same_bits", text)
+    for file, name, index in (("trace.h5", "lm_loss", 7), ("checkpoint.h5", "model/language/output_layer.weight", (3, 5))):
+        with h5py.File(os.path.join(kept, "503_mlp", "fp32", file), "r+") as f:
+            old = f[name][index]
+            f[name][index] = np.nextafter(old, np.inf, dtype=f[name].dtype)
+        code, text = c.run("--bitwise", kept)
+        tap.result(code == 1 and re.search(r"^WRONG .*: %s: tolerance 0 \(bitwise\)" % name, text, re.M), "one_ulp_in_%s_is_wrong" % file, text)
+        with h5py.File(os.path.join(kept, "503_mlp", "fp32", file), "r+") as f:
+            f[name][index] = old
+    with open(os.path.join(kept, "machine"), "a") as f:
+        f.write("another")
+    code, text = c.run("--bitwise", kept)
+    tap.result(code == 1 and "recorded on another machine" in text, "bits_of_another_machine_are_refused", text)
+
+
 BOUND = {"fp64": {"lm_loss": 1e-11, "gradients": 1e-9, "parameters": 1e-8}, "fp32": {"lm_loss": 2e-6, "gradients": 2e-5, "parameters": 1e-4}}
 
 
@@ -240,6 +263,7 @@ def main():
     tap, m = Tap(), Mimo()
     tolerances(tap)
     planted(tap)
+    bits(tap, m)
     tensors(tap, m)
     coverage(tap)
     failures(tap, m)

@@ -279,6 +279,7 @@ def main():
     ap.add_argument("--cases", default=os.path.join(ROOT, "regression"), metavar="DIR")
     ap.add_argument("--measure", action="store_true", help="write what was measured into each `expect`, four times as much as tolerance")
     arg = ap.parse_args()
+    arg.record = arg.bitwise = None
     chosen = [x for x in c.cases(arg.cases) if x.oracle and (not arg.k or any(w in x.name for w in arg.k))]
     if not chosen:
         sys.exit("error: no case with an oracle matches " + " ".join(arg.k))
