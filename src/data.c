@@ -343,6 +343,7 @@ static int64_t next_sample(struct data *d, int64_t stream, int64_t number, void 
 static bool load(struct data *d, int64_t index, void *pixels, char why[DATA_WHY])
 {
     struct data_source *src = d->source;
+    memset(src->sample.key, 0, sizeof src->sample.key); /* batches.h5 holds all of its bytes */
     if (src->shards)
         return data_webdataset_load(src->shards, index, &src->sample, pixels, why);
     data_mock_load(src->mock, index, &src->sample, pixels);

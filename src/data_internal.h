@@ -75,6 +75,8 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
 int64_t data_webdataset_shards(const struct data_webdataset *w);
 int64_t data_webdataset_ignored(
     const struct data_webdataset *w); /* members that belong to no sample */
+/* Parts of samples that are neither pictures nor json nor txt, as "cls 4, mp4 2"; "" = none. */
+const char *data_webdataset_unused(const struct data_webdataset *w, char *out, size_t size);
 const char *data_webdataset_kind(const struct data_webdataset *w); /* of the sample loaded last */
 int64_t data_webdataset_image_id(const struct data_webdataset *w);
 /* Original sizes {width, height} of the pictures of the sample loaded last (those kept). */

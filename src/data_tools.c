@@ -169,6 +169,9 @@ static int check_split(const struct deck *deck, enum data_split split, FILE *out
     if (data_webdataset_ignored(w) > 0)
         fprintf(out, "  members ignored        %" PRId64 " (no part of a sample)\n",
                 data_webdataset_ignored(w));
+    char unused[512];
+    if (*data_webdataset_unused(w, unused, sizeof unused))
+        fprintf(out, "  parts not used         %s\n", unused);
     print_census(&c, BROKEN_SHOWN, out);
     errors_free(&errors);
     free(labels);

@@ -14,13 +14,14 @@
 #include <string.h>
 #include "data_internal.h"
 #include "image.h"
+#include "log.h"
 #include "path_hint.h"
 #include "rng.h"
 #include "sample.h"
 #include "shard.h"
 #include "tokenizer.h"
 
-enum { BUDGET_ROUNDS = 10, BUDGET_RESERVE = 4 };
+enum { BUDGET_ROUNDS = 10, BUDGET_RESERVE = 4, UNUSED_KINDS = 8 };
 
 struct data_webdataset {
     const struct deck *deck;
@@ -107,6 +108,9 @@ struct data_webdataset *data_webdataset_new(const struct deck *deck, enum data_s
     w->cap = xcalloc((size_t)limits->max_tiles_per_sample, sizeof *w->cap);
     w->from = xcalloc((size_t)limits->max_tiles_per_sample + 2, sizeof *w->from);
     w->raw_sample = -1;
+    char unused[512];
+    if (*data_webdataset_unused(w, unused, sizeof unused))
+        log_line("data.%s: parts that are not used: %s", key, unused);
     return w;
 }
 
@@ -164,6 +168,39 @@ int64_t data_webdataset_shards(const struct data_webdataset *w)
 int64_t data_webdataset_ignored(const struct data_webdataset *w)
 {
     return w->set.ignored;
+}
+
+const char *data_webdataset_unused(const struct data_webdataset *w, char *out, size_t size)
+{
+    struct {
+        const char *name;
+        int64_t n;
+    } kind[UNUSED_KINDS] = { 0 };
+    int64_t others = 0;
+    for (int64_t i = 0; i < w->set.n_parts; i++) {
+        const char *name = shard_part_name(&w->set, &w->set.part[i]);
+        int k = 0;
+        if (sample_is_picture(name) || strcmp(name, "json") == 0 || strcmp(name, "txt") == 0)
+            continue;
+        while (k < UNUSED_KINDS && kind[k].name && strcmp(kind[k].name, name) != 0)
+            k++;
+        if (k == UNUSED_KINDS) {
+            others++;
+            continue;
+        }
+        kind[k].name = name;
+        kind[k].n++;
+    }
+    char text[512] = "", more[64] = "";
+    size_t n = 0;
+    for (int k = 0; k < UNUSED_KINDS && kind[k].name && n < sizeof text; k++)
+        n += (size_t)snprintf(text + n, sizeof text - n, "%s%.40s %" PRId64, k ? ", " : "",
+                              kind[k].name, kind[k].n);
+    if (others > 0)
+        snprintf(more, sizeof more, ", others %" PRId64, others);
+    if (n < sizeof text)
+        snprintf(text + n, sizeof text - n, "%s", more);
+    return printable(out, size, text);
 }
 
 const char *data_webdataset_kind(const struct data_webdataset *w)

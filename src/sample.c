@@ -2,6 +2,7 @@
  * current stretch of text. */
 #include "sample.h"
 #include <ctype.h>
+#include <inttypes.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -109,8 +110,10 @@ static bool read_json(struct build *b, int64_t index, int32_t part, bool *found)
     json_error_t error;
     json_t *root = json_loadb((const char *)out->raw, (size_t)b->part[part].size,
                               JSON_REJECT_DUPLICATES, &error);
-    if (!root && json_error_code(&error) == json_error_out_of_memory)
-        FATAL(EXIT_ENVIRONMENT, "out of memory"); /* the sample may be whole */
+    /* jansson says nothing where an allocation inside it fails; the sample may be whole. */
+    if (!root && (json_error_code(&error) == json_error_out_of_memory || !error.text[0]))
+        FATAL(EXIT_ENVIRONMENT, "out of memory while reading a json part of %" PRId64 " bytes",
+              b->part[part].size);
     if (!root)
         return fail(b, "part json, line %d: %s", error.line, error.text);
     const json_t *conversation = json_object_get(root, "conversation"),

@@ -40,7 +40,7 @@ bool tokenizer_parse(struct tokenizer *t, const char *json, size_t n, char *why,
     if (!root) {
         char text[JSON_ERROR_TEXT_LENGTH * 4];
         return fail(&p, "line %d, column %d: %s", error.line, error.column,
-                    printable(text, sizeof text, error.text));
+                    error.text[0] ? printable(text, sizeof text, error.text) : "out of memory");
     }
     const json_t *added = json_object_get(root, "added_tokens");
     bool ok = json_is_object(root) && json_is_object(json_object_get(root, "model"));

@@ -1,5 +1,5 @@
 """Seeds and dictionaries for the fuzz targets: whole and broken files of every kind that mimo reads, made here."""
-import glob, io, json, os, re, struct, subprocess, tarfile, zlib
+import functools, glob, io, json, os, re, struct, subprocess, tarfile, zlib
 
 import numpy as np
 from PIL import Image
@@ -64,6 +64,7 @@ def rotated_exif(orientation):
     return exif
 
 
+@functools.lru_cache(None)
 def pictures():
     """{name: bytes}: every kind of picture that a data set may hold, whole ones and broken ones."""
     noise = np.random.default_rng(1).integers(0, 256, (12, 9, 4), dtype=np.uint8)
