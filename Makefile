@@ -104,7 +104,7 @@ mutants: all                       ## plant errors one by one; a regression case
 lint: all                          ## the rules of the source tree
 	$(PYTHON) tests/check_lint.py
 
-bench-cpu: all build/tests/bench_gemm   ## speed on this machine; PEER='command' compares
+bench-cpu: all build/tests/bench_gemm build/tests/test_schedule   ## speed on this machine; PEER='command' compares
 	$(PYTHON) tools/bench_cpu.py --mimo ./mimo --mpiexec $(MPIEXEC) --peer "$(PEER)" --peer-lm "$(PEER_LM)"
 
 include tools/analysis.mk
