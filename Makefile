@@ -123,7 +123,7 @@ install: all man                   ## program, manual, decks and documents below
 	install -m 644 docs/* $(DESTDIR)$(PREFIX)/share/doc/mimo/docs
 
 format:                            ## clang-format every source file in place
-	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h tests/*.c tests/*.h
+	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h src/cuda/*.c src/cuda/*.h tests/*.c tests/*.h
 
 clean:                             ## remove what was built (not run/ and data/)
 	rm -rf build mimo
