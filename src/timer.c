@@ -131,7 +131,7 @@ static void settle(double now)
     state.running_since = now;
 }
 
-/* What to do about time that trained nothing. */
+/* What to do about time that trained nothing; `whose` is "encoder ", "language " or "". */
 static void notes(const double mean[TIMER_SECTIONS], double wall, const char *whose,
                   const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
@@ -152,7 +152,7 @@ static void notes(const double mean[TIMER_SECTIONS], double wall, const char *wh
         const double spent = mean[waste[w].section];
         if (spent < note_share * wall)
             continue;
-        snprintf(text, sizeof text, "NOTE: %.0f %% of the %s time was spent %s; %s",
+        snprintf(text, sizeof text, "NOTE: %.0f %% of the %sranks' time was spent %s; %s",
                  100 * spent / wall, whose, waste[w].what, waste[w].cure);
         line(ctx, text);
     }
@@ -201,7 +201,9 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
                  (long long)calls, least, mean[s], most, most_rank, 100 * mean[s] / wall);
         line(ctx, text);
     }
-    notes(mean, wall, name, other, line, ctx);
+    char whose[32];
+    snprintf(whose, sizeof whose, "%.30s ", name);
+    notes(mean, wall, role < 2 ? whose : "", other, line, ctx);
 }
 
 static void to_log(void *ctx, const char *text)
