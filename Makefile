@@ -91,7 +91,7 @@ check:                             ## install what is missing, run every test; t
 	$(MAKE) BUILD=build/asan SAN=1 tests build/asan/mimo
 	tests/run --build build --mimo ./mimo --asan build/asan --mpiexec $(MPIEXEC) --python $(PYTHON)
 
-regression: all                    ## one trace on every layout, and bitwise restarts; K=word chooses
+regression: all tests                  ## one trace on every layout, and bitwise restarts; K=word chooses
 	regression/run --mimo ./mimo --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
 
 oracle: all                        ## make the references of transformers and torch again; K=word chooses

@@ -60,12 +60,40 @@ class Runner:
             harness.write_tokenizer(os.path.join(data, "tokenizer.json"))
         return ["data.dataset_provider=webdataset", "data.train_data_path=" + data, "data.tokenizer=" + os.path.join(data, "tokenizer.json")]
 
+    def program(self, case, launch):
+        """The outcome of a command that judges itself."""
+        names = {"{mimo}": self.mimo, "{tests}": os.path.join(ROOT, "build", "tests"), "{python}": sys.executable, "{root}": ROOT}
+        command = launch.program
+        for k, v in names.items():
+            command = [w.replace(k, v) for w in command]
+        if not os.access(command[0], os.X_OK):
+            return "SKIP %s is not built" % command[0]
+        seconds, status, text = self.command(case, launch.ranks, command)
+        said = {" ".join(line.split()) for line in text.splitlines()}
+        wanted = os.path.join(case.folder, launch.name + ".lines")
+        if seconds is None:
+            return "TIMEOUT after %g s\n%s" % (case.limit, tail(text))
+        if status != 0:
+            return "CRASH status %s, expected 0\n%s" % (status, tail(text))
+        if re.search(r"^(\[\d+\] )?not ok", text, re.M):
+            return "WRONG a test of its own fails\n%s" % tail(text)
+        if os.path.exists(wanted):
+            with open(wanted) as f:
+                missing = [line.strip() for line in f if line.strip() and " ".join(line.split()) not in said]
+            if missing:
+                return "WRONG no line `%s`\n%s" % (missing[0], tail(text))
+        return "OK" if said else "WRONG it prints nothing"
+
     def go(self, case, ranks, overrides, out):
+        """As `command`, for the program under test on the case's deck."""
+        return self.command(case, ranks, [self.mimo, case.deck, "run.output_dir=" + out, *self.shards(case), *overrides])
+
+    def command(self, case, ranks, command):
         """(seconds or None when the limit was hit, status, output) of one process group."""
-        command = [self.mimo, case.deck, "run.output_dir=" + out, *self.shards(case), *overrides]
         if ranks > 1:
             command = [self.arg.mpiexec, "-n", str(ranks)] + command
-        env = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", OPENBLAS_NUM_THREADS="1", **self.env)
+        env = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", OPENBLAS_NUM_THREADS="1", CMOCKA_MESSAGE_OUTPUT="TAP",
+                   **self.env)
         start = time.monotonic()
         with tempfile.TemporaryFile(dir=self.scratch) as log:
             p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -115,6 +143,8 @@ class Runner:
         reason = self.skip(case, ranks)
         if reason:
             return "SKIP " + reason
+        if launch.program:
+            return self.program(case, launch)
         if self.arg.record or self.arg.bitwise:
             out, fault = self.launch(case, ranks, overrides, saving=LAST)
             return fault or (self.record if self.arg.record else self.bitwise)(case, launch, out) or "OK"
@@ -196,6 +226,8 @@ class Runner:
     def update(self, case):
         """Write reference.h5 from the case's first launch; '' or the outcome that prevented it."""
         ranks, overrides = case.launches[0].ranks, case.launches[0].overrides
+        if case.launches[0].program:
+            return "SKIP it has no reference"
         if case.oracle:
             return "SKIP its reference is not our own: `make oracle` writes it"
         reason = self.skip(case, ranks)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The regression cases of the families 400 and 500 (state; other programs' training), each launch one test. The layouts of the family 300
-are `make regression`; check_regression and check_layouts run a choice of them."""
+"""The regression cases of all families but that of the layouts, each launch one test. The layouts, family
+300, are `make regression`; check_regression and check_layouts run a choice of them."""
 import os
 import re
 import subprocess
 
 from harness import ROOT, Mimo, Tap
 
-FAMILIES = ("^4", "^5")
+FAMILIES = ("^0", "^1", "^2", "^4", "^5")
 LINE = re.compile(r"^(OK|WRONG|CRASH|TIMEOUT|SKIP) +(\S+) \(\d+ ranks, [\d.]+ s\)(?:: (.*))?$")
 
 

@@ -223,6 +223,22 @@ def bits(tap, m):
     tap.result(code == 1 and "recorded on another machine" in text, "bits_of_another_machine_are_refused", text)
 
 
+def programs(tap, m):
+    """A program that judges itself is believed only when it says so."""
+    folder = m.path("programs", "100_probe")
+    os.makedirs(folder)
+    with open(os.path.join(folder, "expect"), "w") as f:
+        f.write("ranks 1\nprogram good /bin/echo ok 1\nprogram lines /bin/echo total 42\nprogram status /bin/false\nprogram tap /bin/echo not ok 1\n"
+                "program silent /bin/true\nprogram other /bin/echo total 42\nprogram absent /nonexistent/program\n")
+    for name, text in (("lines", "total   42\n"), ("other", "total 43\n")):
+        with open(os.path.join(folder, name + ".lines"), "w") as f:
+            f.write(text)
+    p = subprocess.run([RUN, "--mimo", m.binary, "--cases", m.path("programs")], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    got = dict(re.findall(r"^(?P<word>[A-Z]+) +100_probe/(\w+) ", p.stdout, re.M)[i][::-1] for i in range(7))
+    tap.result(p.returncode == 1 and got == {"good": "OK", "lines": "OK", "status": "CRASH", "tap": "WRONG", "silent": "WRONG", "other": "WRONG",
+                                             "absent": "SKIP"}, "programs_are_believed_only_when_they_say_so", p.stdout)
+
+
 BOUND = {"fp64": {"lm_loss": 1e-11, "gradients": 1e-9, "parameters": 1e-8}, "fp32": {"lm_loss": 2e-6, "gradients": 2e-5, "parameters": 1e-4}}
 
 
@@ -263,6 +279,7 @@ def main():
     tap, m = Tap(), Mimo()
     tolerances(tap)
     planted(tap)
+    programs(tap, m)
     bits(tap, m)
     tensors(tap, m)
     coverage(tap)
