@@ -94,9 +94,10 @@ check:                             ## install what is missing, run every test; t
 regression: all tests                  ## one trace on every layout, and bitwise restarts; K=word chooses
 	regression/run --mimo ./mimo --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
 
-oracle: all                        ## make the references of transformers and torch again; K=word chooses
+oracle: all build/tests/test_tokenizer                   ## make the references of transformers and torch again; K=word chooses
 	@test -n "$(ORACLE_PYTHON)" || tools/bootstrap.sh --oracle
 	$(or $(ORACLE_PYTHON),.oracle/bin/python) regression/oracle/oracle.py --mimo ./mimo --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
+	$(if $(K),,$(or $(ORACLE_PYTHON),.oracle/bin/python) regression/oracle/tokenizer_oracle.py build/tests/test_tokenizer)
 
 mutants: all                       ## plant errors one by one; a regression case must see each; K=word chooses
 	regression/mutate --make "$(MAKE)" --mpiexec $(MPIEXEC) $(if $(K),-k $(K))

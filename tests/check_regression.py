@@ -234,7 +234,7 @@ def programs(tap, m):
         with open(os.path.join(folder, name + ".lines"), "w") as f:
             f.write(text)
     p = subprocess.run([RUN, "--mimo", m.binary, "--cases", m.path("programs")], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    got = dict(re.findall(r"^(?P<word>[A-Z]+) +100_probe/(\w+) ", p.stdout, re.M)[i][::-1] for i in range(7))
+    got = dict(re.findall(r"^([A-Z]+) +100_probe/(\w+) ", p.stdout, re.M)[i][::-1] for i in range(7))
     tap.result(p.returncode == 1 and got == {"good": "OK", "lines": "OK", "status": "CRASH", "tap": "WRONG", "silent": "WRONG", "other": "WRONG",
                                              "absent": "SKIP"}, "programs_are_believed_only_when_they_say_so", p.stdout)
 

@@ -2,7 +2,9 @@
 """Token ids against the `tokenizers` package (pip install tokenizers; any interpreter that has it).
 
 Usage: tokenizer_oracle.py TEST_TOKENIZER [COUNT]
-TEST_TOKENIZER = the built tests/test_tokenizer; COUNT texts (default 12000)
+       tokenizer_oracle.py --reference FILE.h5
+TEST_TOKENIZER = the built tests/test_tokenizer; COUNT texts (default 12000). --reference keeps texts, two of the tokenizers and their
+ids, for tokenizer_reference.py.
 
 Builds byte-level BPE tokenizers with the pre-tokenizers in use (patterns A and B of training.md
 6.11, GPT-2's own, literal splits, every behaviour), added tokens with all flags, ignore_merges on
@@ -141,6 +143,32 @@ def compare(program, tokenizer, path, corpus, name, folder):
     return wrong
 
 
+def keep(path, corpus, kinds):
+    """{name: tokenizer} with the ids of every text."""
+    import time
+    import h5py
+    import numpy as np
+    import tokenizers
+
+    packed = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
+    raw = [t.encode() for t in corpus]
+    with h5py.File(path, "w") as f:
+        f.create_dataset("texts", data=np.frombuffer(b"".join(raw), np.uint8), **packed)
+        f.create_dataset("text_bytes", data=np.array([len(t) for t in raw], np.int32), **packed)
+        for name, tokenizer in kinds.items():
+            ids = [e.ids for e in tokenizer.encode_batch(corpus, add_special_tokens=False)]
+            g = f.create_group("kinds/" + name)
+            g.create_dataset("tokenizer", data=np.frombuffer(tokenizer.to_str().encode(), np.uint8), **packed)
+            g.create_dataset("counts", data=np.array([len(i) for i in ids], np.int32), **packed)
+            g.create_dataset("ids", data=np.array([x for i in ids for x in i], np.int16), **packed)
+        f.attrs.update(
+            program="tokenizers " + tokenizers.__version__,
+            version=tokenizers.__version__,
+            date=time.strftime("%Y-%m-%d", time.gmtime()),
+            command="regression/oracle/tokenizer_oracle.py --reference FILE.h5",
+        )
+
+
 def published_size(folder):
     """A file of the published size: two letters, three, ... until both counts are reached."""
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -187,7 +215,8 @@ def published_size(folder):
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 12000
+    store = sys.argv[2] if sys.argv[1] == "--reference" and len(sys.argv) > 2 else ""
+    count = 10240 if store else int(sys.argv[2]) if len(sys.argv) > 2 else 12000
     rng = random.Random(11)
     # Characters that this Python's Unicode (and the PCRE2 of the same age) does not know yet may
     # have categories in the package.
@@ -235,6 +264,10 @@ def main():
         ),
         ("empty matches", [split(Regex(r"x*"), "isolated"), plain], False, False),
     ]
+    if store:
+        chosen = [v for v in variants if v[0] in ("pattern A, flags, ignore_merges", "GPT-2, prefix space")]
+        keep(store, corpus, {v[0]: build(pre_tokenizers.Sequence(v[1]), corpus[:4000], 1500, v[2], v[3]) for v in chosen})
+        return 0
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, steps, ignore, flags in variants:
