@@ -111,7 +111,7 @@ static void every_option_sets_its_action(void **state)
 
 static void mistakes_are_named(void **state)
 {
-    static const struct { const char *argument[5], *message; } cases[] = {
+    static const struct { const char *argument[6], *message; } cases[] = {
         { { "--chek", "d" }, "command line: error: there is no option --chek; did you mean --check?" },
         { { "--quux" }, "command line: error: there is no option --quux; --help lists them" },
         { { "-x" }, "command line: error: there is no option -x; --help lists them" },
