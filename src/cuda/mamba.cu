@@ -1,0 +1,523 @@
+/* mamba.cu - the short convolution and the gated norm of the Mamba-2 layer (model.md 1.6.2, 1.6.6); the scan is in ssd.cu.
+ *
+ * Convolution: a thread walks a run of rows of eight channels with the taps' inputs in registers, so each row is read once.
+ * Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
+ * as one partial sum a run. Gated norm: a warp has one group of one row in registers; the weight's gradient is summed in
+ * registers over the rows of a warp, then over warps and blocks in their order.
+ */
+#include "columns.cuh"
+#include "vector.cuh"
+
+enum { CONV_THREADS = 128, CONV_MAX_TAPS = 64, NORM_WARPS = 8, NORM_BLOCKS = 264 };
+
+template <class T> __device__ __forceinline__ float sigmoid(float x)
+{
+    return sizeof(T) == 2 ? __fdividef(1.0f, 1.0f + __expf(-x)) : 1.0f / (1.0f + expf(-x));
+}
+
+/* ---- convolution ---- */
+
+/* The segment of a row that only moves forward. */
+struct walker {
+    const int32_t *cu;
+    int segment, segments;
+    int64_t start, end;
+    __device__ walker(const int32_t *cu_, int segments_, int64_t row) : cu(cu_), segments(segments_)
+    {
+        int lo = 0, hi = segments - 1;
+        while (lo < hi) {
+            const int mid = (lo + hi + 1) / 2;
+            if (cu[mid] <= row) lo = mid; else hi = mid - 1;
+        }
+        segment = lo;
+        start = cu[lo];
+        end = cu[lo + 1];
+    }
+    /* True when row opens another segment than before. */
+    __device__ bool moves(int64_t row)
+    {
+        if (row < end || segment + 1 >= segments)
+            return false;
+        while (segment + 1 < segments && cu[segment + 1] <= row)
+            segment++;
+        start = cu[segment];
+        end = cu[segment + 1];
+        return true;
+    }
+};
+
+/* v = bias + sum over taps in ascending order. */
+template <int W> __device__ __forceinline__ void taps_sum(const float (&k)[W][CHUNK], const float (&bias)[CHUNK], const float (&in)[W][CHUNK],
+                                                          float (&v)[CHUNK])
+{
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+        v[i] = bias[i];
+#pragma unroll
+        for (int w = 0; w < W; w++)
+            v[i] += k[w][i] * in[w][i];
+    }
+}
+
+template <int W> __device__ __forceinline__ void shift(float (&in)[W][CHUNK])
+{
+#pragma unroll
+    for (int w = 0; w + 1 < W; w++)
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            in[w][i] = in[w + 1][i];
+}
+
+/* in[0..W-2] become the W-1 rows before `row`, zero outside its segment. */
+template <bool VEC, int W, class T>
+__device__ __forceinline__ void load_before(const matrix<const T> &x, int64_t row, int64_t start, int64_t c, int n, float (&in)[W][CHUNK])
+{
+#pragma unroll
+    for (int w = 0; w + 1 < W; w++) {
+        const int64_t r = row - (W - 1) + w;
+        load_chunk<VEC>(x.row(r < start ? row : r) + c, r < start ? 0 : n, in[w]);
+    }
+}
+
+template <int W, class T> __device__ __forceinline__ void load_taps(const T *w, const T *b, int64_t c, int n, float (&k)[W][CHUNK], float (&bias)[CHUNK])
+{
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) {
+        bias[i] = i < n ? to_float(b[c + i]) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < W; j++)
+            k[j][i] = i < n ? to_float(w[(c + i) * W + j]) : 0.0f;
+    }
+}
+
+template <bool VEC, int W, class T>
+static __global__ void __launch_bounds__(CONV_THREADS)
+    conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<T> y)
+{
+    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * CHUNK;
+    const int n = chunk_size(y.cols, c);
+    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < y.rows ? first + run : y.rows;
+    if (n == 0)
+        return;
+    float k[W][CHUNK], bias[CHUNK], in[W][CHUNK], v[CHUNK];
+    walker at(cu, segments, first);
+    load_taps<W>(weight, bias_of, c, n, k, bias);
+    load_before<VEC, W>(x, first, at.start, c, n, in);
+    for (int64_t r = first; r < last; r++) {
+        if (at.moves(r))
+#pragma unroll
+            for (int w = 0; w < W; w++)
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++)
+                    in[w][i] = 0;
+        load_chunk<VEC>(x.row(r) + c, n, in[W - 1]);
+        taps_sum<W>(k, bias, in, v);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            v[i] *= sigmoid<T>(v[i]);
+        store_chunk<VEC>(y.row(r) + c, n, v);
+        shift<W>(in);
+    }
+}
+
+/* partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
+template <bool VEC, int W, class T>
+static __global__ void __launch_bounds__(CONV_THREADS)
+    conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<const T> dy,
+                         matrix<T> dx, float *partial)
+{
+    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * CHUNK;
+    const int n = chunk_size(dx.cols, c);
+    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < dx.rows ? first + run : dx.rows;
+    if (n == 0)
+        return;
+    float k[W][CHUNK], bias[CHUNK], in[W][CHUNK], v[CHUNK], dv[CHUNK], due[W][CHUNK] = {}, dw[W][CHUNK] = {}, db[CHUNK] = {};
+    walker at(cu, segments, first);
+    load_taps<W>(weight, bias_of, c, n, k, bias);
+    load_before<VEC, W>(x, first, at.start, c, n, in);
+    /* due[i] collects dx of row s-(W-1)+i; rows beyond the last have dv = 0 and only push out what is due. */
+    for (int64_t s = first; s < last + W - 1; s++) {
+        if (s < dx.rows) {
+            if (at.moves(s))
+#pragma unroll
+                for (int w = 0; w < W; w++)
+#pragma unroll
+                    for (int i = 0; i < CHUNK; i++)
+                        in[w][i] = 0;
+            load_chunk<VEC>(x.row(s) + c, n, in[W - 1]);
+            load_chunk<VEC>(dy.row(s) + c, n, dv);
+            taps_sum<W>(k, bias, in, v);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) {
+                const float gate = sigmoid<T>(v[i]);
+                dv[i] *= gate * (1 + v[i] * (1 - gate));
+            }
+            if (partial && s < last)
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) {
+                    db[i] += dv[i];
+#pragma unroll
+                    for (int w = 0; w < W; w++)
+                        dw[w][i] += dv[i] * in[w][i];
+                }
+#pragma unroll
+            for (int w = 0; w < W; w++)
+                if (s - (W - 1) + w >= at.start)
+#pragma unroll
+                    for (int i = 0; i < CHUNK; i++)
+                        due[w][i] += k[w][i] * dv[i];
+            shift<W>(in);
+        }
+        if (s - (W - 1) >= first)
+            store_chunk<VEC>(dx.row(s - (W - 1)) + c, n, due[0]);
+        shift<W>(due);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            due[W - 1][i] = 0;
+    }
+    if (!partial)
+        return;
+    float *own = partial + blockIdx.y * dx.cols * (W + 1);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++)
+        if (i < n) {
+#pragma unroll
+            for (int w = 0; w < W; w++)
+                own[(c + i) * W + w] = dw[w][i];
+            own[dx.cols * W + c + i] = db[i];
+        }
+}
+
+/* Any number of taps, one channel a thread, inputs read from memory again and again: for widths no model uses. */
+template <class T> __device__ float conv_at(const matrix<const T> &x, const T *weight, const T *bias, int taps, int64_t r, int64_t start, int64_t c)
+{
+    float v = to_float(bias[c]);
+    for (int w = 0; w < taps; w++)
+        if (r - (taps - 1) + w >= start)
+            v += to_float(weight[c * taps + w]) * to_float(x.row(r - (taps - 1) + w)[c]);
+    return v;
+}
+
+template <class T> __device__ float conv_dv(const matrix<const T> &x, const T *weight, const T *bias, int taps, const matrix<const T> &dy, int64_t r,
+                                            int64_t start, int64_t c)
+{
+    const float v = conv_at(x, weight, bias, taps, r, start, c), gate = sigmoid<T>(v);
+    return to_float(dy.row(r)[c]) * gate * (1 + v * (1 - gate));
+}
+
+template <class T>
+static __global__ void conv_any_forward(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<T> y)
+{
+    const int64_t c = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    if (c >= y.cols)
+        return;
+    const walker at(cu, segments, blockIdx.y);
+    const float v = conv_at(x, weight, bias, taps, blockIdx.y, at.start, c);
+    y.row(blockIdx.y)[c] = from_float<T>(v * sigmoid<T>(v));
+}
+
+template <class T>
+static __global__ void conv_any_dx(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<const T> dy,
+                                   matrix<T> dx)
+{
+    const int64_t c = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, r = blockIdx.y;
+    if (c >= dx.cols)
+        return;
+    const walker at(cu, segments, r);
+    float sum = 0;
+    for (int w = taps - 1; w >= 0; w--)
+        if (r + taps - 1 - w < at.end)
+            sum += to_float(weight[c * taps + w]) * conv_dv(x, weight, bias, taps, dy, r + taps - 1 - w, at.start, c);
+    dx.row(r)[c] = from_float<T>(sum);
+}
+
+/* One thread per (channel, tap); tap = taps: the bias. */
+template <class T>
+static __global__ void conv_any_dw(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<const T> dy,
+                                   float *dw, float *db)
+{
+    const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, c = i / (taps + 1);
+    const int w = (int)(i % (taps + 1));
+    if (c >= dy.cols)
+        return;
+    walker at(cu, segments, 0);
+    float sum = 0;
+    for (int64_t r = 0; r < dy.rows; r++) {
+        at.moves(r);
+        const float dv = conv_dv(x, weight, bias, taps, dy, r, at.start, c);
+        if (w == taps)
+            sum += dv;
+        else if (r - (taps - 1) + w >= at.start)
+            sum += dv * to_float(x.row(r - (taps - 1) + w)[c]);
+    }
+    if (w == taps)
+        db[c] += sum;
+    else
+        dw[c * taps + w] += sum;
+}
+
+enum { FAST_TAPS = 4 };
+
+static int conv_run(int64_t rows, int64_t cols, size_t scratch)
+{
+    int64_t run = 64;
+    while ((rows + run - 1) / run > 65535 || (size_t)((rows + run - 1) / run * cols * (FAST_TAPS + 1)) * sizeof(float) > scratch)
+        run *= 2;
+    return (int)run;
+}
+
+static void check_conv(in_t x, in_t w, in_t b, in_t y)
+{
+    ASSERT(tensor_rows(x) == tensor_rows(y) && tensor_cols(x) == tensor_cols(y) && tensor_rows(w) == tensor_cols(y)
+           && tensor_numel(b) == tensor_cols(y) && tensor_cols(w) >= 1 && tensor_cols(w) <= CONV_MAX_TAPS);
+}
+
+extern "C" void cuda_conv_forward(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, out_t y)
+{
+    const int64_t rows = tensor_rows(y), cols = tensor_cols(y);
+    check_conv(x, w, b, y);
+    if (rows * cols == 0)
+        return;
+    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1, run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
+    by_type(y, [&](auto zero) {
+        using T = decltype(zero);
+        if (taps != FAST_TAPS) {
+            ASSERT(rows <= 65535);
+            conv_any_forward<T><<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, cuda_stream_of(s)>>>(
+                as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, taps, (const int32_t *)cu->data, segments, as_matrix<T>(y));
+            return;
+        }
+        const dim3 grid(blocks_for(cols, CONV_THREADS * CHUNK), (unsigned)((rows + run - 1) / run));
+        by_flag(chunks_aligned({ x, y }), [&](auto vec) {
+            conv_forward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, (const int32_t *)cu->data, segments, run, as_matrix<T>(y));
+        });
+    });
+    CHECK_LAUNCH();
+}
+
+extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, in_t dy, out_t dx, out_t dw, out_t db)
+{
+    const int64_t rows = tensor_rows(dx), cols = tensor_cols(dx);
+    check_conv(x, w, b, dx);
+    ASSERT(tensor_rows(dy) == rows && tensor_cols(dy) == cols && (dw == NULL) == (db == NULL));
+    if (rows * cols == 0)
+        return;
+    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1, run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
+    const int runs = (int)((rows + run - 1) / run);
+    const cudaStream_t st = cuda_stream_of(s);
+    const int32_t *starts = (const int32_t *)cu->data;
+    by_type(dx, [&](auto zero) {
+        using T = decltype(zero);
+        const T *weight = (const T *)w->data, *bias = (const T *)b->data;
+        if (taps != FAST_TAPS) {
+            ASSERT(rows <= 65535);
+            conv_any_dx<T><<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, st>>>(as_matrix<const T>(x), weight, bias, taps, starts, segments,
+                                                                                       as_matrix<const T>(dy), as_matrix<T>(dx));
+            CHECK_LAUNCH();
+            if (dw)
+                conv_any_dw<T><<<blocks_for(cols * (taps + 1), 128), 128, 0, st>>>(as_matrix<const T>(x), weight, bias, taps, starts, segments,
+                                                                                  as_matrix<const T>(dy), (float *)dw->data, (float *)db->data);
+            return;
+        }
+        float *partial = dw ? (float *)cuda_scratch(s, (size_t)(runs * cols * (FAST_TAPS + 1)) * sizeof(float)) : NULL;
+        const dim3 grid(blocks_for(cols, CONV_THREADS * CHUNK), (unsigned)runs);
+        by_flag(chunks_aligned({ x, dy, dx }), [&](auto vec) {
+            conv_backward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, st>>>(
+                as_matrix<const T>(x), weight, bias, starts, segments, run, as_matrix<const T>(dy), as_matrix<T>(dx), partial);
+        });
+        CHECK_LAUNCH();
+        if (partial) {
+            const int64_t stride = cols * (FAST_TAPS + 1);
+            columns_finish(st, partial, runs, stride, cols * FAST_TAPS, (float *)dw->data);
+            columns_finish(st, partial + cols * FAST_TAPS, runs, stride, cols, (float *)db->data);
+        }
+    });
+    CHECK_LAUNCH();
+}
+
+/* ---- gated norm ---- */
+
+/* A lane has chunks lane, lane+32, ... of its group: PER of them at most. */
+template <bool VEC, int PER, class T> struct group_row {
+    float v[PER][CHUNK];
+    __device__ __forceinline__ void load(const T *p, int64_t width)
+    {
+#pragma unroll
+        for (int i = 0; i < PER; i++) {
+            const int64_t c = (int64_t)(i * WARP + threadIdx.x % WARP) * CHUNK;
+            load_chunk<VEC>(p + (c < width ? c : 0), chunk_size(width, c), v[i]);
+        }
+    }
+    __device__ __forceinline__ void store(T *p, int64_t width) const
+    {
+#pragma unroll
+        for (int i = 0; i < PER; i++) {
+            const int64_t c = (int64_t)(i * WARP + threadIdx.x % WARP) * CHUNK;
+            if (c < width)
+                store_chunk<VEC>(p + c, chunk_size(width, c), v[i]);
+        }
+    }
+};
+
+template <bool VEC, int PER, class T>
+static __global__ void __launch_bounds__(NORM_WARPS *WARP)
+    gated_forward_kernel(matrix<const T> y, matrix<const T> z, const T *w, int groups, float eps, matrix<T> o, matrix<float> rs)
+{
+    const int64_t task = blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / WARP, r = task / groups;
+    if (r >= o.rows)
+        return;
+    const int g = (int)(task % groups);
+    const int64_t width = o.cols / groups, first = g * width;
+    group_row<VEC, PER, T> u, gate, weight;
+    u.load(y.row(r) + first, width);
+    gate.load(z.row(r) + first, width);
+    weight.load(w + first, width);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++) {
+            u.v[i][j] *= gate.v[i][j] * sigmoid<T>(gate.v[i][j]);
+            sum += u.v[i][j] * u.v[i][j];
+        }
+    const float scale = rsqrtf(warp_sum(sum) / (float)width + eps);
+#pragma unroll
+    for (int i = 0; i < PER; i++)
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++)
+            u.v[i][j] *= scale * weight.v[i][j];
+    u.store(o.row(r) + first, width);
+    if (threadIdx.x % WARP == 0)
+        rs.row(r)[g] = scale;
+}
+
+/* Block (b, g): rows b*NORM_WARPS + warp, + gridDim.x*NORM_WARPS, ... of group g. partial [blocks][cols] or NULL. */
+template <bool VEC, int PER, class T>
+static __global__ void __launch_bounds__(NORM_WARPS *WARP)
+    gated_backward_kernel(matrix<const T> y, matrix<const T> z, const T *w, matrix<const float> rs, matrix<const T> d_o, matrix<T> dy, matrix<T> dz,
+                          float *partial)
+{
+    extern __shared__ float sums[];   /* [width] */
+    const int groups = gridDim.y, g = blockIdx.y, warp = threadIdx.x / WARP;
+    const int64_t width = dy.cols / groups, first = g * width;
+    group_row<VEC, PER, T> weight, value, gate, from;
+    float dw[PER][CHUNK] = {};
+    weight.load(w + first, width);
+    for (int64_t r = blockIdx.x * (int64_t)NORM_WARPS + warp; r < dy.rows; r += (int64_t)gridDim.x * NORM_WARPS) {
+        value.load(y.row(r) + first, width);
+        gate.load(z.row(r) + first, width);
+        from.load(d_o.row(r) + first, width);
+        const float scale = rs.row(r)[g];
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < PER; i++)
+#pragma unroll
+            for (int j = 0; j < CHUNK; j++) {
+                const float x = gate.v[i][j], normed = value.v[i][j] * x * sigmoid<T>(x) * scale;
+                dw[i][j] += from.v[i][j] * normed;
+                from.v[i][j] *= weight.v[i][j];
+                sum += from.v[i][j] * normed;
+            }
+        const float mean = warp_sum(sum) / (float)width;
+#pragma unroll
+        for (int i = 0; i < PER; i++)
+#pragma unroll
+            for (int j = 0; j < CHUNK; j++) {
+                const float x = gate.v[i][j], sg = sigmoid<T>(x), silu = x * sg;
+                const float du = scale * (from.v[i][j] - value.v[i][j] * silu * scale * mean);
+                gate.v[i][j] = du * value.v[i][j] * sg * (1 + x * (1 - sg));
+                value.v[i][j] = du * silu;
+            }
+        value.store(dy.row(r) + first, width);
+        gate.store(dz.row(r) + first, width);
+    }
+    if (!partial)
+        return;
+    for (int turn = 0; turn < NORM_WARPS; turn++) {
+        if (turn == warp)
+#pragma unroll
+            for (int i = 0; i < PER; i++)
+#pragma unroll
+                for (int j = 0; j < CHUNK; j++) {
+                    const int64_t c = (int64_t)(i * WARP + threadIdx.x % WARP) * CHUNK + j;
+                    if (c < width)
+                        sums[c] = turn == 0 ? dw[i][j] : sums[c] + dw[i][j];
+                }
+        __syncthreads();
+    }
+    for (int64_t c = threadIdx.x; c < width; c += blockDim.x)
+        partial[blockIdx.x * dy.cols + first + c] = sums[c];
+}
+
+/* Chunks a lane needs for groups of `width` columns, rounded to what is compiled. */
+template <class F> static void by_chunks(int64_t width, F f)
+{
+    const int64_t need = (width + WARP * CHUNK - 1) / (WARP * CHUNK);
+    if (need <= 1)
+        f(std::integral_constant<int, 1>());
+    else if (need <= 2)
+        f(std::integral_constant<int, 2>());
+    else if (need <= 5)
+        f(std::integral_constant<int, 5>());
+    else
+        FATAL(EXIT_INTERNAL, "gated norm over groups of %lld columns: at most %d", (long long)width, 5 * WARP * CHUNK);
+}
+
+static void check_gated(in_t y, in_t z, in_t w, int groups, in_t rs, in_t o)
+{
+    const int64_t rows = tensor_rows(o), cols = tensor_cols(o);
+    ASSERT(groups > 0 && cols % groups == 0 && tensor_numel(w) == cols && tensor_rows(rs) == rows && tensor_cols(rs) == groups);
+    ASSERT(tensor_rows(y) == rows && tensor_cols(y) == cols && tensor_rows(z) == rows && tensor_cols(z) == cols);
+}
+
+/* A group must start on 16 bytes as well. */
+static bool groups_aligned(std::initializer_list<in_t> views, in_t w, int64_t width)
+{
+    return chunks_aligned(views) && chunks_aligned({ w }) && width % CHUNK == 0;
+}
+
+extern "C" void cuda_gated_norm_forward(struct stream *s, in_t y, in_t z, in_t w, int groups, double eps, out_t o, out_t rs)
+{
+    const int64_t rows = tensor_rows(o), width = tensor_cols(o) / groups;
+    check_gated(y, z, w, groups, rs, o);
+    if (rows * width == 0)
+        return;
+    by_type(o, [&](auto zero) {
+        using T = decltype(zero);
+        by_chunks(width, [&](auto per) {
+            by_flag(groups_aligned({ y, z, o }, w, width), [&](auto vec) {
+                gated_forward_kernel<decltype(vec)::value, decltype(per)::value, T>
+                    <<<blocks_for(rows * groups, NORM_WARPS), NORM_WARPS * WARP, 0, cuda_stream_of(s)>>>(
+                        as_matrix<const T>(y), as_matrix<const T>(z), (const T *)w->data, groups, (float)eps, as_matrix<T>(o), as_matrix<float>(rs));
+            });
+        });
+    });
+    CHECK_LAUNCH();
+}
+
+extern "C" void cuda_gated_norm_backward(struct stream *s, in_t y, in_t z, in_t w, int groups, in_t rs, in_t do_, out_t dy, out_t dz, out_t dw)
+{
+    const int64_t rows = tensor_rows(dy), cols = tensor_cols(dy), width = cols / groups;
+    check_gated(y, z, w, groups, rs, dy);
+    ASSERT(tensor_rows(do_) == rows && tensor_cols(do_) == cols && tensor_rows(dz) == rows && tensor_cols(dz) == cols);
+    if (rows * width == 0)
+        return;
+    const int64_t most = (rows + NORM_WARPS - 1) / NORM_WARPS, wanted = NORM_BLOCKS * 8 / groups > 1 ? NORM_BLOCKS * 8 / groups : 1;
+    const int blocks = (int)(most < wanted ? most : wanted);
+    float *partial = dw ? (float *)cuda_scratch(s, (size_t)(blocks * cols) * sizeof(float)) : NULL;
+    by_type(dy, [&](auto zero) {
+        using T = decltype(zero);
+        by_chunks(width, [&](auto per) {
+            by_flag(groups_aligned({ y, z, do_, dy, dz }, w, width), [&](auto vec) {
+                gated_backward_kernel<decltype(vec)::value, decltype(per)::value, T>
+                    <<<dim3((unsigned)blocks, (unsigned)groups), NORM_WARPS * WARP, (size_t)width * sizeof(float), cuda_stream_of(s)>>>(
+                        as_matrix<const T>(y), as_matrix<const T>(z), (const T *)w->data, as_matrix<const float>(rs), as_matrix<const T>(do_),
+                        as_matrix<T>(dy), as_matrix<T>(dz), partial);
+            });
+        });
+    });
+    CHECK_LAUNCH();
+    if (partial)
+        columns_finish(cuda_stream_of(s), partial, blocks, cols, cols, (float *)dw->data);
+}

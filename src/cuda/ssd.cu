@@ -1,0 +1,447 @@
+/* ssd.cu - the selective state space scan in chunks (model.md 1.6.5), forward and backward.
+ *
+ *   rates      del and its sums; one thread per chunk and head
+ *   states     what each chunk adds to the state, then one thread per element of the state walks the chunks
+ *   output     inside a chunk every row looks back at the rows before it and at the entering state
+ *   backward   the same for the adjoint, chunks in reverse; then the gradients row by row
+ *
+ * The three kernels that multiply matrices exist on tensor cores (ssd_mma.cu) for the widths that models use, and here in
+ * plain loops in fp32 for everything else: one block per row, sums in a fixed order.
+ */
+#include "columns.cuh"
+#include "cuda_sizes.h"
+#include "ssd.h"
+
+enum { THREADS = 128, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
+
+/* ---- chunks and rates ---- */
+
+static __global__ void list_chunks(const int32_t *cu, int segments, int chunk, ssd_chunk *out, int *count)
+{
+    int n = 0;
+    for (int s = 0; s < segments; s++)
+        for (int first = cu[s]; first < cu[s + 1]; first += chunk) {
+            const int rows = cu[s + 1] - first < chunk ? cu[s + 1] - first : chunk;
+            out[n++] = ssd_chunk{ first, rows, first == cu[s], first + rows == cu[s + 1] };
+        }
+    *count = n;
+}
+
+template <class T> __device__ __forceinline__ float rate_of(const ssd_args<T> &a, int h)
+{
+    return -expf(to_float(a.a_log[h]));
+}
+
+template <class T> static __global__ void rates_kernel(ssd_args<T> a)
+{
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, c = i / a.heads, h = i % a.heads;
+    if (c >= *a.count)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
+    double sum = 0;
+#pragma unroll 4
+    for (int r = 0; r < k.rows; r++) {
+        const float v = to_float(a.dt.row(k.first + r)[h]) + bias, del = v > 20.0f ? v : log1pf(expf(v));
+        sum += (double)del * rate;
+        a.del[(int64_t)(k.first + r) * a.heads + h] = del;
+        a.cs[(int64_t)(k.first + r) * a.heads + h] = (float)sum;
+    }
+}
+
+template <class T> __device__ __forceinline__ float last_cs(const ssd_args<T> &a, const ssd_chunk &k, int h)
+{
+    return a.cs[(int64_t)(k.first + k.rows - 1) * a.heads + h];
+}
+
+/* ---- states ---- */
+
+/* A chunk's own part: sum over j of tail_j del_j x_j (x) B_j, or of carry_i gy_i (x) C_i. */
+template <class T> static __global__ void states_kernel(ssd_args<T> a, bool adjoint)
+{
+    const int c = blockIdx.y, h = blockIdx.z, g = a.group_of(h);
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= *a.count || i >= a.width * a.state)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const int p = i / a.state, n = i % a.state;
+    const float end = last_cs(a, k, h);
+    float sum = 0;
+    for (int r = 0; r < k.rows; r++) {
+        const int64_t row = k.first + r, at = row * a.heads + h;
+        sum += adjoint ? expf(a.cs[at]) * to_float(a.gy(row, h)[p]) * to_float(a.c(row, g)[n])
+                       : expf(end - a.cs[at]) * a.del[at] * to_float(a.x(row, h)[p]) * to_float(a.b(row, g)[n]);
+    }
+    (adjoint ? a.adjoint : a.entering)[a.state_at(c, h) + i] = sum;
+}
+
+/* In place: a chunk's own part becomes the state before it; for the adjoint the gradient of the state behind it. */
+template <class T> static __global__ void pass_kernel(ssd_args<T> a, bool adjoint)
+{
+    const int64_t size = (int64_t)a.width * a.state, i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    if (i >= a.heads * size)
+        return;
+    const int h = (int)(i / size), n = *a.count;
+    float *states = adjoint ? a.adjoint : a.entering, running = 0;
+    for (int step = 0; step < n; step++) {
+        const int c = adjoint ? n - 1 - step : step;
+        const ssd_chunk k = a.chunks[c];
+        float *at = states + (int64_t)c * a.heads * size + i;
+        if (adjoint ? k.closes : k.opens)
+            running = 0;
+        const float own = *at;
+        *at = running;
+        running = expf(last_cs(a, k, h)) * running + own;
+    }
+}
+
+/* keep <Gm, St> of a chunk and head. */
+template <class T> static __global__ void keep_dot_kernel(ssd_args<T> a)
+{
+    __shared__ float shared[WARP];
+    const int c = blockIdx.x, h = blockIdx.y;
+    if (c >= *a.count)
+        return;
+    const float *s = a.entering + a.state_at(c, h), *g = a.adjoint + a.state_at(c, h);
+    float sum = 0;
+    for (int i = threadIdx.x; i < a.width * a.state; i += blockDim.x)
+        sum += s[i] * g[i];
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0)
+        a.keep_dot[c * a.heads + h] = expf(last_cs(a, a.chunks[c], h)) * sum;
+}
+
+/* ---- plain loops ---- */
+
+template <class T> __device__ float dot(const T *x, const T *y, int n)
+{
+    float sum = 0;
+    for (int i = 0; i < n; i++)
+        sum += to_float(x[i]) * to_float(y[i]);
+    return sum;
+}
+
+/* One block a row: y_i = sum_{j<=i} (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i. */
+template <class T> static __global__ void output_kernel(ssd_args<T> a, matrix<T> y)
+{
+    extern __shared__ float mix[];
+    const int c = blockIdx.x / a.chunk, i = blockIdx.x % a.chunk, h = blockIdx.y, g = a.group_of(h);
+    if (c >= *a.count || i >= a.chunks[c].rows)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const int64_t row = k.first + i;
+    const float cs = a.cs[row * a.heads + h];
+    for (int j = threadIdx.x; j <= i; j += blockDim.x) {
+        const int64_t at = (int64_t)(k.first + j) * a.heads + h;
+        mix[j] = dot(a.c(row, g), a.b(k.first + j, g), a.state) * expf(cs - a.cs[at]) * a.del[at];
+    }
+    __syncthreads();
+    const float *state = a.entering + a.state_at(c, h);
+    for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
+        float sum = to_float(a.d_skip[h]) * to_float(a.x(row, h)[p]), carried = 0;
+        for (int j = 0; j <= i; j++)
+            sum += mix[j] * to_float(a.x(k.first + j, h)[p]);
+        for (int n = 0; n < a.state; n++)
+            carried += state[p * a.state + n] * to_float(a.c(row, g)[n]);
+        y.row(row)[h * a.width + p] = from_float<T>(sum + expf(cs) * carried);
+    }
+}
+
+/* One block a row j: dx_j, e_j, and the column's part of dcs_j. */
+template <class T> static __global__ void backward_x_kernel(ssd_args<T> a)
+{
+    extern __shared__ float mix[];
+    __shared__ float shared[WARP];
+    const int c = blockIdx.x / a.chunk, j = blockIdx.x % a.chunk, h = blockIdx.y, g = a.group_of(h);
+    if (c >= *a.count || j >= a.chunks[c].rows)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const int64_t row = k.first + j, own = row * a.heads + h;
+    const float cs = a.cs[own], del = a.del[own], tail = expf(last_cs(a, k, h) - cs);
+    float column = 0;
+    for (int i = j + (int)threadIdx.x; i < k.rows; i += blockDim.x) {
+        const int64_t at = (int64_t)(k.first + i) * a.heads + h;
+        const float m = dot(a.c(k.first + i, g), a.b(row, g), a.state) * expf(a.cs[at] - cs);
+        mix[i] = m * del;
+        column += m * dot(a.gy(k.first + i, h), a.x(row, h), a.width);
+    }
+    column = block_sum(column, shared);
+    const float *behind = a.adjoint + a.state_at(c, h);
+    float through = 0;
+    for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
+        float sum = to_float(a.d_skip[h]) * to_float(a.gy(row, h)[p]), z = 0;
+        for (int i = j; i < k.rows; i++)
+            sum += mix[i] * to_float(a.gy(k.first + i, h)[p]);
+        for (int n = 0; n < a.state; n++)
+            z += behind[p * a.state + n] * to_float(a.b(row, g)[n]);
+        through += to_float(a.x(row, h)[p]) * z;
+        a.dx(row, h)[p] = from_float<T>(sum + tail * del * z);
+    }
+    through = tail * block_sum(through, shared);
+    if (threadIdx.x == 0) {
+        a.e[own] = column + through;
+        a.through[own] = through;
+        a.row[own] = -del * (column + through);
+    }
+}
+
+/* One block a row i: the row's part of dcs_i. */
+template <class T> static __global__ void backward_row_kernel(ssd_args<T> a)
+{
+    __shared__ float shared[WARP];
+    const int c = blockIdx.x / a.chunk, i = blockIdx.x % a.chunk, h = blockIdx.y, g = a.group_of(h);
+    if (c >= *a.count || i >= a.chunks[c].rows)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const int64_t row = k.first + i, own = row * a.heads + h;
+    const float cs = a.cs[own];
+    float sum = 0, carried = 0;
+    for (int j = threadIdx.x; j <= i; j += blockDim.x) {
+        const int64_t at = (int64_t)(k.first + j) * a.heads + h;
+        sum += dot(a.c(row, g), a.b(k.first + j, g), a.state) * expf(cs - a.cs[at]) * a.del[at]
+               * dot(a.gy(row, h), a.x(k.first + j, h), a.width);
+    }
+    const float *state = a.entering + a.state_at(c, h);
+    for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
+        float z = 0;
+        for (int n = 0; n < a.state; n++)
+            z += state[p * a.state + n] * to_float(a.c(row, g)[n]);
+        carried += to_float(a.gy(row, h)[p]) * z;
+    }
+    sum = block_sum(sum, shared) + expf(cs) * block_sum(carried, shared);
+    if (threadIdx.x == 0)
+        a.row[own] += sum;
+}
+
+/* D's sum of a chunk: rows in order. */
+template <class T> static __global__ void skip_kernel(ssd_args<T> a, int most)
+{
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, c = i / a.heads, h = i % a.heads;
+    if (c >= *a.count)
+        return;
+    float sum = 0;
+    for (int r = 0; r < a.chunks[c].rows; r++)
+        sum += dot(a.gy(a.chunks[c].first + r, h), a.x(a.chunks[c].first + r, h), a.width);
+    a.sums[(int64_t)(2 * most + c) * a.heads + h] = sum;
+}
+
+/* One block a row and group: dB_j (for_c false) or dC_i, summed over the group's heads in order. */
+template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool for_c)
+{
+    extern __shared__ float mix[];
+    const int c = blockIdx.x / a.chunk, r = blockIdx.x % a.chunk, g = blockIdx.y, per = a.heads / a.groups;
+    if (c >= *a.count || r >= a.chunks[c].rows)
+        return;
+    const ssd_chunk k = a.chunks[c];
+    const int64_t row = k.first + r;
+    const int low = for_c ? 0 : r, high = for_c ? r + 1 : k.rows;
+    for (int o = low + (int)threadIdx.x; o < high; o += blockDim.x) {
+        const int64_t i = for_c ? row : k.first + o, j = for_c ? k.first + o : row;
+        float sum = 0;
+        for (int h = g * per; h < (g + 1) * per; h++)
+            sum += expf(a.cs[i * a.heads + h] - a.cs[j * a.heads + h]) * a.del[j * a.heads + h] * dot(a.gy(i, h), a.x(j, h), a.width);
+        mix[o] = sum;
+    }
+    __syncthreads();
+    for (int n = threadIdx.x; n < a.state; n += blockDim.x) {
+        float sum = 0;
+        for (int o = low; o < high; o++)
+            sum += mix[o] * to_float((for_c ? a.b(k.first + o, g) : a.c(k.first + o, g))[n]);
+        for (int h = g * per; h < (g + 1) * per; h++) {
+            const float *s = (for_c ? a.entering : a.adjoint) + a.state_at(c, h);
+            const T *from = for_c ? a.gy(row, h) : a.x(row, h);
+            const int64_t at = row * a.heads + h;
+            const float scale = for_c ? expf(a.cs[at]) : expf(last_cs(a, k, h) - a.cs[at]) * a.del[at];
+            float z = 0;
+            for (int p = 0; p < a.width; p++)
+                z += to_float(from[p]) * s[p * a.state + n];
+            sum += scale * z;
+        }
+        (for_c ? a.dc(row, g) : a.db(row, g))[n] = from_float<T>(sum);
+    }
+}
+
+/* ---- from dcs and e to dt and the parameters ---- */
+
+/* One thread per chunk and head, rows in reverse: R_j = sum of dcs from j on. */
+template <class T> static __global__ void finish_kernel(ssd_args<T> a, int most)
+{
+    const int i = blockIdx.x * blockDim.x + threadIdx.x, c = i / a.heads, h = i % a.heads;
+    if (c >= most)
+        return;
+    double bias_sum = 0, rate_sum = 0;
+    if (c < *a.count) {
+        const ssd_chunk k = a.chunks[c];
+        const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
+        /* All of a chunk's decays lead to its end. */
+        double later = a.keep_dot[c * a.heads + h];
+        for (int r = 0; r < k.rows; r++)
+            later += (double)a.del[(int64_t)(k.first + r) * a.heads + h] * a.through[(int64_t)(k.first + r) * a.heads + h];
+        for (int r = k.rows - 1; r >= 0; r--) {
+            const int64_t at = (int64_t)(k.first + r) * a.heads + h;
+            later += a.row[at];
+            const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
+            const double d = (rate * later + a.e[at]) * slope;
+            a.ddt.row(k.first + r)[h] = from_float<T>((float)d);
+            bias_sum += d;
+            rate_sum += a.del[at] * later;
+        }
+        rate_sum *= rate;
+    }
+    a.sums[(int64_t)c * a.heads + h] = (float)bias_sum;
+    a.sums[(int64_t)(most + c) * a.heads + h] = (float)rate_sum;
+    if (c >= *a.count)
+        a.sums[(int64_t)(2 * most + c) * a.heads + h] = 0;
+}
+
+/* ---- host ---- */
+
+/* Every array begins on 256 bytes; chunks beyond `most` do not exist. */
+static float *carve(float **at, int64_t n)
+{
+    float *p = *at;
+    *at += (n + 63) / 64 * 64;
+    return p;
+}
+
+template <class T>
+static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int heads, int head_dim, int groups,
+                             int state, int chunk, in_t work, int *most)
+{
+    const int64_t tokens = tensor_rows(xbc), segments = tensor_numel(cu) - 1;
+    *most = (int)(tokens / chunk + (segments < tokens ? segments : tokens));
+    ssd_args<T> a = {};
+    a.xbc = as_matrix<const T>(xbc);
+    a.dt = as_matrix<const T>(dt);
+    a.dt_bias = (const T *)dt_bias->data;
+    a.a_log = (const T *)a_log->data;
+    a.d_skip = (const T *)d_skip->data;
+    a.heads = heads;
+    a.width = head_dim;
+    a.groups = groups;
+    a.state = state;
+    a.chunk = chunk;
+    float *at = (float *)work->data;
+    const int64_t states = (int64_t)*most * heads * head_dim * state, rows = tokens * heads;
+    a.entering = carve(&at, states);
+    a.adjoint = carve(&at, states);
+    a.del = carve(&at, rows);
+    a.cs = carve(&at, rows);
+    a.e = carve(&at, rows);
+    a.row = carve(&at, rows);
+    a.through = carve(&at, rows);
+    a.sums = carve(&at, 3 * (int64_t)*most * heads);
+    a.keep_dot = carve(&at, (int64_t)*most * heads);
+    a.chunks = (const ssd_chunk *)carve(&at, 4 * (int64_t)*most);
+    a.count = (const int *)carve(&at, 1);
+    ASSERT(at - (float *)work->data <= tensor_numel(work) && heads % groups == 0);
+    list_chunks<<<1, 1, 0, cuda_stream_of(s)>>>((const int32_t *)cu->data, (int)segments, chunk, (ssd_chunk *)a.chunks, (int *)a.count);
+    CHECK_LAUNCH();
+    rates_kernel<T><<<blocks_for((int64_t)*most * heads, THREADS), THREADS, 0, cuda_stream_of(s)>>>(a);
+    CHECK_LAUNCH();
+    return a;
+}
+
+static bool on_16_bytes(const void *p, int64_t ld)
+{
+    return (uintptr_t)p % 16 == 0 && ld % 8 == 0;
+}
+
+static bool fits_mma(const ssd_args<bf16> &a)
+{
+    return a.width == MMA_WIDTH && a.state == MMA_STATE && a.chunk == MMA_CHUNK && on_16_bytes(a.xbc.p, a.xbc.ld) && on_16_bytes(a.dy.p, a.dy.ld)
+           && on_16_bytes(a.dxbc.p, a.dxbc.ld);
+}
+
+template <class T> static void own_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
+{
+    const int64_t size = (int64_t)a.width * a.state;
+    if constexpr (sizeof(T) == 2)
+        if (fits_mma(a)) {
+            ssd_mma_states(a, most, adjoint, st);
+            return;
+        }
+    states_kernel<T><<<dim3(blocks_for(size, THREADS), (unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(a, adjoint);
+    CHECK_LAUNCH();
+}
+
+template <class T> static void pass_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
+{
+    own_states(a, most, adjoint, st);
+    pass_kernel<T><<<blocks_for((int64_t)a.heads * a.width * a.state, THREADS), THREADS, 0, st>>>(a, adjoint);
+    CHECK_LAUNCH();
+}
+
+template <class T> static void output(const ssd_args<T> &a, int most, matrix<T> y, cudaStream_t st)
+{
+    if constexpr (sizeof(T) == 2)
+        if (fits_mma(a) && on_16_bytes(y.p, y.ld)) {
+            ssd_mma_output(a, most, y, st);
+            return;
+        }
+    output_kernel<T><<<dim3((unsigned)(most * a.chunk), (unsigned)a.heads), THREADS, a.chunk * sizeof(float), st>>>(a, y);
+    CHECK_LAUNCH();
+}
+
+template <class T> static void gradients(const ssd_args<T> &a, int most, cudaStream_t st)
+{
+    if constexpr (sizeof(T) == 2)
+        if (fits_mma(a)) {
+            ssd_mma_backward(a, most, st);
+            return;
+        }
+    const dim3 rows((unsigned)(most * a.chunk), (unsigned)a.heads), groups((unsigned)(most * a.chunk), (unsigned)a.groups);
+    const size_t shared = a.chunk * sizeof(float);
+    backward_x_kernel<T><<<rows, THREADS, shared, st>>>(a);
+    CHECK_LAUNCH();
+    backward_row_kernel<T><<<rows, THREADS, 0, st>>>(a);
+    CHECK_LAUNCH();
+    backward_bc_kernel<T><<<groups, THREADS, shared, st>>>(a, false);
+    CHECK_LAUNCH();
+    backward_bc_kernel<T><<<groups, THREADS, shared, st>>>(a, true);
+    CHECK_LAUNCH();
+    skip_kernel<T><<<blocks_for((int64_t)most * a.heads, THREADS), THREADS, 0, st>>>(a, most);
+    CHECK_LAUNCH();
+}
+
+extern "C" void cuda_ssd_forward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len, int heads,
+                                 int head_dim, int groups, int state, int chunk, in_t work, out_t y)
+{
+    if (tensor_rows(xbc) == 0)
+        return;
+    by_type(xbc, [&](auto zero) {
+        using T = decltype(zero);
+        int most;
+        const ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
+        pass_states(a, most, false, cuda_stream_of(s));
+        output(a, most, as_matrix<T>(y), cuda_stream_of(s));
+    });
+}
+
+extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len, int heads,
+                                  int head_dim, int groups, int state, int chunk, in_t dy, in_t work, out_t dxbc, out_t ddt, out_t ddt_bias,
+                                  out_t da_log, out_t dd_skip)
+{
+    if (tensor_rows(xbc) == 0)
+        return;
+    const cudaStream_t st = cuda_stream_of(s);
+    by_type(xbc, [&](auto zero) {
+        using T = decltype(zero);
+        int most;
+        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
+        a.dy = as_matrix<const T>(dy);
+        a.dxbc = as_matrix<T>(dxbc);
+        a.ddt = as_matrix<T>(ddt);
+        pass_states(a, most, false, st);
+        pass_states(a, most, true, st);
+        keep_dot_kernel<T><<<dim3((unsigned)most, (unsigned)heads), THREADS, 0, st>>>(a);
+        CHECK_LAUNCH();
+        gradients(a, most, st);
+        finish_kernel<T><<<blocks_for((int64_t)most * heads, THREADS), THREADS, 0, st>>>(a, most);
+        CHECK_LAUNCH();
+        out_t to[3] = { ddt_bias, da_log, dd_skip };
+        for (int i = 0; i < 3; i++)
+            if (to[i])
+                columns_finish(st, a.sums + (int64_t)i * most * heads, most, heads, heads, (float *)to[i]->data);
+    });
+}

@@ -1,0 +1,47 @@
+/* ssd.h - what the two forms of the scan share: ssd.cu (any shape, plain loops) and ssd_mma.cu (tensor cores). CUDA C++ only.
+ *
+ * Chunks restart at each segment. A table made on the device lists them; blocks beyond its count leave. Letters: i, j rows of a
+ * chunk, h head, p column of x, n state. cs = inclusive sum of del*A inside the chunk, so that
+ *   L_ij = exp(cs_i - cs_j), carry_i = exp(cs_i), tail_j = exp(cs_last - cs_j), keep = exp(cs_last).
+ */
+#ifndef MIMO_CUDA_SSD_H
+#define MIMO_CUDA_SSD_H
+
+#include "cuda_util.cuh"
+
+struct ssd_chunk { int first, rows, opens, closes; };
+
+template <class T> struct ssd_args {
+    matrix<const T> xbc, dt;
+    const T *dt_bias, *a_log, *d_skip;
+    int heads, width, groups, state, chunk;      /* width = P */
+    /* in the operation's work */
+    const ssd_chunk *chunks;
+    const int *count;
+    float *del, *cs;                             /* [tokens, heads] */
+    float *entering;                             /* [chunks, heads, P, N] the state before each chunk */
+    /* backward */
+    matrix<const T> dy;
+    matrix<T> dxbc, ddt;
+    float *adjoint;                              /* [chunks, heads, P, N] gradient of the state behind each chunk */
+    float *e, *row, *through;                    /* [tokens, heads]: e_j and dcs_i of model.md 1.6.5; tail_j x_j Gm B_j */
+    float *sums;                                 /* [3][chunks][heads]: ddt_bias, dA_log, dD of a chunk */
+    float *keep_dot;                             /* [chunks, heads]: keep <Gm, St> */
+
+    __device__ __forceinline__ int group_of(int h) const { return h / (heads / groups); }
+    __device__ __forceinline__ const T *x(int64_t r, int h) const { return xbc.row(r) + (int64_t)h * width; }
+    __device__ __forceinline__ const T *b(int64_t r, int g) const { return xbc.row(r) + (int64_t)heads * width + (int64_t)g * state; }
+    __device__ __forceinline__ const T *c(int64_t r, int g) const { return b(r, g) + (int64_t)groups * state; }
+    __device__ __forceinline__ const T *gy(int64_t r, int h) const { return dy.row(r) + (int64_t)h * width; }
+    __device__ __forceinline__ T *dx(int64_t r, int h) const { return dxbc.row(r) + (int64_t)h * width; }
+    __device__ __forceinline__ T *db(int64_t r, int g) const { return dxbc.row(r) + (int64_t)heads * width + (int64_t)g * state; }
+    __device__ __forceinline__ T *dc(int64_t r, int g) const { return db(r, g) + (int64_t)groups * state; }
+    __device__ __forceinline__ int64_t state_at(int c, int h) const { return ((int64_t)c * heads + h) * width * state; }
+};
+
+/* ssd_mma.cu: bf16, P = 64, N = 128, chunks of 128. Each fills the arrays named, or the outputs. `most` bounds the chunks. Local. */
+void ssd_mma_states(const ssd_args<bf16> &a, int most, bool adjoint, cudaStream_t stream);   /* entering or adjoint, one chunk's own part */
+void ssd_mma_output(const ssd_args<bf16> &a, int most, matrix<bf16> y, cudaStream_t stream);
+void ssd_mma_backward(const ssd_args<bf16> &a, int most, cudaStream_t stream);               /* dxbc, e, row, through and D's sums */
+
+#endif
