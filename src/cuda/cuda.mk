@@ -27,6 +27,7 @@ CUDA_HERE = CUDA_HOME=/usr/local/cuda CUBLAS_HOME=.cuda/nvidia/cu13 NCCL_HOME=.c
 # Shadow tests on a GPU (tests/gpu): programs without MPI and HDF5, each linked with the kernels it names here and the reference.
 # `make gpu-tests T=name` builds one.
 GPU_NEEDS_memory    = memory
+GPU_NEEDS_loss      = loss optim vision memory
 GPU_NEEDS_mamba     = mamba ssd ssd_mma memory
 GPU_NEEDS_moe       = moe
 GPU_NEEDS_grouped   = grouped grouped_nt grouped_nn grouped_tn gemm dense

@@ -1,6 +1,6 @@
 /* ssd.cu - the selective state space scan in chunks (model.md 1.6.5), forward and backward.
  *
- *   rates      del and its sums; one thread per chunk and head
+ *   rates      del and its sums; a warp per chunk and head
  *   states     what each chunk adds to the state, then one thread per element of the state walks the chunks
  *   output     inside a chunk every row looks back at the rows before it and at the entering state
  *   backward   the same for the adjoint, chunks in reverse; then the gradients row by row
@@ -12,19 +12,34 @@
 #include "cuda_sizes.h"
 #include "ssd.h"
 
-enum { THREADS = 128, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
+enum { THREADS = 128, LISTERS = 256, AHEAD = 8, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
 
 /* ---- chunks and rates ---- */
 
-static __global__ void list_chunks(const int32_t *cu, int segments, int chunk, ssd_chunk *out, int *count)
+/* One block; segments in turns of its threads, so that each finds its first chunk by a scan. */
+static __global__ void __launch_bounds__(LISTERS) list_chunks(const int32_t *cu, int segments, int chunk, ssd_chunk *out, int *count)
 {
-    int n = 0;
-    for (int s = 0; s < segments; s++)
-        for (int first = cu[s]; first < cu[s + 1]; first += chunk) {
-            const int rows = cu[s + 1] - first < chunk ? cu[s + 1] - first : chunk;
-            out[n++] = ssd_chunk{ first, rows, first == cu[s], first + rows == cu[s + 1] };
+    __shared__ int ends[LISTERS];
+    int before = 0;
+    for (int base = 0; base < segments; base += LISTERS) {
+        const int s = base + threadIdx.x, start = s < segments ? cu[s] : 0, end = s < segments ? cu[s + 1] : 0;
+        const int own = (end - start + chunk - 1) / chunk;
+        ends[threadIdx.x] = own;
+        __syncthreads();
+        for (int o = 1; o < LISTERS; o *= 2) {
+            const int x = threadIdx.x >= o ? ends[threadIdx.x - o] : 0;
+            __syncthreads();
+            ends[threadIdx.x] += x;
+            __syncthreads();
         }
-    *count = n;
+        int at = before + ends[threadIdx.x] - own;
+        for (int first = start; first < end; first += chunk, at++)
+            out[at] = ssd_chunk{ first, end - first < chunk ? end - first : chunk, first == start, first + chunk >= end };
+        before += ends[LISTERS - 1];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0)
+        *count = before;
 }
 
 template <class T> __device__ __forceinline__ float rate_of(const ssd_args<T> &a, int h)
@@ -32,20 +47,41 @@ template <class T> __device__ __forceinline__ float rate_of(const ssd_args<T> &a
     return -expf(to_float(a.a_log[h]));
 }
 
+__device__ __forceinline__ double inclusive_scan(double x)
+{
+    for (int o = 1; o < WARP; o *= 2) {
+        const double y = __shfl_up_sync(0xffffffffu, x, o);
+        if ((int)(threadIdx.x % WARP) >= o)
+            x += y;
+    }
+    return x;
+}
+
+__device__ __forceinline__ double sum_lanes(double x)
+{
+    for (int o = WARP / 2; o; o /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, o);
+    return x;
+}
+
+/* A warp per chunk and head, lanes along the rows. */
 template <class T> static __global__ void rates_kernel(ssd_args<T> a)
 {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, c = i / a.heads, h = i % a.heads;
+    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, c = i / a.heads, h = i % a.heads, lane = threadIdx.x % WARP;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
     const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
-    double sum = 0;
-#pragma unroll 4
-    for (int r = 0; r < k.rows; r++) {
-        const float v = to_float(a.dt.row(k.first + r)[h]) + bias, del = v > 20.0f ? v : log1pf(expf(v));
-        sum += (double)del * rate;
-        a.del[(int64_t)(k.first + r) * a.heads + h] = del;
-        a.cs[(int64_t)(k.first + r) * a.heads + h] = (float)sum;
+    double before = 0;
+    for (int base = 0; base < k.rows; base += WARP) {
+        const int r = base + lane;
+        const float v = r < k.rows ? to_float(a.dt.row(k.first + r)[h]) + bias : 0.0f, del = v > 20.0f ? v : log1pf(expf(v));
+        const double sum = before + inclusive_scan(r < k.rows ? (double)del * rate : 0.0);
+        if (r < k.rows) {
+            a.del[(int64_t)(k.first + r) * a.heads + h] = del;
+            a.cs[(int64_t)(k.first + r) * a.heads + h] = (float)sum;
+        }
+        before = __shfl_sync(0xffffffffu, sum, WARP - 1);
     }
 }
 
@@ -75,23 +111,35 @@ template <class T> static __global__ void states_kernel(ssd_args<T> a, bool adjo
     (adjoint ? a.adjoint : a.entering)[a.state_at(c, h) + i] = sum;
 }
 
-/* In place: a chunk's own part becomes the state before it; for the adjoint the gradient of the state behind it. */
+/* In place: a chunk's own part becomes the state before it; for the adjoint the gradient of the state behind it. Eight chunks
+ * are read before the first of them is written, or each would wait for memory in turn. */
 template <class T> static __global__ void pass_kernel(ssd_args<T> a, bool adjoint)
 {
     const int64_t size = (int64_t)a.width * a.state, i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (i >= a.heads * size)
         return;
     const int h = (int)(i / size), n = *a.count;
-    float *states = adjoint ? a.adjoint : a.entering, running = 0;
-    for (int step = 0; step < n; step++) {
-        const int c = adjoint ? n - 1 - step : step;
-        const ssd_chunk k = a.chunks[c];
-        float *at = states + (int64_t)c * a.heads * size + i;
-        if (adjoint ? k.closes : k.opens)
-            running = 0;
-        const float own = *at;
-        *at = running;
-        running = expf(last_cs(a, k, h)) * running + own;
+    float *states = (adjoint ? a.adjoint : a.entering) + i, running = 0;
+    for (int base = 0; base < n; base += AHEAD) {
+        float own[AHEAD], keep[AHEAD];
+        bool fresh[AHEAD];
+#pragma unroll
+        for (int o = 0; o < AHEAD; o++) {
+            const int step = base + o < n ? base + o : n - 1, c = adjoint ? n - 1 - step : step;
+            const ssd_chunk k = a.chunks[c];
+            own[o] = states[(int64_t)c * a.heads * size];
+            keep[o] = last_cs(a, k, h);
+            fresh[o] = adjoint ? k.closes : k.opens;
+        }
+#pragma unroll
+        for (int o = 0; o < AHEAD; o++) {
+            if (base + o >= n)
+                break;
+            const int c = adjoint ? n - 1 - base - o : base + o;
+            running = fresh[o] ? 0 : running;
+            states[(int64_t)c * a.heads * size] = running;
+            running = expf(keep[o]) * running + own[o];
+        }
     }
 }
 
@@ -263,10 +311,10 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
 
 /* ---- from dcs and e to dt and the parameters ---- */
 
-/* One thread per chunk and head, rows in reverse: R_j = sum of dcs from j on. */
+/* A warp per chunk and head, lanes along the rows in reverse: R_j = sum of dcs from j on. */
 template <class T> static __global__ void finish_kernel(ssd_args<T> a, int most)
 {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x, c = i / a.heads, h = i % a.heads;
+    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, c = i / a.heads, h = i % a.heads, lane = threadIdx.x % WARP;
     if (c >= most)
         return;
     double bias_sum = 0, rate_sum = 0;
@@ -274,20 +322,28 @@ template <class T> static __global__ void finish_kernel(ssd_args<T> a, int most)
         const ssd_chunk k = a.chunks[c];
         const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
         /* All of a chunk's decays lead to its end. */
-        double later = a.keep_dot[c * a.heads + h];
-        for (int r = 0; r < k.rows; r++)
+        double later = 0;
+        for (int r = lane; r < k.rows; r += WARP)
             later += (double)a.del[(int64_t)(k.first + r) * a.heads + h] * a.through[(int64_t)(k.first + r) * a.heads + h];
-        for (int r = k.rows - 1; r >= 0; r--) {
-            const int64_t at = (int64_t)(k.first + r) * a.heads + h;
-            later += a.row[at];
-            const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
-            const double d = (rate * later + a.e[at]) * slope;
-            a.ddt.row(k.first + r)[h] = from_float<T>((float)d);
-            bias_sum += d;
-            rate_sum += a.del[at] * later;
+        later = sum_lanes(later) + a.keep_dot[c * a.heads + h];
+        for (int base = k.rows - 1; base >= 0; base -= WARP) {
+            const int r = base - lane;
+            const int64_t at = (int64_t)(k.first + (r < 0 ? 0 : r)) * a.heads + h;
+            const double sum = later + inclusive_scan(r < 0 ? 0.0 : (double)a.row[at]);
+            if (r >= 0) {
+                const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
+                const double d = (rate * sum + a.e[at]) * slope;
+                a.ddt.row(k.first + r)[h] = from_float<T>((float)d);
+                bias_sum += d;
+                rate_sum += a.del[at] * sum;
+            }
+            later = __shfl_sync(0xffffffffu, sum, WARP - 1);
         }
-        rate_sum *= rate;
+        bias_sum = sum_lanes(bias_sum);
+        rate_sum = sum_lanes(rate_sum) * rate;
     }
+    if (lane != 0)
+        return;
     a.sums[(int64_t)c * a.heads + h] = (float)bias_sum;
     a.sums[(int64_t)(most + c) * a.heads + h] = (float)rate_sum;
     if (c >= *a.count)
@@ -335,9 +391,9 @@ static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, 
     a.chunks = (const ssd_chunk *)carve(&at, 4 * (int64_t)*most);
     a.count = (const int *)carve(&at, 1);
     ASSERT(at - (float *)work->data <= tensor_numel(work) && heads % groups == 0);
-    list_chunks<<<1, 1, 0, cuda_stream_of(s)>>>((const int32_t *)cu->data, (int)segments, chunk, (ssd_chunk *)a.chunks, (int *)a.count);
+    list_chunks<<<1, LISTERS, 0, cuda_stream_of(s)>>>((const int32_t *)cu->data, (int)segments, chunk, (ssd_chunk *)a.chunks, (int *)a.count);
     CHECK_LAUNCH();
-    rates_kernel<T><<<blocks_for((int64_t)*most * heads, THREADS), THREADS, 0, cuda_stream_of(s)>>>(a);
+    rates_kernel<T><<<blocks_for((int64_t)*most * heads, THREADS / WARP), THREADS, 0, cuda_stream_of(s)>>>(a);
     CHECK_LAUNCH();
     return a;
 }
@@ -437,7 +493,7 @@ extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_b
         keep_dot_kernel<T><<<dim3((unsigned)most, (unsigned)heads), THREADS, 0, st>>>(a);
         CHECK_LAUNCH();
         gradients(a, most, st);
-        finish_kernel<T><<<blocks_for((int64_t)most * heads, THREADS), THREADS, 0, st>>>(a, most);
+        finish_kernel<T><<<blocks_for((int64_t)most * heads, THREADS / WARP), THREADS, 0, st>>>(a, most);
         CHECK_LAUNCH();
         out_t to[3] = { ddt_bias, da_log, dd_skip };
         for (int i = 0; i < 3; i++)

@@ -1,0 +1,190 @@
+/* optim.cu - gradient statistics, AdamW (parallel.md 7.3) and the experts' bias (model.md 1.8). One pass over memory each. */
+#include "vector.cuh"
+
+enum { THREADS = 256, BLOCKS = 1056 };
+
+/* A matrix as blocks walk it: chunk i of all chunks, row by row. */
+template <bool VEC, class F> __device__ __forceinline__ void each_chunk(const matrix<const float> &x, F f)
+{
+    const int64_t per_row = (x.cols + CHUNK - 1) / CHUNK, n = x.rows * per_row;
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+        const int64_t r = i / per_row, c = i % per_row * CHUNK;
+        float v[CHUNK];
+        load_chunk<VEC>(x.row(r) + c, chunk_size(x.cols, c), v);
+        f(v, chunk_size(x.cols, c));
+    }
+}
+
+/* Sum over the block in double, in one order; thread 0 has it. */
+__device__ __forceinline__ double block_total(double x, double *shared)
+{
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    for (int half = THREADS / 2; half; half /= 2) {
+        if (threadIdx.x < half)
+            shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    return shared[0];
+}
+
+template <bool VEC> static __global__ void __launch_bounds__(THREADS) squares_kernel(matrix<const float> x, double *partial)
+{
+    __shared__ double shared[THREADS];
+    double sum = 0;
+    each_chunk<VEC>(x, [&](const float (&v)[CHUNK], int n) {
+        float part = 0;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            part += v[i] * v[i];
+        sum += part;
+    });
+    sum = block_total(sum, shared);
+    if (threadIdx.x == 0)
+        partial[blockIdx.x] = sum;
+}
+
+static __global__ void __launch_bounds__(THREADS) squares_finish(const double *partial, int n, float *total)
+{
+    __shared__ double shared[THREADS];
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS)
+        sum += partial[i];
+    sum = block_total(sum, shared);
+    if (threadIdx.x == 0)
+        *total = (float)(*total + sum);
+}
+
+/* Whole numbers may be added in any order. */
+template <bool VEC> static __global__ void __launch_bounds__(THREADS) zeros_kernel(matrix<const float> x, unsigned long long *total)
+{
+    unsigned count = 0;
+    each_chunk<VEC>(x, [&](const float (&v)[CHUNK], int n) {
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            count += i < n && v[i] == 0.0f;
+    });
+    for (int o = WARP / 2; o; o /= 2)
+        count += __shfl_xor_sync(0xffffffffu, count, o);
+    if (threadIdx.x % WARP == 0 && count)
+        atomicAdd(total, (unsigned long long)count);
+}
+
+/* Dense rows are one long row. */
+template <class T> static matrix<T> flat(in_t t)
+{
+    matrix<T> m = as_matrix<T>(t);
+    if (all_dense({ t }))
+        m.cols *= m.rows, m.rows = 1;
+    return m;
+}
+
+static unsigned blocks_of(int64_t n, unsigned most)
+{
+    const unsigned b = blocks_for(n, THREADS * CHUNK);
+    return b < most ? b : most;
+}
+
+extern "C" void cuda_sum_squares(struct stream *s, in_t x, out_t total)
+{
+    const int64_t n = tensor_numel(x);
+    ASSERT(x->dtype == DTYPE_F32 && total->dtype == DTYPE_F32);
+    if (n == 0)
+        return;
+    const unsigned blocks = blocks_of(n, BLOCKS);
+    double *partial = (double *)cuda_scratch(s, blocks * sizeof(double));
+    by_flag(chunks_aligned({ x }), [&](auto vec) {
+        squares_kernel<decltype(vec)::value><<<blocks, THREADS, 0, cuda_stream_of(s)>>>(flat<const float>(x), partial);
+    });
+    CHECK_LAUNCH();
+    squares_finish<<<1, THREADS, 0, cuda_stream_of(s)>>>(partial, (int)blocks, (float *)total->data);
+    CHECK_LAUNCH();
+}
+
+extern "C" void cuda_count_zeros(struct stream *s, in_t x, out_t total)
+{
+    const int64_t n = tensor_numel(x);
+    ASSERT(x->dtype == DTYPE_F32 && total->dtype == DTYPE_I64);
+    if (n == 0)
+        return;
+    by_flag(chunks_aligned({ x }), [&](auto vec) {
+        zeros_kernel<decltype(vec)::value><<<blocks_of(n, BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(flat<const float>(x), (unsigned long long *)total->data);
+    });
+    CHECK_LAUNCH();
+}
+
+struct adam { float factor, lr, b1, c1, b2, c2, correct1, correct2, eps, wd; };
+
+template <bool VEC, class T>
+static __global__ void __launch_bounds__(THREADS)
+    adamw_kernel(adam o, matrix<const float> grad, matrix<float> master, matrix<float> m, matrix<float> v, matrix<T> param)
+{
+    const int64_t per_row = (grad.cols + CHUNK - 1) / CHUNK, n = grad.rows * per_row;
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+        const int64_t r = i / per_row, c = i % per_row * CHUNK;
+        const int size = chunk_size(grad.cols, c);
+        float g[CHUNK], p[CHUNK], first[CHUNK], second[CHUNK];
+        load_chunk<VEC>(grad.row(r) + c, size, g);
+        load_chunk<VEC>(master.row(r) + c, size, p);
+        load_chunk<VEC>(m.row(r) + c, size, first);
+        load_chunk<VEC>(v.row(r) + c, size, second);
+#pragma unroll
+        for (int j = 0; j < CHUNK; j++) {
+            const float x = g[j] * o.factor;
+            first[j] = o.b1 * first[j] + o.c1 * x;
+            second[j] = o.b2 * second[j] + o.c2 * x * x;
+            p[j] -= o.lr * (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
+        }
+        store_chunk<VEC>(master.row(r) + c, size, p);
+        store_chunk<VEC>(m.row(r) + c, size, first);
+        store_chunk<VEC>(v.row(r) + c, size, second);
+        store_chunk<VEC>(param.row(r) + c, size, p);
+    }
+}
+
+extern "C" void cuda_adamw(struct stream *s, in_t grad, double factor, double lr, double beta1, double beta2, double eps, double wd, int64_t step,
+                           out_t master, out_t m, out_t v, out_t param)
+{
+    const int64_t n = tensor_numel(grad);
+    ASSERT(step >= 1 && tensor_numel(master) == n && tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
+    if (n == 0)
+        return;
+    const adam o = { (float)factor, (float)lr, (float)beta1, (float)(1 - beta1), (float)beta2, (float)(1 - beta2),
+                     (float)(1 / (1 - pow(beta1, (double)step))), (float)(1 / (1 - pow(beta2, (double)step))), (float)eps, (float)wd };
+    by_type(param, [&](auto zero) {
+        using T = decltype(zero);
+        by_flag(chunks_aligned({ grad, master, m, v, param }), [&](auto vec) {
+            adamw_kernel<decltype(vec)::value, T><<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(o, flat<const float>(grad), flat<float>(master), flat<float>(m), flat<float>(v),
+                                                                        flat<T>(param));
+        });
+    });
+    CHECK_LAUNCH();
+}
+
+static __global__ void __launch_bounds__(THREADS) bias_kernel(float rate, int experts, float *bias, int64_t *count)
+{
+    __shared__ long long sums[THREADS];
+    long long sum = 0;
+    for (int e = threadIdx.x; e < experts; e += THREADS)
+        sum += count[e];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int half = THREADS / 2; half; half /= 2) {
+        if (threadIdx.x < half)
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    /* count < mean without a division. */
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+        const long long own = count[e] * experts;
+        bias[e] += own < sums[0] ? rate : own > sums[0] ? -rate : 0.0f;
+        count[e] = 0;
+    }
+}
+
+extern "C" void cuda_expert_bias_update(struct stream *s, double rate, out_t bias, out_t count)
+{
+    ASSERT(bias->dtype == DTYPE_F32 && count->dtype == DTYPE_I64 && tensor_numel(bias) == tensor_numel(count));
+    bias_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((float)rate, (int)tensor_numel(bias), (float *)bias->data, (int64_t *)count->data);
+    CHECK_LAUNCH();
+}
