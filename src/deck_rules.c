@@ -93,6 +93,7 @@ static void resolve_backend(struct deck_rules *c)
     if (d->run.precision == DECK_PRECISION_AUTO)
         derive_choice(c, DECK_ROW(run, precision), ref ? DECK_PRECISION_FP32 : DECK_PRECISION_BF16);
     if (d->run.precision == DECK_PRECISION_FP64 && !ref) FAIL(run, precision, "fp64 exists on backend 'ref' only");
+    if (d->run.precision == DECK_PRECISION_BF16 && ref) FAIL(run, precision, "bf16 exists on backend 'cuda' only");
     d->derived.fp64 = d->run.precision == DECK_PRECISION_FP64;
     d->derived.bf16 = d->run.precision == DECK_PRECISION_BF16;
 }

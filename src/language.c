@@ -42,7 +42,7 @@ struct language {
     struct tensor dx, dhidden;             /* [T/t,H] */
     struct tensor dimage;                  /* [rows,H] */
     int64_t image_rows;                    /* of the micro-batch in the slot */
-    struct tensor host_mask, host_cu;      /* acc [T], I32 [B+1] on the host, for the copies to the device */
+    struct tensor host_cu;                 /* I32 [B+1] on the host, for the copy to the device */
 };
 
 struct language *language_init(struct model *m)
@@ -121,7 +121,6 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     lm->dimage = arena_2d(acts, "language.dimage", m->act, t, h);
     lm->dhidden = arena_2d(work, "language.dhidden", m->act, local, h);
     arena_rewind(work, mark);
-    lm->host_mask = arena_1d(&as->a[ARENA_DATA], "language.host_mask", m->acc, t);
     lm->host_cu = arena_1d(&as->a[ARENA_DATA], "language.host_cu", DTYPE_I32, b + 1);
 }
 
@@ -170,8 +169,7 @@ static void load_batch(struct model *m, struct language *lm, const struct text_b
     be->copy(m->compute, &ids, &lm->ids);
     be->copy(m->compute, &labels, &lm->labels);
     be->copy(m->compute, &rows, &lm->image_row);
-    be->cast(m->compute, &mask, &lm->host_mask);
-    be->copy(m->compute, &lm->host_mask, &lm->mask);
+    be->cast(m->compute, &mask, &lm->mask);
     for (int i = 0; i < lm->n_layers; i++)
         if (lm->layer[i].kind == 'E')
             moe_force_choice(m, lm->layer[i].moe, &lm->batch, text->sample_index);
