@@ -515,7 +515,7 @@ static void refuse_unbuilt(struct deck_rules *c)
     for (int row = 0; row < DECK_ROWS; row++) {
         const struct deck_param *p = &deck_table[row];
         if (!p->only || c->blamed[row] || d->source[row].bad || value_works(d, row)) continue;
-        if (row == DECK_ROW(run, precision) && missing) continue;   /* bf16 belongs to the backend that is missing */
+        if (row == DECK_ROW(run, backend) && missing) continue;   /* there is nothing it could run on */
         bool failed = c->failed;
         deck_rules_fail(c, row, EXIT_DECK, "%s is not built yet, only %s works", p->feature, p->only);
         c->failed = failed;

@@ -315,7 +315,7 @@ KEYS = {
 }
 
 # values that are refused of keys whose other values work
-PARTLY = {"run.precision": refused("bf16"), "data.shuffle_buffer_size": refused("5"), "run.backend": Probe("shadow", ends(3, "run.backend"))}
+PARTLY = {"data.shuffle_buffer_size": refused("5"), "run.backend": Probe("shadow", ends(3, "run.backend"))}
 
 
 class Keys:
