@@ -275,7 +275,7 @@ KEYS = {
     "lr.start_weight_decay": Probe("0.1", changes("weight_decay"), "lr.start_weight_decay=0", *WD),
     "lr.end_weight_decay": Probe("0.2", changes("weight_decay"), "lr.start_weight_decay=0", *WD),
     "checkpoint.save": Probe("%OUT%/ckpt", makes("ckpt/iter_0000003/checkpoint.h5")),
-    "checkpoint.load": Probe("%CKPT%", logs(r"^start: restart from .* iteration 4$"), "run.train_iters=6"),
+    "checkpoint.load": Probe("%CKPT%", logs(r"^start: restart from .* iteration 4 \(verified\)$"), "run.train_iters=6"),
     "checkpoint.save_interval": Probe("2", makes("ckpt/iter_0000002/checkpoint.h5"), SAVE),
     "checkpoint.save_initial": Probe("T", makes("ckpt/iter_0000000/checkpoint.h5"), SAVE),
     "checkpoint.save_retain_interval": Probe("2", holds(lambda b, n: b.has("ckpt/iter_0000001") and not n.has("ckpt/iter_0000001") and
@@ -289,7 +289,7 @@ KEYS = {
     "checkpoint.no_load_rng": Probe("T", logs("no_load_rng"), *LOAD),
     "checkpoint.no_save_optim": Probe("T", holds(lambda b, n: any(x.startswith("optimizer") for x in checkpoint(b, 3)) and
                                                  not any(x.startswith("optimizer") for x in checkpoint(n, 3)), "no optimizer is stored"), SAVE),
-    "checkpoint.ckpt_step": Probe("2", logs(r"^start: restart from .* iteration 2$"), *LOAD),
+    "checkpoint.ckpt_step": Probe("2", logs(r"^start: restart from .* iteration 2 \(verified\)$"), *LOAD),
     "checkpoint.use_checkpoint_opt_param_scheduler":
         Probe("T", holds(lambda b, n: b.status == 5 and n.status == 0 and n.trace["learning_rate"][0] == 1e-3, "the stored curve goes on"),
               "lr.lr=5e-4", *LOAD),

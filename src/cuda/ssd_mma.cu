@@ -1,12 +1,12 @@
 /* ssd_mma.cu - the scan's matrix products on tensor cores: bf16, P = 64, N = 128, chunks of 128 rows (model.md 1.6.5).
  *
- * A block of eight warps has one chunk and head (or group) in shared memory. Products are mma.m16n8k16 with fp32 sums; what
+ * A block of sixteen warps, four by four over a product of 128 rows, has one chunk and head (or group) in shared memory. Products are mma.m16n8k16 with fp32 sums; what
  * enters a second product is rounded to bf16 first, as the model's reference does: (C.B) L del, tail del x, carry gy, states.
  * Rows beyond a short chunk's end are zeros.
  */
 #include "ssd.h"
 
-enum { Q = 128, P = 64, N = 128, WARPS = 8, THREADS = WARPS * WARP, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, LD_Q = Q + PAD };
+enum { Q = 128, P = 64, N = 128, WARPS = 16, ACROSS = WARPS / 4, THREADS = WARPS * WARP, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, LD_Q = Q + PAD };
 
 /* ---- tiles ---- */
 
@@ -158,7 +158,7 @@ static __global__ void __launch_bounds__(THREADS) states_kernel(ssd_args<bf16> a
         load_rows<N>(s.right, LD_N, a.b(k.first, g), a.xbc.ld, k.rows, NULL);
     }
     __syncthreads();
-    part<4> sum(warp % 2 * 32, warp / 2 * 32);
+    part<2> sum(warp % 2 * 32, warp / 2 * 16);
     sum.add<Q, true, false>(s.left, LD_P, s.right, LD_N);
     float *to = (adjoint ? a.adjoint : a.entering) + a.state_at(c, h);
     sum.each([&](float v, int p, int n, int, int) { to[p * N + n] = v; });
@@ -175,7 +175,7 @@ static __global__ void __launch_bounds__(THREADS) output_kernel(ssd_args<bf16> a
 {
     extern __shared__ __align__(16) char memory[];
     output_shared &s = *(output_shared *)memory;
-    const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), m0 = threadIdx.x / WARP % 4 * 32, half = threadIdx.x / WARP / 4;
+    const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), m0 = threadIdx.x / WARP % 4 * 32, across = threadIdx.x / WARP / 4;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
@@ -186,13 +186,13 @@ static __global__ void __launch_bounds__(THREADS) output_kernel(ssd_args<bf16> a
     if (!k.opens)
         load_state(s.state, a.entering + a.state_at(c, h));
     __syncthreads();
-    part<4> sum(m0, half * 32);
+    part<2> sum(m0, across * 16);
     if (!k.opens) {
         sum.add<N, false, true>(s.c, LD_N, s.state, LD_N);
         sum.each([&](float &v, int i, int, int, int) { v *= __expf(s.t.cs[i]); });
     }
     {
-        part<8> cb(m0, half * 64);
+        part<4> cb(m0, across * 32);
         cb.add<N, false, true>(s.c, LD_N, s.b, LD_N);
         __syncthreads();
         cb.each([&](float v, int i, int j, int, int) { s.b[i * LD_Q + j] = __float2bfloat16_rn(v * decay(s.t, i, j) * s.t.del[j]); });
@@ -211,7 +211,7 @@ static __global__ void __launch_bounds__(THREADS) output_kernel(ssd_args<bf16> a
 struct x_shared {
     bf16 c[Q * LD_N], b[Q * LD_N], x[Q * LD_P], gy[Q * LD_P], state[P * LD_N];   /* c becomes the mixing matrix */
     rates t;
-    float column[4][Q], row[2][Q], carried[2][Q], through[2][Q];   /* per warp row or half, added up in order */
+    float column[4][Q], row[ACROSS][Q], carried[ACROSS][Q], through[ACROSS][Q];   /* per row or column of warps, added up in order */
     float skip[4];
 };
 
@@ -222,8 +222,13 @@ __device__ __forceinline__ float row_lanes(float x)
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+__device__ __forceinline__ float total(const float (&part)[4][Q], int i)
+{
+    return part[0][i] + part[1][i] + part[2][i] + part[3][i];
+}
+
 /* sum over a part's columns of v * other[i][p], to out[row]. */
-__device__ __forceinline__ void row_dots(part<4> &z, const bf16 *other, float *out)
+__device__ __forceinline__ void row_dots(part<2> &z, const bf16 *other, float *out)
 {
     float sum[2][2] = {};
     z.each([&](float v, int i, int p, int mi, int e) { sum[mi][e / 2] += v * __bfloat162float(other[i * LD_P + p]); });
@@ -242,7 +247,7 @@ static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf1
     extern __shared__ __align__(16) char memory[];
     x_shared &s = *(x_shared *)memory;
     const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int quarter = warp % 4, m0 = quarter * 32, half = warp / 4;
+    const int quarter = warp % 4, m0 = quarter * 32, across = warp / 4;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
@@ -254,27 +259,27 @@ static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf1
     load_state(s.state, a.entering + a.state_at(c, h));
     __syncthreads();
     {
-        part<4> z(m0, half * 32);   /* St C_i */
+        part<2> z(m0, across * 16);   /* St C_i */
         z.add<N, false, true>(s.c, LD_N, s.state, LD_N);
-        row_dots(z, s.gy, s.carried[half]);
+        row_dots(z, s.gy, s.carried[across]);
     }
     __syncthreads();
     load_state(s.state, a.adjoint + a.state_at(c, h));
     __syncthreads();
-    part<4> dx(m0, half * 32);      /* Gm B_j */
+    part<2> dx(m0, across * 16);      /* Gm B_j */
     dx.add<N, false, true>(s.b, LD_N, s.state, LD_N);
-    row_dots(dx, s.x, s.through[half]);
+    row_dots(dx, s.x, s.through[across]);
     dx.each([&](float &v, int j, int, int, int) { v *= __expf(s.t.cs[Q - 1] - s.t.cs[j]) * s.t.del[j]; });
     {
-        part<8> cb(m0, half * 64), gx(m0, half * 64);
+        part<4> cb(m0, across * 32), gx(m0, across * 32);
         cb.add<N, false, true>(s.c, LD_N, s.b, LD_N);
         gx.add<P, false, true>(s.gy, LD_P, s.x, LD_P);
         __syncthreads();
-        float rows[2][2] = {}, columns[8][2] = {}, diagonal = 0;
+        float rows[2][2] = {}, columns[4][2] = {}, diagonal = 0;
 #pragma unroll
         for (int mi = 0; mi < 2; mi++)
 #pragma unroll
-            for (int ni = 0; ni < 8; ni++)
+            for (int ni = 0; ni < 4; ni++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int i = cb.row(mi, e), j = cb.col(ni, e);
@@ -290,11 +295,11 @@ static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf1
             for (int e = 0; e < 2; e++) {
                 const float total = row_lanes(rows[mi][e]);
                 if (lane % 4 == 0)
-                    s.row[half][cb.row(mi, 2 * e)] = total;
+                    s.row[across][cb.row(mi, 2 * e)] = total;
             }
-        /* A column's rows lie in lanes 4 apart and in the four warps of its half. */
+        /* A column's rows lie in lanes 4 apart and in the four warps of its range. */
 #pragma unroll
-        for (int ni = 0; ni < 8; ni++)
+        for (int ni = 0; ni < 4; ni++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 float total = columns[ni][e];
@@ -304,7 +309,7 @@ static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf1
                     s.column[quarter][cb.col(ni, e)] = total;
             }
         diagonal = warp_sum(diagonal);
-        if (lane == 0 && quarter / 2 == half)
+        if (lane == 0 && quarter == across)
             s.skip[quarter] = diagonal;
     }
     __syncthreads();
@@ -316,11 +321,11 @@ static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf1
     });
     for (int j = threadIdx.x; j < k.rows; j += THREADS) {
         const int64_t at = (int64_t)(k.first + j) * a.heads + h;
-        const float through = __expf(s.t.cs[Q - 1] - s.t.cs[j]) * (s.through[0][j] + s.through[1][j]);
-        const float e = s.column[0][j] + s.column[1][j] + s.column[2][j] + s.column[3][j] + through;
+        const float through = __expf(s.t.cs[Q - 1] - s.t.cs[j]) * total(s.through, j);
+        const float e = total(s.column, j) + through;
         a.e[at] = e;
         a.through[at] = through;
-        a.row[at] = s.row[0][j] + s.row[1][j] + __expf(s.t.cs[j]) * (s.carried[0][j] + s.carried[1][j]) - s.t.del[j] * e;
+        a.row[at] = total(s.row, j) + __expf(s.t.cs[j]) * total(s.carried, j) - s.t.del[j] * e;
     }
     if (threadIdx.x == 0)
         a.sums[(int64_t)(2 * most + c) * a.heads + h] = s.skip[0] + s.skip[1] + s.skip[2] + s.skip[3];
@@ -340,11 +345,11 @@ template <bool FOR_C> static __global__ void __launch_bounds__(THREADS, 1) backw
 {
     extern __shared__ __align__(16) char memory[];
     bc_shared &s = *(bc_shared *)memory;
-    const int c = blockIdx.x, g = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, m0 = warp % 4 * 32, n0 = warp / 4 * 64;
+    const int c = blockIdx.x, g = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, m0 = warp % 4 * 32, n0 = warp / 4 * 32;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    part<8> mix(m0, n0), sum(m0, n0);
+    part<4> mix(m0, n0), sum(m0, n0);
     load_rows<N>(s.other, LD_N, FOR_C ? a.b(k.first, g) : a.c(k.first, g), a.xbc.ld, k.rows, NULL);
     for (int h = g * per; h < (g + 1) * per; h++) {
         __syncthreads();
@@ -361,12 +366,12 @@ template <bool FOR_C> static __global__ void __launch_bounds__(THREADS, 1) backw
             s.scaled[r * LD_P + p] = __float2bfloat16_rn(__bfloat162float((FOR_C ? s.gy : s.x)[r * LD_P + p]) * s.scale[r]);
         }
         {
-            part<8> gx(m0, n0);
+            part<4> gx(m0, n0);
             gx.add<P, false, true>(s.gy, LD_P, s.x, LD_P);
 #pragma unroll
             for (int mi = 0; mi < 2; mi++)
 #pragma unroll
-                for (int ni = 0; ni < 8; ni++)
+                for (int ni = 0; ni < 4; ni++)
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int i = gx.row(mi, e), j = gx.col(ni, e);
