@@ -77,6 +77,9 @@ data/demo/train: tools/make_shards.py
 cuda:                              ## build build/gpu/mimo with CUDA's libraries from .cuda
 	$(MAKE) BUILD=build/gpu $(CUDA_HERE) build/gpu/mimo
 
+bundle: cuda                       ## build/bundle: a tree that runs on a GPU host without MPI and HDF5
+	tools/bundle.sh build/gpu/mimo build/bundle
+
 gpu-tests:                         ## build the tests that run on a GPU host: build/gpu/tests/gpu_*
 	$(MAKE) BUILD=build/gpu $(CUDA_HERE) gpu-programs
 gpu-programs: $(GPU_TESTS)
