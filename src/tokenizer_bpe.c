@@ -117,7 +117,7 @@ bool vocab_add(struct vocab *v, const char *text, size_t n, int64_t id)
     }
     for (; v->ids <= id; v->ids++)
         v->text[v->ids].length = -1;
-    while (v->pool_used + n > v->pool_capacity) {
+    while (!v->pool || v->pool_used + n > v->pool_capacity) { /* an empty token needs a pool, too */
         v->pool_capacity = v->pool_capacity ? v->pool_capacity * 2 : 65536;
         v->pool = xrealloc(v->pool, v->pool_capacity, 1);
     }
