@@ -16,6 +16,7 @@
 #include <unistd.h>
 #include <cmocka.h>
 #include "tokenizer.h"
+#include "tokenizer_internal.h"
 
 /* The 256 byte tokens, ids 0..255 in the order of the bytes, then what the test wants; ids of
  * `more` start at 256. */
@@ -638,11 +639,23 @@ static int encode_file(const char *tokenizer, const char *path)
     return 0;
 }
 
+static void an_empty_token_may_be_the_first(void **state)
+{
+    struct vocab v = { 0 };
+    assert_true(vocab_add(&v, "", 0, 3));
+    assert_int_equal(vocab_find(&v, "", 0), 3);
+    assert_int_equal(vocab_find(&v, "a", 1), -1);
+    assert_true(vocab_add(&v, "a", 1, 0));
+    assert_int_equal(vocab_find(&v, "a", 1), 0);
+    vocab_free(&v);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 4 && !strcmp(argv[1], "--encode"))
         return encode_file(argv[2], argv[3]);
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(an_empty_token_may_be_the_first),
         cmocka_unit_test(lowest_rank_goes_first_and_leftmost_of_equals),
         cmocka_unit_test(both_spellings_of_merges_agree),
         cmocka_unit_test(a_pair_given_twice_keeps_the_later_rank),
