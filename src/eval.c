@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include "io_hdf5.h"
 #include "log.h"
 #include "timer.h"
 
@@ -201,8 +202,10 @@ static double pass(struct eval *e, struct step *step, int kind, const char **sto
     rewind_streams(&e->whole);
     for (int64_t i = 0; i < e->iters && !(*stop = asked_to_stop(e, step)); i++) {
         if (rotate) open_album(&a, e, i);
+        step->dump = kind == DECK_ABLATION_NONE && i < e->deck->log.dump_batches ? e->dump : NULL;
         step_forward(step, &e->data, i, kind == DECK_ABLATION_NONE ? NULL : &change, &sum[0], &sum[1]);
         if (rotate) close_album(&a);
+        if (step->dump) batch_dump_write(step->dump, i + 1);
         log_progress(" validation: batch %lld/%lld%s", (long long)i + 1, (long long)e->iters, kind == DECK_ABLATION_NONE ? "" : ", other pictures");
     }
     if (rotate && a.without_partner > 0 && e->consumed == 0)

@@ -18,6 +18,7 @@ struct eval {
     struct data data;             /* this rank's share of the validation stream */
     struct data whole;            /* encoder ranks, rotate: the whole global batch */
     int64_t consumed;             /* samples of all validations so far */
+    struct batch_dump *dump;      /* takes the first log.dump_batches batches; NULL = none. Set by the caller. */
 };
 
 /* NaN: not asked, or not finite. stop: the validation was left unfinished because the run is asked to stop, and says why; else NULL. */

@@ -33,6 +33,11 @@ struct held_choice {
     int32_t *expert; /* [rows, choices] */
 };
 
+struct held_loss {
+    int64_t m;
+    double *loss, *lse; /* [mbs * S] */
+};
+
 struct batch_dump {
     char path[IO_PATH];
     const struct deck *deck;
@@ -43,8 +48,9 @@ struct batch_dump {
     int64_t choices;                /* E layers * K: experts of one token */
     struct held_text *text;         /* [n_text] */
     struct held_choice *choice;     /* [n_choice] */
+    struct held_loss *loss;         /* [n_loss] */
     struct held_pictures *pictures; /* [n_pictures] */
-    int n_text, n_pictures, n_choice;
+    int n_text, n_pictures, n_choice, n_loss;
 };
 
 static bool first_of_lane(const struct grid *g)
@@ -162,8 +168,21 @@ void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t r
     };
 }
 
+void batch_dump_loss(struct batch_dump *d, int64_t m, const double *loss, const double *lse)
+{
+    size_t n = (size_t)(d->deck->batch.micro_batch_size * d->seq_length);
+    d->loss = xrealloc(d->loss, (size_t)d->n_loss + 1, sizeof *d->loss);
+    d->loss[d->n_loss++] = (struct held_loss){ .m = m,
+                                               .loss = copy_of(loss, n, sizeof *loss),
+                                               .lse = copy_of(lse, n, sizeof *lse) };
+}
+
 static void forget(struct batch_dump *d)
 {
+    for (int i = 0; i < d->n_loss; i++) {
+        free(d->loss[i].loss);
+        free(d->loss[i].lse);
+    }
     for (int i = 0; i < d->n_choice; i++) free(d->choice[i].expert);
     for (int i = 0; i < d->n_text; i++) {
         free(d->text[i].input_ids);
@@ -177,7 +196,7 @@ static void forget(struct batch_dump *d)
         free(d->pictures[i].cpe);
         free(d->pictures[i].pixels);
     }
-    d->n_text = d->n_pictures = d->n_choice = 0;
+    d->n_text = d->n_pictures = d->n_choice = d->n_loss = 0;
 }
 
 /* Row of the global batch where a rank's micro-batch begins. */
@@ -244,6 +263,10 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
            "height and width of each tile, in sample order");
     io_put(path, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, 2,
            pixels, NULL, "1", "normalised pixels of each patch, channel by channel, row by row");
+    io_put(path, group, "token_loss", H5T_IEEE_F64LE, 2, rows, NULL, "nat",
+           "-log(probability of the label) at each position, before the mask; 0 without a label");
+    io_put(path, group, "token_lse", H5T_IEEE_F64LE, 2, rows, NULL, "nat",
+           "log of the sum of exp(logits) at each position");
     if (d->choices > 0)
         io_put(path, group, "experts", H5T_STD_I32LE, 2,
                (int64_t[2]){ d->samples * d->seq_length, d->choices }, NULL, "expert",
@@ -305,6 +328,12 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         put_rows(d, group, "experts", H5T_STD_I32LE, row * d->seq_length + h->first, h->rows,
                  d->choices, h->expert);
     }
+    for (int i = 0; i < d->n_loss; i++) {
+        const struct held_loss *h = &d->loss[i];
+        int64_t mbs = d->deck->batch.micro_batch_size, row = first_row(d, h->m, true, mbs);
+        put_rows(d, group, "token_loss", H5T_IEEE_F64LE, row, mbs, d->seq_length, h->loss);
+        put_rows(d, group, "token_lse", H5T_IEEE_F64LE, row, mbs, d->seq_length, h->lse);
+    }
     for (int i = 0; i < d->n_pictures; i++) {
         const struct held_pictures *h = &d->pictures[i];
         if (h->tiles == 0) continue;
@@ -330,6 +359,7 @@ void batch_dump_close(struct batch_dump *d)
     forget(d);
     free(d->text);
     free(d->choice);
+    free(d->loss);
     free(d->pictures);
     free(d);
 }

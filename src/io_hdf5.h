@@ -72,6 +72,9 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
 /* Collect the experts that this rank chose in micro-batch m: choice I32 [rows, E layers * K] on the host, copied, for the tokens first ..
  * first+rows-1 of the micro-batch (batch-major). Without E layers there is nothing to collect. Local. */
 void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t rows, const int32_t *choice);
+/* Collect what the model made of micro-batch m: loss and log-sum-exp of each token [mbs * S] (batch-major), copied; on one rank of a lane.
+ * Local. */
+void batch_dump_loss(struct batch_dump *d, int64_t m, const double *loss, const double *lse);
 void batch_dump_write(struct batch_dump *d, int64_t iteration);     /* one iteration, 1-based; Collective over the world */
 void batch_dump_close(struct batch_dump *d);                        /* Collective over the world */
 

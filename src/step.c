@@ -205,6 +205,24 @@ static void dump_choice(struct step *s, int64_t m)
     free(all);
 }
 
+/* Loss and log-sum-exp of every token of micro-batch m, for batches.h5; no label, no loss. */
+static void dump_loss(struct step *s, int64_t m, const int64_t *labels)
+{
+    const struct tensor loss = model_token_loss(s->model);
+    const int64_t n = tensor_numel(&loss);
+    double *wide = xcalloc((size_t)n, sizeof *wide), *lse = xcalloc((size_t)n, sizeof *lse);
+    const struct tensor host = tensor_1d(wide, DTYPE_F64, PLACE_HOST, n);
+
+    s->be->cast(s->stream, &loss, &host);
+    s->be->stream_sync(s->stream);
+    model_token_lse(s->model, lse);
+    for (int64_t i = 0; i < n; i++)
+        if (labels[i] < 0) wide[i] = 0.0;
+    batch_dump_loss(s->dump, m, wide, lse);
+    free(wide);
+    free(lse);
+}
+
 static void run_language_forward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
@@ -216,6 +234,7 @@ static void run_language_forward(void *ctx, const struct action *a)
     model_language_forward(s->model, a->slot, text, &s->image, s->training);
     leave(s, TIMER_FORWARD);
     if (s->dump && s->n_moe > 0) dump_choice(s, a->microbatch);
+    if (s->dump && s->topo->language.tp_rank == 0 && s->topo->language.cp_rank == 0) dump_loss(s, a->microbatch, text->labels);
 }
 
 static void run_language_backward(void *ctx, const struct action *a)
@@ -491,18 +510,14 @@ struct step_result step_train(struct step *s, struct data *data, int64_t iterati
 void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,
                   double *tokens)
 {
-    struct batch_dump *dump = s->dump;
-
     s->data = data;
     s->change = change;
     s->iteration = iteration;
     s->training = false;
-    s->dump = NULL;
     run_schedule(s, &s->forward);
     if (counts_tokens(s)) {
         *loss_sum += read_scalar(s, model_loss_sum(s->model));
         *tokens += s->sum[SUM_TOKENS];
     }
     model_zero_accumulators(s->model);
-    s->dump = dump;
 }

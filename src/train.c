@@ -178,11 +178,12 @@ static void open_trace(struct train *t)
                           eval_most(&t->eval, rows, t->run->starts), bytes);
     free(path);
     if (t->topo->rank == 0) t->board = tensorboard_open(t->deck->log.tensorboard_dir, t->run->continues);
-    if (t->deck->log.dump_batches > t->state.iteration && t->has_data) {
+    if (t->deck->log.dump_batches > (t->has_data ? t->state.iteration : 0)) {
         path = xasprintf("%s/batches.h5", t->run->dir);
         t->dump = batch_dump_open(path, t->deck, t->topo);
         free(path);
     }
+    if (!t->has_data) t->eval.dump = t->dump;
 }
 
 void train_restore(struct train *t, const struct train_start *start, struct errors *errors)
