@@ -118,7 +118,7 @@ static json_t *read_json(const char *directory, const char *name, bool needed,
          *text = file_read(path, CONFIG_BYTES, &n, why, sizeof why);
     if (!text) {
         if (needed)
-            errors_add(errors, EXIT_CHECKPOINT, "%s", why);
+            errors_add(errors, EXIT_CHECKPOINT, "mimo: error: %s", why);
     } else if (!make_json(text, n)) {
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: nested deeper than %d", path, CONFIG_DEPTH);
     } else if (!(root = json_loadb(text, n, 0, &error)) || !json_is_object(root)) {

@@ -479,7 +479,7 @@ static bool choose_files(struct safetensors *s, struct safetensors *index, const
         *index = (struct safetensors){ .n = 0 };
         const bool ok = text && safetensors_parse_index(index, text, n, reason, sizeof reason);
         if (!text)
-            errors_add(errors, EXIT_CHECKPOINT, "%s", why);
+            errors_add(errors, EXIT_CHECKPOINT, "mimo: error: %s", why);
         else if (!ok)
             blame(errors, file, reason);
         free(text);

@@ -21,7 +21,8 @@ from harness import ROOT, Tap
 
 FUZZ = os.path.join(ROOT, "build", "fuzz")
 # Seconds in `make check`, bytes of an input, MiB that a run may take.
-TARGETS = {"deck": (60, 6000, 512), "shard": (20, 20000, 512), "image": (20, 4000, 512), "tokenizer": (25, 4000, 1024), "sample": (20, 2000, 512)}
+TARGETS = {"deck": (60, 6000, 512), "shard": (20, 20000, 512), "image": (20, 4000, 512), "tokenizer": (25, 4000, 1024), "sample": (20, 2000, 512),
+           "safetensors": (25, 4000, 512), "hf_config": (20, 6000, 512)}
 READER = ["deck.c", "deck_table.c", "deck_text.c", "deck_value.c"]
 COVERED = 90.0
 

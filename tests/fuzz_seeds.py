@@ -199,4 +199,45 @@ def tokenizer(folder, mimo):
                                           '"lstrip"', '"normalized"', '"unk_token"', "\\\\p{L}", "(?!\\\\S)", "\\\\s+", "[^\\\\r\\\\n]", "(?i:", "\\0"])
 
 
-SEEDS = {"deck": deck, "image": image, "shard": shard, "sample": sample, "tokenizer": tokenizer}
+# ---- Hugging Face directories ------------------------------------------------------------------------------------------------
+
+def safetensors(folder, mimo):
+    entry = lambda dtype, shape, a, b: {"dtype": dtype, "shape": shape, "data_offsets": [a, b]}
+    file = lambda header, data: struct.pack("<Q", len(header)) + header + data
+    good = {"__metadata__": {"format": "pt"}, "backbone.layers.0.mixer.D": entry("BF16", [4], 0, 8), "vision_model.radio_model.model.blocks.1.ls1.gamma":
+            entry("F16", [2, 1], 8, 12), "mlp1.0.weight": entry("F32", [], 12, 16), "lm_head.weight": entry("F64", [1, 1, 1], 16, 24),
+            "sound_encoder.x": entry("I64", [0, 7], 24, 24), "language_model.backbone.layers.1.mixer.experts.0.up_proj.weight_scale": entry("F8_E4M3", [1], 24, 25)}
+    text = json.dumps(good).encode()
+    kinds = {"good": text, "spaces": text + b" " * 7, "empty": b"{}", "hole": json.dumps({"a": entry("F32", [1], 4, 8)}).encode(),
+             "overlap": json.dumps({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}).encode(),
+             "twice": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+             "overflow": json.dumps({"a": entry("F32", [1 << 40, 1 << 40], 0, 0)}).encode(), "nan": b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[NaN,1]}}',
+             "deep": b'{"a":' + b"[" * 50, "list": b"[]", "real": b'{"a":{"dtype":"F4","shape":[2.0],"data_offsets":[0,1]}}'}
+    for name, header in kinds.items():
+        write(folder, name, b"\0" + file(header, bytes(25)))
+        write(folder, "header_" + name, b"\1" + struct.pack("<H", 25) + header)
+    write(folder, "cut", b"\0" + file(text, bytes(25))[:100])
+    write(folder, "huge", b"\0" + b"\xff" * 8 + text)
+    for name, m in (("index", {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}), ("escape", {"a": "../x.safetensors"}),
+                    ("itself", {"a": "model.safetensors.index.json"}), ("none", {}), ("number", {"a": 1})):
+        write(folder, name, b"\2" + json.dumps({"metadata": {"total_size": 1}, "weight_map": m}).encode())
+    words(folder + ".dict", JSON_WORDS + ['"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"weight_map"', ".safetensors", "BF16", "F16", "F32", "F64",
+                                          "I64", "F8_E4M3", "language_model.", "backbone.", "vision_model.", "radio_model.model.", "blocks.0.", "parametrizations."])
+
+
+def hf_config(folder, mimo):
+    import hf_files as hf
+    vlm = hf.vlm_config(hf.TINY, hf.TINY_VISION)
+    listed = {k: v for k, v in hf.TINY.items() if k != "hybrid_override_pattern"} | {"layers_block_type": ["mamba", "moe", "linear_attention", "full_attention", "moe", "mlp"]}
+    remote = {"args": {"model": "vit_huge_patch16_224", "cpe_max_size": 2048, "min_num_patches": 4}, "patch_size": 16}
+    for name, config in (("language", hf.TINY), ("listed", listed), ("vision", hf.TINY_VISION), ("vlm", vlm), ("remote", remote),
+                         ("library", hf.vlm_config(listed, hf.TINY_VISION, published=False)), ("empty", {}), ("list", []),
+                         ("long", {"hybrid_override_pattern": "M" * 1000}), ("wrong", {k: "x" for k in hf.TINY})):
+        write(folder, name, json.dumps(config).encode())
+    write(folder, "traps", json.dumps(vlm).replace("16", "Infinity").replace("2.5", "NaN").encode())
+    write(folder, "deep", b"[" * 200)
+    words(folder + ".dict", JSON_WORDS + ["Infinity", "-Infinity", "NaN", '"args"', '"model"', '"text_config"', '"llm_config"', '"vision_config"',
+                                          *('"%s"' % k for k in {**hf.TINY, **hf.TINY_VISION, **vlm})])
+
+
+SEEDS = {"deck": deck, "image": image, "shard": shard, "sample": sample, "safetensors": safetensors, "hf_config": hf_config, "tokenizer": tokenizer}
