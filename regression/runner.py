@@ -197,7 +197,7 @@ class Runner:
         if case.identity == "finetune":
             return other + ["checkpoint.load=" + os.path.join(whole, "ckpt"), "checkpoint.ckpt_step=0", "checkpoint.finetune=T"], ""
         folder = whole + "_exported"
-        p = subprocess.run([self.mimo, "--export", folder, c.checkpoint(whole, 0), "--fp64"], stdin=subprocess.DEVNULL,
+        p = subprocess.run([self.mimo, "--export", folder, c.checkpoint(whole, 0), "--dtype", "fp64"], stdin=subprocess.DEVNULL,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=case.limit)
         if p.returncode != 0:
             return [], "CRASH status %s of --export\n%s" % (p.returncode, tail(p.stdout))

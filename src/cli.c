@@ -13,7 +13,7 @@
 #include "deck_table.h"
 #include "path_hint.h"
 
-enum { RANKS = -1, FP64 = -2, SHARD_BYTES = -3, NOTICE_SECONDS = 10 };
+enum { RANKS = -1, DTYPE = -2, SHARD_BYTES = -3, NOTICE_SECONDS = 10 };
 
 static const struct option {
     const char *name;
@@ -31,7 +31,7 @@ static const struct option {
     { "--check-data", CLI_CHECK_DATA, "", true, NULL, "read every shard of the deck's data, print samples, sizes, tokens" },
     { "--show-sample", CLI_SHOW_SAMPLE, "N", true, NULL, "write sample N as the model sees it" },
     { "--export", CLI_EXPORT, "DIR FILE", false, NULL, "write checkpoint FILE as a Hugging Face directory DIR" },
-    { "--fp64", FP64, "", false, NULL, "with --export: write F64, an fp64 run's numbers as they are" },
+    { "--dtype", DTYPE, "TYPE", false, NULL, "with --export: bf16, fp32 or fp64 (an fp64 run's numbers as they are) instead of bf16 or fp32 as the run" },
     { "--shard-bytes", SHARD_BYTES, "N", false, NULL, "with --export: bytes of tensors in a file at most (5e9)" },
     { "--deck-from-hf", CLI_DECK_FROM_HF, "DIR", false, NULL, "print the deck that fits a Hugging Face directory" },
     { "--doctor", CLI_DOCTOR, "", false, NULL, "tell what this machine and launcher offer" },
@@ -125,8 +125,11 @@ static void parse_option(struct parser *p)
         p->cli->ranks = (int)take_number(p, o, inline_value, 1, INT_MAX);
         return;
     }
-    if (o->action == FP64) {
-        p->cli->fp64 = true;
+    if (o->action == DTYPE) {
+        const char *type = take_value(p, o, inline_value, "TYPE");
+        if (type && strcmp(type, "bf16") && strcmp(type, "fp32") && strcmp(type, "fp64"))
+            fault(p, "--dtype %.60s: bf16, fp32 or fp64 is expected", type);
+        p->cli->dtype = type;
         return;
     }
     if (o->action == SHARD_BYTES) {
@@ -180,8 +183,8 @@ void cli_parse(struct cli *cli, int argc, char *const *argv, struct errors *erro
     }
     if (cli->ranks && cli->action != CLI_CHECK && cli->action != CLI_PLAN)
         fault(&p, "--ranks is for --check and --plan; the launcher sets the ranks of a run");
-    if ((cli->fp64 || cli->shard_bytes) && cli->action != CLI_EXPORT)
-        fault(&p, "%s is for --export", cli->fp64 ? "--fp64" : "--shard-bytes");
+    if ((cli->dtype || cli->shard_bytes) && cli->action != CLI_EXPORT)
+        fault(&p, "%s is for --export", cli->dtype ? "--dtype" : "--shard-bytes");
     if (!cli_needs_deck(cli) && (p.deck_given || cli->n_overrides))
         fault(&p, "%s takes no deck and no overrides", name_of((int)cli->action));
 }

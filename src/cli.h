@@ -24,7 +24,7 @@ struct cli {
     long sample;                 /* --show-sample */
     const char *path;            /* --inspect FILE, --status DIR, --export FILE, --deck-from-hf DIR */
     const char *directory;       /* --export DIR */
-    bool fp64;                   /* --fp64, with --export */
+    const char *dtype;           /* --dtype bf16, fp32 or fp64, with --export; NULL = that of the run */
     int64_t shard_bytes;         /* --shard-bytes, with --export; 0 = as it sees fit */
     int n_overrides;
     char **overrides;            /* [n_overrides] point into argv; the array is owned */

@@ -106,11 +106,15 @@ static void choose_targets(struct export *x)
     }
 }
 
-static int kind_of(const struct export *x, enum dtype dtype)
+/* A bias in BF16 would change the routing: expert biases stay F32. */
+static int kind_of(const struct export *x, bool buffer)
 {
-    if (x->options->fp64)
+    const char *dtype = x->options->dtype;
+    if (dtype && strcmp(dtype, "fp64") == 0)
         return SAFETENSORS_F64;
-    return dtype == DTYPE_BF16 ? SAFETENSORS_BF16 : SAFETENSORS_F32;
+    if (buffer || (dtype && strcmp(dtype, "fp32") == 0))
+        return SAFETENSORS_F32;
+    return dtype || x->model.act == DTYPE_BF16 ? SAFETENSORS_BF16 : SAFETENSORS_F32;
 }
 
 /* The map of a parameter in the spelling that its directory has. */
@@ -155,7 +159,7 @@ static void list_tensors(struct export *x)
         for (int k = 0; k < m.n_sources; k++) {
             struct safetensors_tensor *d = add_tensor(&x->target[x->target_of[p->module]]);
             published_name(x, p, m.source[k].name, d->name);
-            d->kind = kind_of(x, p->buffer ? x->model.acc : x->model.act);
+            d->kind = kind_of(x, p->buffer);
             d->ndim = m.source[k].ndim;
             for (int j = 0; j < d->ndim; j++)
                 d->shape[j] = m.source[k].shape[j];
@@ -168,7 +172,7 @@ static void list_tensors(struct export *x)
         const struct target *t = &x->target[x->target_of[MODEL_VISION]];
         struct safetensors_tensor *d = add_tensor(&x->target[x->target_of[MODEL_VISION]]);
         hf_published(MODEL_VISION, names[k], t->kind == HF_VLM, d->name);
-        d->kind = kind_of(x, x->model.act);
+        d->kind = kind_of(x, false);
         d->ndim = 3;
         d->shape[0] = 3;
         d->shape[1] = d->shape[2] = 1;
@@ -185,20 +189,20 @@ static const void *convert(struct export *x, enum dtype from, int kind, const vo
         (from == DTYPE_F64 && kind == SAFETENSORS_F64) ||
         (from == DTYPE_BF16 && kind == SAFETENSORS_BF16))
         return in;
-    ASSERT(kind == SAFETENSORS_F32 || kind == SAFETENSORS_F64);
     if (x->have_converted < (size_t)n * 8)
         x->converted = xrealloc(x->converted, x->have_converted = (size_t)n * 8, 1);
     for (int64_t i = 0; i < n; i++) {
         const double v = from == DTYPE_F64   ? ((const double *)in)[i]
                          : from == DTYPE_F32 ? (double)((const float *)in)[i]
                                              : (double)bf16_to_float(((const uint16_t *)in)[i]);
-        if (kind == SAFETENSORS_F64) {
+        double back = v;
+        if (kind == SAFETENSORS_F64)
             ((double *)x->converted)[i] = v;
-        } else {
-            const float f = (float)v;
-            x->rounded += (double)f != v && !isnan(v);
-            ((float *)x->converted)[i] = f;
-        }
+        else if (kind == SAFETENSORS_F32)
+            back = ((float *)x->converted)[i] = (float)v;
+        else
+            back = bf16_to_float(((uint16_t *)x->converted)[i] = bf16_from_double(v));
+        x->rounded += back != v && !isnan(v);
     }
     return x->converted;
 }
@@ -378,9 +382,10 @@ static int64_t image_token(const struct export *x)
 static bool write_config(struct export *x, const struct target *t)
 {
     struct errors ignored = { 0 };
-    const char *dtype = x->options->fp64             ? "float64"
-                        : x->model.act == DTYPE_BF16 ? "bfloat16"
-                                                     : "float32";
+    static const char *const words[] = { [SAFETENSORS_BF16] = "bfloat16",
+                                         [SAFETENSORS_F32] = "float32",
+                                         [SAFETENSORS_F64] = "float64" };
+    const char *dtype = words[kind_of(x, false)];
     const char *language = x->deck.checkpoint.import_language;
     struct hf_config *special = *language ? hf_config_open(language, &ignored) : NULL;
     const int64_t id = t->kind == HF_VLM ? image_token(x) : -1;
@@ -476,10 +481,8 @@ static void say_what(const struct export *x)
                 x->out);
     }
     if (x->rounded > 0)
-        fprintf(x->out,
-                "note: %" PRId64
-                " numbers of the fp64 run were rounded to F32; --fp64 keeps them\n",
-                x->rounded);
+        fprintf(x->out, "note: %" PRId64 " numbers were rounded to %s; --dtype fp64 keeps them\n",
+                x->rounded, kind_of(x, false) == SAFETENSORS_BF16 ? "BF16" : "F32");
 }
 
 static bool export_to(struct export *x, const char *temporary)

@@ -24,7 +24,7 @@ void import_print(const struct deck *deck, const struct topology *all, const int
  * ------------------------------------------------------ */
 
 struct export_options {
-    bool fp64;           /* write F64: numbers of an fp64 run as they are */
+    const char *dtype;   /* "bf16", "fp32" or "fp64"; NULL = BF16 of a bf16 run, else F32 */
     int64_t shard_bytes; /* of tensors in a file; 0 = the Hub's usual 5 GB */
 };
 /* Write the model of a checkpoint as a directory that transformers loads; what was done is said on

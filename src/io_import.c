@@ -211,7 +211,7 @@ void import_weights(struct model *model, struct errors *errors)
     for (int k = 0; k < n && topo->rank == 0; k++)
         hf_directory_audit(&d[k], model->deck, errors, &notes);
     for (int i = 0; i < notes.count; i++)
-        log_line("%s", notes.line[i]);
+        (strstr(notes.line[i], ": note: ") ? log_warn : log_line)("%s", notes.line[i]);
     errors_free(&notes);
     if (comm_host_collect_errors(topo->world, errors) == 0)
         for (int k = 0; k < n; k++) {

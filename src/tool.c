@@ -68,7 +68,7 @@ static int with_deck(const struct cli *cli)
 /* Hugging Face directories: write one, or print the deck of one. */
 static int with_directory(const struct cli *cli)
 {
-    const struct export_options options = { .fp64 = cli->fp64, .shard_bytes = cli->shard_bytes };
+    const struct export_options options = { .dtype = cli->dtype, .shard_bytes = cli->shard_bytes };
     struct errors errors = { 0 };
 
     if (cli->action == CLI_EXPORT) export_checkpoint(cli->directory, cli->path, &options, stdout, &errors);

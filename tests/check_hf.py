@@ -7,10 +7,12 @@ file and shards, alone and inside a vision-language model, on several layouts; i
 must be refused: tensors missing, unexpected, of another shape, quantised, damaged, not finite; each key of config.json that contradicts
 the deck. At last the published layouts: all names at tiny width, full size with sparse files whose headers alone are read.
 """
+import ctypes
 import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 
 import h5py
@@ -48,7 +50,7 @@ class Hf:
                                             *overrides, ranks=ranks)
         if status != 0:
             return "status %s\n%s%s" % (status, stdout[-2000:], stderr[-2000:])
-        return [os.path.join(out, "iter_%07d" % i, "checkpoint.h5") for i in (0, 1)] + [stdout]
+        return [os.path.join(out, "iter_%07d" % i, "checkpoint.h5") for i in (0, 1)] + [stdout + stderr]
 
     def export(self, checkpoint, name, *options):
         directory = self.m.path(name)
@@ -133,7 +135,7 @@ def export_types(t):
     if isinstance(got, str):
         return t.test("an fp64 run is exported", got)
     single, said = t.export(got[1], "single")
-    double, _ = t.export(got[1], "double", "--fp64")
+    double, _ = t.export(got[1], "double", "--dtype", "fp64")
     if not (os.path.isdir(single) and os.path.isdir(double)):
         return t.test("an fp64 run is exported", single + double)
     exact = hf.from_checkpoint(got[1], hf.TINY, hf.TINY_VISION)
@@ -141,10 +143,68 @@ def export_types(t):
     b = {hf.strip(n): x for n, (_, x) in hf.read_directory(double).items() if "conditioner" not in n}
     t.test("an fp64 run is exported as F32, and says how many numbers were rounded",
            same(a, {n: x.astype(np.float32) for n, x in exact.items()}) or ("" if "were rounded to F32" in said else said))
-    t.test("an fp64 run is exported as F64 with --fp64, without a last LayerNorm that it lacks", same(b, exact))
+    t.test("an fp64 run is exported as F64 with --dtype fp64, without a last LayerNorm that it lacks", same(b, exact))
     with open(os.path.join(double, "config.json")) as f:
         config = json.load(f)
     t.test("config.json says so", "" if config["dtype"] == "float64" and config["text_config"]["num_nextn_predict_layers"] == 0 else str(config))
+
+
+def as_bf16(name, out):
+    """A checkpoint as a bf16 run on a GPU would have written it: every parameter bfloat16, expert biases fp32, all checksums right."""
+    xxh = ctypes.CDLL("libxxhash.so.0").XXH3_64bits
+    xxh.restype, xxh.argtypes = ctypes.c_uint64, (ctypes.c_char_p, ctypes.c_size_t)
+    shutil.copy(name, out)
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_size(2)
+    kind.set_ebias(127)
+    with h5py.File(out, "r+", locking=False) as f:
+        paths, blocks = f["manifest/path"][()], f["manifest/block"][()]
+        raw = {}
+        for k, path in enumerate(p.decode() for p in paths):
+            if not path.startswith("/model/") or path.endswith("expert_bias"):
+                continue
+            x = f[path][()]
+            raw[k] = np.frombuffer(hf.encode(x, "BF16"), "<u2").reshape(x.shape)
+            attributes = dict(f[path].attrs)
+            del f[path]
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_layout(h5py.h5d.CONTIGUOUS)
+            d = h5py.h5d.create(f.id, path.encode(), kind, h5py.h5s.create_simple(x.shape), plist)
+            d.write(h5py.h5s.ALL, h5py.h5s.ALL, raw[k], kind)
+            for a, v in attributes.items():
+                f[path].attrs[a] = v
+        for b in blocks:
+            if int(b["tensor"]) in raw:
+                x = raw[int(b["tensor"])]
+                part = x[tuple(slice(int(s), int(s + c)) for s, c in zip(b["start"], b["count"]))[:x.ndim]].tobytes()
+                b["xxh3"] = xxh(part, len(part))
+        f["manifest/block"][...] = blocks
+        whole = b"".join(p.ljust(192, b"\0") for p in paths.tolist()) + b"".join(
+            struct.pack("<q4q4qQ", b["tensor"], *b["start"], *b["count"], b["xxh3"]) for b in blocks)
+        f["manifest"].attrs.modify("xxh3", np.uint64(xxh(whole, len(whole))))
+        text = f["deck/text"][()].decode().replace("precision = 'fp32'", "precision = 'bf16'").replace("backend = 'ref'", "backend = 'cuda'")
+        f["deck/text"][()] = text.encode()
+
+
+def export_bf16(t):
+    """What a run on GPUs saves is exported by any binary: BF16 as it is, expert biases F32."""
+    got = t.train(*MLP, "stage.training_stage=3", ranks=4)
+    if isinstance(got, str):
+        return t.test("a bf16 run is exported", got)
+    name = t.m.path("bf16.h5")
+    as_bf16(got[1], name)
+    directory, _ = t.export(name, "bf16")
+    if not os.path.isdir(directory):
+        return t.test("a bf16 run is exported", directory)
+    found = {hf.strip(n): x for n, x in hf.read_directory(directory).items() if "conditioner" not in n}
+    exact = hf.from_checkpoint(got[1], hf.TINY, hf.TINY_VISION)
+    rounded = {n: x if n.endswith("correction_bias") else hf.decode(hf.encode(x, "BF16"), "BF16", x.shape) for n, x in exact.items()}
+    kinds = {n for n, (d, _) in found.items() if d != ("F32" if n.endswith("correction_bias") else "BF16")}
+    t.test("a bf16 run is exported: BF16 as it is, expert biases F32", same({n: x for n, (_, x) in found.items()}, rounded) or (str(kinds) if kinds else ""))
+    wide, _ = t.export(name, "bf16-wide", "--dtype", "fp32")
+    t.test("and as F32 without a change", same({hf.strip(n): x for n, (_, x) in hf.read_directory(wide).items() if "conditioner" not in n}, rounded)
+           if os.path.isdir(wide) else wide)
 
 
 def export_apart(t):
@@ -200,6 +260,11 @@ def export_refused(t):
     refuses("a trace", trace, 5, "no checkpoint of mimo")
     refuses("a damaged number", damaged, 5, "are damaged")
     refuses("a missing tensor", lacking, 5, "class_token: missing")
+    p = subprocess.run([t.m.binary, "--export", t.m.path("never"), got[1]], capture_output=True, text=True,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)))
+    left = [n for n in os.listdir(t.m.scratch) if n.startswith("never")]
+    t.test("an export that finds no room leaves nothing", "" if p.returncode == 6 and "File too large" in p.stderr and not left else
+           "status %s %s %s" % (p.returncode, p.stderr, left))
     refuses("a directory in nowhere", got[1], 6, "cannot make the directory", "no/such/place")
 
 
@@ -226,7 +291,7 @@ def export_streams(t):
 # ---- import -----------------------------------------------------------------------------------------------------------------------
 
 def import_layouts(t):
-    for precision, option in (("fp32", ()), ("fp64", ("--fp64",))):
+    for precision, option in (("fp32", ()), ("fp64", ("--dtype", "fp64"))):
         got = t.train(*MLP, "run.precision=" + precision, "stage.training_stage=3")
         directory = got if isinstance(got, str) else t.export(got[1], "out-" + precision, *option, "--shard-bytes", "200000")[0]
         if not os.path.isdir(directory):
@@ -358,6 +423,36 @@ def import_spellings(t):
            **dict(zip(hf.projector(hf.TINY, v, library=True), (inside["mlp1.%d.weight" % k] for k in (0, 1, 3))))}
     spelled(t, "in-library vision-language model", *renamed(lib), hf.vlm_config(list_config, v, published=False), inside, VLM, *MLP,
             "vision.final_layernorm=F")
+
+
+def published_bytes(t):
+    """BF16 -> checkpoint.h5 -> BF16: the very bytes of every tensor that has a parameter, the companions unchanged."""
+    names = {**hf.language(hf.TINY, "language_model."), **hf.vision(hf.TINY_VISION, "vision_model."), **hf.more_vision(hf.TINY_VISION, "vision_model."),
+             **hf.projector(hf.TINY, hf.TINY_VISION), **hf.final_norm(hf.TINY_VISION)}
+    tensors, r = {n: ("F32" if n.endswith("correction_bias") else "BF16", s) for n, s in names.items()}, hf.Random(6)
+    directory = t.m.path("bytes")
+    hf.write_directory(directory, tensors, r.bytes(tensors), 2)
+    hf.write_config(directory, hf.vlm_config({**hf.TINY, "bos_token_id": 1, "eos_token_id": [2, 11], "pad_token_id": 0, "max_position_embeddings": 262144},
+                                             hf.TINY_VISION))
+    companions = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+                  "preprocessor_config.json", "processor_config.json", "LICENSE")
+    for n in companions:
+        with open(os.path.join(directory, n), "wb") as f:
+            f.write(b"{}" if n == "preprocessor_config.json" else b"any bytes \xff of " + n.encode())
+    got = t.train(*MLP, *[k % directory for k in VLM])
+    out = got if isinstance(got, str) else t.export(got[0], "bytes-out", "--dtype", "bf16")[0]
+    if not os.path.isdir(out):
+        return t.test("published, imported and exported again: the same bytes", out)
+    back = hf.read_directory(out)
+    wrong = [n for n in names if "video" not in n and (n not in back or back[n][0] != tensors[n][0] or
+                                                       hf.encode(back[n][1], back[n][0]) != r.bytes(tensors)(n))]
+    t.test("published, imported and exported again: the same bytes", str(wrong[:5]) if wrong or len(back) != len(names) - 1 else "")
+    wrong = [n for n in companions if open(os.path.join(out, n), "rb").read() != open(os.path.join(directory, n), "rb").read()]
+    with open(os.path.join(out, "config.json")) as f:
+        config = json.load(f)
+    kept = [config["text_config"].get(k) for k in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")]
+    t.test("tokenizer, template, licence and token ids go with it", "" if not wrong and kept == [1, [2, 11], 0, 262144] and
+           config["dtype"] == "bfloat16" else "%s %s %s" % (wrong, kept, config["dtype"]))
 
 
 class Base:
@@ -543,8 +638,6 @@ def deck_rules(t):
     refused("import and load exclude each other", ("exclusive with checkpoint.load",), "checkpoint.import_language=x", "checkpoint.load=y")
     refused("import and finetune exclude each other", ("exclusive with checkpoint.finetune",), "checkpoint.import_language=x", "checkpoint.save=y", "checkpoint.finetune=T")
     refused("a language model alone imports no encoder", ("has no pictures",), "checkpoint.import_vision=x", "topology.layout=language_only")
-    status, _, stderr = t.m.run("--version", "--fp64")
-    t.test("--fp64 is for --export", "" if status == 2 and "is for --export" in stderr else stderr)
 
 
 def resumed(t):
@@ -589,13 +682,25 @@ def published(name):
                    "adaptors.clip.head.weight": (1280, 1280), "feature_normalizer.clip.mean": (1280,)}
         config = {**remote, "args": {**remote["args"], "teachers": [{"name": "clip"}] * 3}, "version": "c-radio_" + name[8:10] + "-h"}
         return {n: ("I64" if "idxs" in n else "F32", s) for n, s in tensors.items()}, config, None, (0, 387, 0), (0, 651645440 if "v2" in name else 651648000)
+    if name == "Nemotron-Nano-12B-v2-VL":
+        c = dense(hidden_size=5120, num_attention_heads=40, num_key_value_heads=8, intermediate_size=20480, mamba_num_heads=128, mamba_head_dim=80,
+                  hybrid_override_pattern=hf.PATTERN["12B-v2"], num_hidden_layers=62, vocab_size=131075, max_position_embeddings=131072)
+        v = dict(vit, num_cls_tokens=16, num_registers=0)
+        tensors = {**hf.language(c, "language_model."), **hf.vision(v, "vision_model."), **hf.more_vision(v, "vision_model."), **hf.projector(c, v)}
+        return bf16(tensors), hf.vlm_config(c, {**remote, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_ratio": 4}) | {
+            "img_context_token_id": 131072, "force_image_size": 512}, None, (len(hf.language(c)), 387, 3), (0, 651648000 - 2 * 1280 + 6 * 1280)
     tensors = {**hf.language(big, "language_model."), **hf.vision(vit, "vision_model."), **hf.more_vision(vit, "vision_model."),
                **hf.projector(big, vit), **hf.audio()}
     return bf16(tensors), hf.vlm_config(big, {**remote, "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "mlp_ratio": 4}, published=True) | {
         "img_context_token_id": 18, "force_image_size": 512}, {"min_num_patches": 1024, "max_num_patches": 13312}, (6243, 387, 3), (31577937344, 651648000 - 2 * 1280)   # no last LayerNorm
 
 
-FAMILIES = ("Nemotron-3-Nano-30B-A3B", "Nemotron-Nano-9B-v2", "C-RADIOv2-H", "C-RADIOv4-H", "Nemotron-Nano-Omni")
+FAMILIES = ("Nemotron-3-Nano-30B-A3B", "Nemotron-Nano-9B-v2", "Nemotron-Nano-12B-v2-VL", "C-RADIOv2-H", "C-RADIOv4-H", "Nemotron-Nano-Omni")
+TEXT_ONLY = ("Nemotron-3-Nano-30B-A3B", "Nemotron-Nano-9B-v2")
+# What 12 or 16 ranks are cut into; an odd vocabulary cannot be cut.
+CUT = {"Nemotron-3-Nano-30B-A3B": ("topology.llm_tp=2", "topology.llm_ep=8"), "Nemotron-Nano-9B-v2": ("topology.llm_tp=2",),
+       "Nemotron-Nano-12B-v2-VL": ("topology.layout=disjoint", "topology.encoder_dp=4", "topology.llm_dp=8")}
+CUT_PICTURES = ("topology.layout=disjoint", "topology.encoder_dp=4", "topology.llm_tp=2", "topology.llm_dp=4", "topology.llm_ep=4")
 RUN = ("run.train_iters=1", "lr.lr=1e-5", "run.precision=fp32")
 
 
@@ -625,7 +730,7 @@ def tiny_widths(name):
         return {n: (tensors[n][0], s) for n, s in hf.language(full).items()}, text, None, count
     v["num_registers"] = 9
     names = {**hf.language(full, "language_model."), **hf.vision(v, "vision_model."), **hf.more_vision(v, "vision_model."), **hf.projector(full, v), **hf.audio()}
-    return {n: (tensors[n][0], s) for n, s in names.items()}, hf.vlm_config(text, v), None, count
+    return {n: (tensors[n][0], s) for n, s in names.items() if n in tensors or "sound" not in n}, hf.vlm_config(text, v), None, count
 
 
 def published_tiny(t, name):
@@ -639,7 +744,7 @@ def published_tiny(t, name):
     if not os.path.exists(deck):
         return t.test("published names of %s at tiny width" % name, deck)
     extra = ("language.preset=tiny", "vision.preset=custom") if name.startswith("C-RADIO") else ()
-    got = t.train(*RUN, *extra, "language.seq_length=64", "batch.global_batch_size=1", *(() if "Omni" not in name and "RADIO" not in name else
+    got = t.train(*RUN, *extra, "language.seq_length=64", "batch.global_batch_size=1", *(() if name in TEXT_ONLY else
                   ("data.image_seq_length=16", "data.num_image_tiles=1", "vision.dynamic_resolution=T", "vision.dynamic_resolution_min_patches=4")), deck=deck)
     if isinstance(got, str):
         return t.test("published names of %s at tiny width" % name, got)
@@ -653,7 +758,7 @@ def published_tiny(t, name):
         expected = {n: used[n] for n in found}
         fault = same(found, expected) or ("" if len(found) == count[1] else "%d tensors" % len(found))
     else:
-        found = hf.from_checkpoint(got[0], {**hf.TINY, **text}, v if "Omni" in name else None)
+        found = hf.from_checkpoint(got[0], {**hf.TINY, **text}, None if name in TEXT_ONLY else v)
         plain = {hf.strip(n): x for n, x in used.items()}
         fault = same(found, {n: plain[n] for n in found}) or ("" if len(found) == sum(count) else "%d tensors" % len(found))
     t.test("published names of %s at tiny width: %d tensors of %d, every number" % (name, len(found), len(tensors)), fault)
@@ -674,9 +779,7 @@ def published_full(t, name):
     deck = deck_of(t, directory)
     if not os.path.exists(deck):
         return t.test("full size of %s from headers" % name, deck)
-    status, stdout, stderr = t.m.run("--check", deck, *RUN, "--ranks", "12" if "Omni" in name or "RADIO" in name else "16", "run.backend=ref", *(
-        ("topology.layout=disjoint", "topology.encoder_dp=4", "topology.llm_tp=2", "topology.llm_dp=4", "topology.llm_ep=4") if "Omni" in name or "RADIO" in name else
-        ("topology.llm_tp=2",)), *(("topology.llm_ep=8",) if "A3B" in name else ()))
+    status, stdout, stderr = t.m.run("--check", deck, *RUN, "--ranks", "16" if name in TEXT_ONLY else "12", "run.backend=ref", *CUT.get(name, CUT_PICTURES))
     numbers = {l.split()[0]: int(l.split()[1]) for l in stdout.partition("\nlayout ")[0].splitlines()
                if l.startswith(("  language  ", "  vision  ")) and l.split()[1].isdigit()}
     fault = "" if status == 0 else "status %s\n%s" % (status, stderr[-3000:])
@@ -702,7 +805,6 @@ def published_full(t, name):
 
 def patch(directory, name, raw):
     """Overwrite a tensor's bytes."""
-    import struct
     for file in os.listdir(directory):
         if not file.endswith(".safetensors"):
             continue
@@ -738,7 +840,7 @@ def deck_from_hf(t):
 
 def main():
     t = Hf()
-    cases = [export_vlm, export_types, export_apart, export_refused, export_streams, import_layouts, import_spellings, import_strict, import_damaged,
+    cases = [export_vlm, export_types, export_bf16, export_apart, export_refused, export_streams, import_layouts, import_spellings, published_bytes, import_strict, import_damaged,
              config_keys, deck_rules, resumed, deck_from_hf]
     for case in cases:
         if t.wanted(case.__name__) or case is import_spellings:   # its cases have names of their own

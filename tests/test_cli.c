@@ -132,7 +132,8 @@ static void mistakes_are_named(void **state)
         { { "--plan", "d.nml" }, "command line: error: --plan: prediction of time and memory is not built yet" },
         { { "--export", "dir" }, "command line: error: --export: FILE is missing after it" },
         { { "--deck-from-hf" }, "command line: error: --deck-from-hf: DIR is missing after it" },
-        { { "--check", "d", "--fp64" }, "command line: error: --fp64 is for --export" },
+        { { "--check", "d", "--dtype", "fp64" }, "command line: error: --dtype is for --export" },
+        { { "--export", "dir", "f.h5", "--dtype", "half" }, "command line: error: --dtype half: bf16, fp32 or fp64 is expected" },
         { { "--version", "--shard-bytes", "5" }, "command line: error: --shard-bytes is for --export" },
         { { "--export", "dir", "f.h5", "--shard-bytes", "0" }, "command line: error: --shard-bytes 0: an integer from 1 on is expected" },
     };
@@ -149,7 +150,7 @@ static void mistakes_are_named(void **state)
 static void help_names_every_option_and_exit_status(void **state)
 {
     static const char *const words[] = { "--check", "--plan", "--ranks N", "--reference", "--inspect FILE", "--check-data",
-        "--show-sample N", "--export DIR FILE", "--fp64", "--shard-bytes N", "--deck-from-hf DIR", "--doctor", "--status DIR", "--features", "--version", "--help",
+        "--show-sample N", "--export DIR FILE", "--dtype TYPE", "--shard-bytes N", "--deck-from-hf DIR", "--doctor", "--status DIR", "--features", "--version", "--help",
         "group.key=value", "75" };
     char *text = NULL;
     size_t n;
