@@ -25,7 +25,7 @@ TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wil
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: FORCE all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle mutants demo data lint format clean tests bench-cpu man install
+.PHONY: FORCE all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle oracle-hf mutants demo data lint format clean tests bench-cpu man install
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -104,6 +104,10 @@ oracle: all build/tests/test_tokenizer                   ## make the references 
 
 mutants: all                       ## plant errors one by one; a regression case must see each; K=word chooses
 	regression/mutate --make "$(MAKE)" --mpiexec $(MPIEXEC) $(if $(K),-k $(K))
+
+oracle-hf: all                     ## compare import, export and fine-tuning of Hugging Face models with transformers
+	@test -n "$(ORACLE_PYTHON)" || tools/bootstrap.sh --oracle
+	for p in "import_export.py" "finetune.py check"; do $(or $(ORACLE_PYTHON),.oracle/bin/python) regression/oracle/$$p --mpiexec $(MPIEXEC) || exit 1; done
 
 lint: all                          ## the rules of the source tree
 	$(PYTHON) tests/check_lint.py
