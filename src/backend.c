@@ -41,6 +41,28 @@ const struct comm_ops *comm_select(const struct deck *deck)
     return deck->run.backend == DECK_BACKEND_REF ? &comm_mpi : &comm_nccl;
 }
 
+void backend_grouped_act_forward(const struct backend_ops *be, struct stream *s, in_t a, in_t w,
+                                 in_t offsets, in_t prob, out_t h, out_t y)
+{
+    if (be->grouped_act_forward) {
+        be->grouped_act_forward(s, a, w, offsets, prob, h, y);
+        return;
+    }
+    be->grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, tensor_rows(h), h);
+    be->expert_act_forward(s, h, prob, y);
+}
+
+void backend_grouped_act_backward(const struct backend_ops *be, struct stream *s, in_t a, in_t w,
+                                  in_t offsets, in_t h, in_t prob, out_t dh, out_t dprob, out_t y)
+{
+    if (be->grouped_act_backward) {
+        be->grouped_act_backward(s, a, w, offsets, h, prob, dh, dprob, y);
+        return;
+    }
+    be->grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, tensor_rows(h), dh);
+    be->expert_act_backward(s, h, prob, dh, dh, dprob, y);
+}
+
 void backend_blas_start(char **argv)
 {
     const char *preload = getenv("LD_PRELOAD");

@@ -150,9 +150,16 @@ struct backend_ops {
                      out_t tokens_per_expert);
     /* dprob [T,K] = drow[token_row]. */
     void (*moe_unsort_prob)(struct stream *s, in_t drow, in_t token_row, out_t dprob);
-    /* y = relu(h)^2 * prob[row]; backward: dh = 2 relu(h) dy prob, dprob[row] = sum_F relu(h)^2 dy. rows = offsets[E]. dh may be dy. */
+    /* y = relu(h)^2 * prob[row]; backward: dh = 2 relu(h) dy prob, dprob[row] = sum_F relu(h)^2 dy, and y once more for the gradient
+     * of the weights behind it (NULL: not needed). rows = offsets[E]. dh may be dy. */
     void (*expert_act_forward)(struct stream *s, in_t h, in_t prob, out_t y);
-    void (*expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob);
+    void (*expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob, out_t y);
+    /* Optional, NULL: backend_grouped_act_* composes them. Rows of all experts: offsets[E] = rows.
+     * h = a w^T by experts, y = relu(h)^2 * prob[row]; a [rows, in], w [E, out, in], h and y [rows, out]. */
+    void (*grouped_act_forward)(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h, out_t y);
+    /* dy = a w by experts, then as expert_act_backward; a [rows, out], h, dh and y [rows, in]. dy is kept nowhere and may or may not
+     * be rounded to act. */
+    void (*grouped_act_backward)(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob, out_t dh, out_t dprob, out_t y);
     /* bias_e += rate * sign(mean(count) - count_e), then count = 0. bias acc [E], count I64 [E]. */
     void (*expert_bias_update)(struct stream *s, double rate, out_t bias, out_t count);
 
@@ -181,6 +188,11 @@ const struct backend_ops *backend_select(const struct deck *deck);
 /* The same table's types and sizes, with streams that do nothing: what counts memory where no GPU is. Local. */
 const struct backend_ops *backend_sizing(const struct deck *deck);
 extern const struct backend_ops backend_sizes_bf16, backend_sizes_f32;   /* of the cuda tables */
+/* The table's optional entries, or the same made of its others. Local. */
+void backend_grouped_act_forward(const struct backend_ops *be, struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h,
+                                 out_t y);
+void backend_grouped_act_backward(const struct backend_ops *be, struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob,
+                                  out_t dh, out_t dprob, out_t y);
 /* NULL when this binary has the CUDA backend, else one sentence for the user. Local. */
 const char *backend_cuda_missing(void);
 /* True when this machine can run it: a GPU of compute capability 9.0 for each of the host's `node_size` ranks, libraries new enough;

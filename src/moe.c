@@ -317,8 +317,7 @@ static void step_experts(struct model *m, struct moe *l, const struct pass *p)
     struct stream *s = m->compute;
     const struct expert_rows r = expert_rows(l);
     const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), yp = tensor_first(&l->yp, r.n);
-    be->grouped_gemm(s, BACKEND_GROUPED_NT, &r.x, &model_param(m, l->fc1)->value, &r.offsets, r.n, &h);
-    be->expert_act_forward(s, &h, &r.prob, &a);
+    backend_grouped_act_forward(be, s, &r.x, &model_param(m, l->fc1)->value, &r.offsets, &r.prob, &h, &a);
     be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n, &yp);
     count_expert_flops(m, l, r.n, 2);
 }
@@ -418,12 +417,9 @@ static void back_experts(struct model *m, struct moe *l, const struct pass *p)
     const struct expert_rows r = expert_rows(l);
     const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), da = tensor_first(&l->da, r.n);
     const struct tensor yp = tensor_first(&l->yp, r.n), drow = drow_here(l), dy = l->dispatch ? yp : l->copies;
-    be->grouped_gemm(s, BACKEND_GROUPED_NN, &dy, &fc2->value, &r.offsets, r.n, &da);
-    if (fc2->trainable) {
-        be->expert_act_forward(s, &h, &r.prob, &a);
+    backend_grouped_act_backward(be, s, &dy, &fc2->value, &r.offsets, &h, &r.prob, &da, &drow, fc2->trainable ? &a : NULL);
+    if (fc2->trainable)
         be->grouped_gemm(s, BACKEND_GROUPED_TN, &dy, &a, &r.offsets, r.n, &fc2->grad);
-    }
-    be->expert_act_backward(s, &h, &r.prob, &da, &da, &drow);
     if (fc1->trainable) {
         if (!l->dispatch)
             be->gather_rows(s, &l->hn, &l->row_token, &l->copies);   /* what was received lies in its own memory */

@@ -17,7 +17,8 @@ extern "C" {
     X(embed_merge_backward) X(loss_max) X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) \
     X(ssd_forward) X(ssd_backward) X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
     X(router_balance_loss) X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
-    X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(adamw)
+    X(grouped_act_forward) X(grouped_act_backward) X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) \
+    X(sum_squares) X(count_zeros) X(adamw)
 
 #define X(op) extern __typeof__(*((struct backend_ops *)0)->op) cuda_##op;
 CUDA_OPS(X)

@@ -4,8 +4,8 @@
  * else (F32, odd widths) takes the plain kernel below, which is there to be right: fp32 products and sums in the order of the
  * inner index. Neither reads the offsets on the host.
  */
-#include "cuda_util.cuh"
 #include "grouped.h"
+#include "vector.cuh"
 
 enum { TILE = 64, DEPTH = 16, THREADS = 256, PER_THREAD = 4, LINE = 256 };
 enum { WORKSPACE_PER_SM = 1024 };   /* five descriptors of 128 bytes at most */
@@ -106,31 +106,40 @@ static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, i
 
 /* ---- CUTLASS ---- */
 
+/* A matrix of a product: element (0, 0) of group e lies at p + offsets[e] step + e expert, rows are ld elements apart. */
+struct operand {
+    char *p;
+    int64_t ld, step, expert;        /* step, expert in bytes; 0: the matrix does not go on by rows, by experts */
+};
+
 struct setup {
     struct grouped g;
     const int32_t *offsets;
-    const char *a, *b;
-    char *d;
-    int64_t lda, ldb, ldd;
-    int64_t a_step, b_step, d_step;      /* bytes from one row of the group to the next; 0: not by rows */
-    int64_t b_expert, d_expert;          /* bytes from one expert to the next; 0: not by expert */
-    int m, n, k;                         /* -1: the group's rows */
+    operand a, b, c, d;
+    int m, n, k;                     /* -1: the group's rows */
 };
 
-static __global__ void setup_kernel(setup p)
+__device__ __forceinline__ char *place(const operand &o, int64_t first, int e)
 {
-    for (int e = threadIdx.x; e < p.g.groups; e += blockDim.x) {
-        const int64_t first = p.offsets[e];
-        const int rows = (int)(p.offsets[e + 1] - first);
-        p.g.size[e][0] = rows == 0 ? 0 : p.m < 0 ? rows : p.m;
-        p.g.size[e][1] = rows == 0 ? 0 : p.n;
-        p.g.size[e][2] = rows == 0 ? 0 : p.k < 0 ? rows : p.k;
-        p.g.a[e] = p.a + first * p.a_step;
-        p.g.b[e] = p.b + first * p.b_step + e * p.b_expert;
-        p.g.d[e] = p.d + first * p.d_step + e * p.d_expert;
-        p.g.lda[e] = p.lda;
-        p.g.ldb[e] = p.ldb;
-        p.g.ldd[e] = p.ldd;
+    return o.p + first * o.step + e * o.expert;
+}
+
+static __global__ void setup_kernel(setup s)
+{
+    for (int e = threadIdx.x; e < s.g.groups; e += blockDim.x) {
+        const int64_t first = s.offsets[e];
+        const int rows = (int)(s.offsets[e + 1] - first);
+        s.g.size[e][0] = rows == 0 ? 0 : s.m < 0 ? rows : s.m;
+        s.g.size[e][1] = rows == 0 ? 0 : s.n;
+        s.g.size[e][2] = rows == 0 ? 0 : s.k < 0 ? rows : s.k;
+        s.g.a[e] = place(s.a, first, e);
+        s.g.b[e] = place(s.b, first, e);
+        s.g.c[e] = place(s.c, first, e);
+        s.g.d[e] = place(s.d, first, e);
+        s.g.lda[e] = s.a.ld;
+        s.g.ldb[e] = s.b.ld;
+        s.g.ldc[e] = s.c.ld;
+        s.g.ldd[e] = s.d.ld;
     }
 }
 
@@ -142,65 +151,79 @@ static void *carve(char **at, size_t bytes)
     return p;
 }
 
-static struct grouped carve_groups(struct stream *s, int64_t experts)
+static size_t groups_bytes(const struct stream *s, size_t experts)
 {
-    const size_t n = (size_t)experts, workspace = (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM;
-    char *at = (char *)cuda_scratch(s, workspace + n * (sizeof(int[3]) + 6 * sizeof(int64_t)) + 8 * LINE);
+    return (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM + experts * (sizeof(int[3]) + 8 * sizeof(int64_t)) + 10 * LINE;
+}
+
+/* The arrays over groups, at the start of the scratch. */
+static struct grouped carve_groups(const struct stream *s, size_t experts)
+{
+    char *at = (char *)cuda_scratch(s, groups_bytes(s, experts));
     struct grouped g = {};
-    g.groups = (int)n;
-    g.workspace_bytes = workspace;
-    g.workspace = carve(&at, workspace);
-    g.size = (int(*)[3])carve(&at, n * sizeof *g.size);
-    g.a = (const void **)carve(&at, n * sizeof *g.a);
-    g.b = (const void **)carve(&at, n * sizeof *g.b);
-    g.d = (void **)carve(&at, n * sizeof *g.d);
-    g.lda = (int64_t *)carve(&at, n * sizeof *g.lda);
-    g.ldb = (int64_t *)carve(&at, n * sizeof *g.ldb);
-    g.ldd = (int64_t *)carve(&at, n * sizeof *g.ldd);
+    g.groups = (int)experts;
+    g.workspace_bytes = (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM;
+    g.workspace = carve(&at, g.workspace_bytes);
+    g.size = (int(*)[3])carve(&at, experts * sizeof *g.size);
+    g.a = (const void **)carve(&at, experts * sizeof *g.a);
+    g.b = (const void **)carve(&at, experts * sizeof *g.b);
+    g.c = (const void **)carve(&at, experts * sizeof *g.c);
+    g.d = (void **)carve(&at, experts * sizeof *g.d);
+    g.lda = (int64_t *)carve(&at, experts * sizeof *g.lda);
+    g.ldb = (int64_t *)carve(&at, experts * sizeof *g.ldb);
+    g.ldc = (int64_t *)carve(&at, experts * sizeof *g.ldc);
+    g.ldd = (int64_t *)carve(&at, experts * sizeof *g.ldd);
     return g;
+}
+
+/* The stride of a single row is nobody's: a view may hold anything there. */
+static operand by_rows(in_t t)
+{
+    const int64_t ld = tensor_rows(t) > 1 ? t->ld : tensor_cols(t);
+    return operand{(char *)t->data, ld, ld * (int64_t)dtype_bytes(t->dtype), 0};
+}
+
+static operand by_experts(in_t w)
+{
+    return operand{(char *)w->data, w->shape[2], 0, w->shape[1] * w->shape[2] * (int64_t)dtype_bytes(w->dtype)};
+}
+
+/* Sizes and addresses of all groups; c has d's shape. */
+static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, in_t c, out_t d)
+{
+    in_t w = mode == BACKEND_GROUPED_TN ? d : b;
+    const int out = (int)w->shape[1], in = (int)w->shape[2];
+    setup p = {};
+    p.g = carve_groups(s, (size_t)w->shape[0]);
+    p.offsets = (const int32_t *)offsets->data;
+    p.a = by_rows(a);
+    if (mode == BACKEND_GROUPED_TN) {
+        p.m = out, p.n = in, p.k = -1;
+        p.b = by_rows(b), p.c = by_experts(c), p.d = by_experts(d);
+    } else {
+        p.m = -1, p.n = mode == BACKEND_GROUPED_NT ? out : in, p.k = mode == BACKEND_GROUPED_NT ? in : out;
+        p.b = by_experts(b), p.c = by_rows(c), p.d = by_rows(d);
+    }
+    setup_kernel<<<1, 128, 0, cuda_stream_of(s)>>>(p);
+    CHECK_LAUNCH();
+    return p.g;
 }
 
 static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, out_t c)
 {
-    in_t w = mode == BACKEND_GROUPED_TN ? c : b;
-    const int64_t out = w->shape[1], in = w->shape[2], step = (int64_t)sizeof(bf16);
-    setup p = {};
-    p.g = carve_groups(s, w->shape[0]);
-    p.offsets = (const int32_t *)offsets->data;
-    p.a = (const char *)a->data;
-    p.b = (const char *)b->data;
-    p.d = (char *)c->data;
-    p.lda = a->ld;
-    p.a_step = a->ld * step;
-    if (mode == BACKEND_GROUPED_TN) {
-        p.m = (int)out, p.n = (int)in, p.k = -1;
-        p.ldb = b->ld, p.b_step = b->ld * step;
-        p.ldd = in, p.d_expert = out * in * (int64_t)sizeof(float);
-    } else {
-        const bool nt = mode == BACKEND_GROUPED_NT;
-        p.m = -1, p.n = (int)(nt ? out : in), p.k = (int)(nt ? in : out);
-        p.ldb = in, p.b_expert = out * in * step;
-        p.ldd = c->ld, p.d_step = c->ld * step;
-    }
-    setup_kernel<<<1, 128, 0, cuda_stream_of(s)>>>(p);
-    CHECK_LAUNCH();
+    const struct grouped g = set_up(s, mode, a, b, offsets, c, c);
     if (mode == BACKEND_GROUPED_NT)
-        cuda_grouped_nt(s, &p.g);
+        cuda_grouped_nt(s, &g);
     else if (mode == BACKEND_GROUPED_NN)
-        cuda_grouped_nn(s, &p.g);
+        cuda_grouped_nn(s, &g);
     else
-        cuda_grouped_tn(s, &p.g);
+        cuda_grouped_tn(s, &g);
 }
 
-/* Base and row stride are multiples of 16 bytes. */
-static bool aligned(in_t t)
+/* Whether TMA can address all of it. */
+static bool addressable(int64_t out, int64_t in, std::initializer_list<in_t> views)
 {
-    return (uintptr_t)t->data % 16 == 0 && t->ld * (int64_t)dtype_bytes(t->dtype) % 16 == 0;
-}
-
-static bool dense(in_t t)
-{
-    return tensor_rows(t) <= 1 || t->ld == tensor_cols(t);
+    return out % CHUNK == 0 && in % CHUNK == 0 && chunks_aligned(views);
 }
 
 extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, int64_t max_rows,
@@ -208,7 +231,7 @@ extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, i
 {
     const bool tn = mode == BACKEND_GROUPED_TN;
     in_t w = tn ? c : b, other = tn ? b : c;
-    ASSERT(w->ndim == 3 && dense(w) && offsets->dtype == DTYPE_I32 && dense(offsets));
+    ASSERT(w->ndim == 3 && offsets->dtype == DTYPE_I32 && all_dense({w, offsets}));
     const int64_t experts = w->shape[0], out = w->shape[1], in = w->shape[2];
     ASSERT(tensor_numel(offsets) == experts + 1 && a->dtype == b->dtype && c->dtype == (tn ? DTYPE_F32 : a->dtype));
     ASSERT(tensor_cols(a) == (mode == BACKEND_GROUPED_NT ? in : out));
@@ -216,7 +239,7 @@ extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, i
     ASSERT(max_rows <= INT32_MAX && out <= INT32_MAX && in <= INT32_MAX);
     if (max_rows == 0 || experts == 0 || out == 0 || in == 0)
         return;
-    if (a->dtype == DTYPE_BF16 && out % 8 == 0 && in % 8 == 0 && aligned(a) && aligned(b) && aligned(c))
+    if (a->dtype == DTYPE_BF16 && addressable(out, in, {a, b, c}))
         by_cutlass(s, mode, a, b, offsets, c);
     else
         by_type(a, [&](auto zero) {
@@ -226,4 +249,60 @@ extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, i
             else
                 plain<T, T>(s, mode, a, b, offsets, max_rows, c);
         });
+}
+
+/* ---- with the activation ---- */
+
+extern "C" void cuda_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h, out_t y)
+{
+    const int64_t rows = tensor_rows(h), experts = w->shape[0], out = w->shape[1], in = w->shape[2];
+    ASSERT(w->ndim == 3 && all_dense({w, offsets}) && tensor_numel(offsets) == experts + 1 && tensor_numel(prob) == rows);
+    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && y->dtype == a->dtype && prob->dtype == DTYPE_F32);
+    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == in && tensor_cols(h) == out && tensor_rows(y) == rows && tensor_cols(y) == out);
+    if (a->dtype != DTYPE_BF16 || !addressable(out, in, {a, w, h, y}) || rows == 0 || out == 0 || in == 0) {
+        cuda_grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, rows, h);
+        cuda_expert_act_forward(s, h, prob, y);
+        return;
+    }
+    const struct grouped g = set_up(s, BACKEND_GROUPED_NT, a, w, offsets, y, y);
+    const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, h->data, h->ld, NULL};
+    cuda_grouped_nt_act(s, &g, &act);
+}
+
+/* dprob[r] = the parts of row r in the order of the tiles. */
+static __global__ void sum_parts_kernel(const float *partial, int tiles, int64_t rows, float *dprob)
+{
+    const int64_t r = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    float sum = 0.0f;
+    if (r >= rows)
+        return;
+    for (int t = 0; t < tiles; t++)
+        sum += partial[r * tiles + t];
+    dprob[r] = sum;
+}
+
+extern "C" void cuda_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob, out_t dh,
+                                          out_t dprob, out_t y)
+{
+    const int64_t rows = tensor_rows(h), experts = w->shape[0], out = w->shape[1], in = w->shape[2];
+    ASSERT(w->ndim == 3 && all_dense({w, offsets}) && tensor_numel(offsets) == experts + 1 && tensor_numel(prob) == rows);
+    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && dh->dtype == a->dtype && (y == NULL || y->dtype == a->dtype));
+    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == out && tensor_cols(h) == in && tensor_rows(dh) == rows && tensor_cols(dh) == in);
+    ASSERT(dprob->dtype == DTYPE_F32 && tensor_numel(dprob) == rows && prob->dtype == DTYPE_F32);
+    const int64_t tiles = (in + GROUPED_TILE_N - 1) / GROUPED_TILE_N, begin = (int64_t)groups_bytes(s, (size_t)experts);
+    const size_t bytes = (size_t)(begin + rows * tiles * (int64_t)sizeof(float));
+    if (a->dtype != DTYPE_BF16 || !addressable(out, in, {a, w, h, dh, y}) || rows == 0 || out == 0 || in == 0
+        || bytes > cuda_context_of(s)->scratch_bytes) {
+        cuda_grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, rows, dh);
+        cuda_expert_act_backward(s, h, prob, dh, dh, dprob, y);
+        return;
+    }
+    float *partial = (float *)((char *)cuda_scratch(s, bytes) + begin);
+    const struct grouped g = set_up(s, BACKEND_GROUPED_NN, a, w, offsets, h, dh);
+    const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, y ? y->data : NULL,
+                                    y ? y->ld : 0, partial};
+    cuda_grouped_nn_act(s, &g, &act);
+    sum_parts_kernel<<<blocks_for(rows, THREADS), THREADS, 0, cuda_stream_of(s)>>>(partial, (int)tiles, rows,
+                                                                                  (float *)dprob->data);
+    CHECK_LAUNCH();
 }

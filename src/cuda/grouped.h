@@ -13,21 +13,36 @@ extern "C" {
 
 #include "backend.h"
 
+/* Tile of the CUTLASS kernels. */
+enum { GROUPED_TILE_M = 128, GROUPED_TILE_N = 192 };
+
 /* Device arrays over the groups, all in the stream's scratch. */
 struct grouped {
     int groups;
     int (*size)[3];                  /* M, N, K; all 0 for an expert without rows */
-    const void **a, **b;
+    const void **a, **b, **c;        /* c: read with d's shape, or NULL */
     void **d;
-    int64_t *lda, *ldb, *ldd;        /* in elements */
+    int64_t *lda, *ldb, *ldc, *ldd;  /* in elements */
     void *workspace;                 /* TMA descriptors, rewritten by every block */
     size_t workspace_bytes;
+};
+
+/* For products with the experts' activation in their epilogue; rows are those of all groups, in order. */
+struct grouped_act {
+    const int32_t *offsets;
+    const float *prob;
+    void *second;                    /* BF16 with D's shape; NULL in backward: not needed */
+    int64_t ld;
+    float *partial;                  /* backward: [rows, ceil(N / GROUPED_TILE_N)] parts of dprob */
 };
 
 /* BF16 operands, 16-byte aligned rows; accumulation in fp32. D: BF16 for nt and nn, F32 for tn, which adds to it. */
 void cuda_grouped_nt(struct stream *s, const struct grouped *g);
 void cuda_grouped_nn(struct stream *s, const struct grouped *g);
 void cuda_grouped_tn(struct stream *s, const struct grouped *g);
+/* d = relu(h)^2 prob, second = h = a b; d = dh from c = h and dy = a b, second = relu(h)^2 prob, partial. */
+void cuda_grouped_nt_act(struct stream *s, const struct grouped *g, const struct grouped_act *act);
+void cuda_grouped_nn_act(struct stream *s, const struct grouped *g, const struct grouped_act *act);
 
 #ifdef __cplusplus
 }

@@ -21,20 +21,18 @@
 using grouped_row = cutlass::layout::RowMajor;
 using grouped_column = cutlass::layout::ColumnMajor;
 
-/* ElementC is void where D is overwritten, D's type where the product is added to it. */
-template <class LayoutA, class LayoutB, class ElementC, class ElementD> struct grouped_gemm {
+/* ElementC is the type of a matrix read with D's shape, or void; Fusion is what makes D of it and of the fp32 product. */
+template <class LayoutA, class LayoutB, class ElementC, class ElementD, class Fusion> struct grouped_gemm {
     using Element = cutlass::bfloat16_t;
-    using TileShape = cute::Shape<cute::_128, cute::Int<192>, cute::_64>;
+    using TileShape = cute::Shape<cute::Int<GROUPED_TILE_M>, cute::Int<GROUPED_TILE_N>, cute::_64>;
     using ClusterShape = cute::Shape<cute::_1, cute::_1, cute::_1>;
-    static constexpr bool add = !cute::is_void_v<ElementC>;
     static constexpr int align = 128 / cutlass::sizeof_bits<Element>::value;
     static constexpr int align_d = 128 / cutlass::sizeof_bits<ElementD>::value;
 
     using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
         cutlass::epilogue::collective::EpilogueTileAuto, float, float, ElementC, grouped_row *, align_d, ElementD,
-        grouped_row *, align_d, cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong,
-        cutlass::epilogue::fusion::LinearCombination<ElementD, float, ElementC, float>>::CollectiveOp;
+        grouped_row *, align_d, cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong, Fusion>::CollectiveOp;
     using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA *, align, Element, LayoutB *, align, float,
         TileShape, ClusterShape,
@@ -50,18 +48,17 @@ template <class LayoutA, class LayoutB, class ElementC, class ElementD> struct g
     static_assert(sizeof(typename Kernel::InternalStrideB) == sizeof(int64_t));
     static_assert(sizeof(typename Kernel::InternalStrideD) == sizeof(int64_t));
 
-    static void run(struct stream *s, const struct grouped *g)
+    static void run(struct stream *s, const struct grouped *g, typename Epilogue::FusionCallbacks::Arguments fusion)
     {
         typename Gemm::Arguments args{};
         args.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
         args.problem_shape = {g->groups, (typename ProblemShape::UnderlyingProblemShape *)g->size, nullptr};
         args.mainloop = {(const Element **)g->a, (typename Kernel::InternalStrideA *)g->lda, (const Element **)g->b,
                          (typename Kernel::InternalStrideB *)g->ldb};
-        args.epilogue.thread.alpha = 1.0f;
-        args.epilogue.thread.beta = add ? 1.0f : 0.0f;
-        if constexpr (add)
-            args.epilogue.ptr_C = (const ElementC **)g->d;
-        args.epilogue.dC = (typename Kernel::InternalStrideC *)g->ldd;
+        args.epilogue.thread = fusion;
+        if constexpr (!cute::is_void_v<ElementC>)
+            args.epilogue.ptr_C = (const ElementC **)g->c;
+        args.epilogue.dC = (typename Kernel::InternalStrideC *)g->ldc;
         args.epilogue.ptr_D = (ElementD **)g->d;
         args.epilogue.dD = (typename Kernel::InternalStrideD *)g->ldd;
         args.hw_info.sm_count = cuda_context_of(s)->sm_count;
@@ -74,5 +71,9 @@ template <class LayoutA, class LayoutB, class ElementC, class ElementD> struct g
                   cudaGetErrorString(cudaGetLastError()));
     }
 };
+
+/* D = product + beta C. */
+template <class ElementC, class ElementD>
+using grouped_sum = cutlass::epilogue::fusion::LinearCombination<ElementD, float, ElementC, float>;
 
 #endif

@@ -3,5 +3,6 @@
 
 extern "C" void cuda_grouped_nt(struct stream *s, const struct grouped *g)
 {
-    grouped_gemm<grouped_row, grouped_column, void, cutlass::bfloat16_t>::run(s, g);
+    using sum = grouped_sum<void, cutlass::bfloat16_t>;
+    grouped_gemm<grouped_row, grouped_column, void, cutlass::bfloat16_t, sum>::run(s, g, {1.0f, 0.0f});
 }

@@ -3,5 +3,6 @@
 
 extern "C" void cuda_grouped_tn(struct stream *s, const struct grouped *g)
 {
-    grouped_gemm<grouped_column, grouped_row, float, float>::run(s, g);
+    using sum = grouped_sum<float, float>;
+    grouped_gemm<grouped_column, grouped_row, float, float, sum>::run(s, g, {1.0f, 1.0f});
 }

@@ -8,12 +8,12 @@
  * for the host or for another block.
  */
 #include <cub/block/block_scan.cuh>
-#include "cuda_util.cuh"
+#include "vector.cuh"
 
 enum { MAX_EXPERTS = 512, MAX_TOPK = 32, WARPS = 8, THREADS = WARPS * WARP };
 enum { BALANCE_ROWS = 64 };                                       /* rows of a block of the balance */
 enum { SORT_THREADS = 1024, SORT_TOKENS = 64, SORT_MOST = 512, SORT_CHUNKS = 256 };
-enum { BATCH = 4 };                                               /* loads in flight per thread and operand */
+enum { BATCH = 4 };                                               /* chunks in flight per thread and operand */
 
 /* Calls f(I) with the number of experts a lane holds, as a constant. */
 template <class F> static void by_experts(int64_t experts, F f)
@@ -31,15 +31,10 @@ template <class F> static void by_experts(int64_t experts, F f)
         f(std::integral_constant<int, 16>());
 }
 
-static bool dense(in_t t)
-{
-    return tensor_rows(t) <= 1 || t->ld == tensor_cols(t);
-}
-
 /* n consecutive elements of a type. */
 static bool is_vector(in_t t, enum dtype dtype, int64_t n)
 {
-    return t->dtype == dtype && tensor_numel(t) == n && dense(t);
+    return t->dtype == dtype && tensor_numel(t) == n && all_dense({t});
 }
 
 static bool is_matrix(in_t t, enum dtype dtype, int64_t rows, int64_t cols)
@@ -497,100 +492,81 @@ extern "C" void cuda_moe_unsort_prob(struct stream *s, in_t drow, in_t token_row
 
 /* ---- the experts' activation ---- */
 
-/* What a thread loads at once: W elements, 16 bytes or one element. */
-template <class T, int W> struct alignas(W * sizeof(T)) pack { T v[W]; };
-
 /* Which keeps a NaN. */
 __device__ __forceinline__ float relu(float x)
 {
     return x < 0.0f ? 0.0f : x;
 }
 
-/* A warp per row. */
-template <class T, int W>
+/* Column of a thread's chunk b from `at` on; a warp walks along a row. */
+__device__ __forceinline__ int64_t chunk_column(int64_t at, int b)
+{
+    return at + b * (WARP * CHUNK);
+}
+
+template <class T, bool VEC>
 static __global__ void __launch_bounds__(THREADS)
 expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
 {
-    const int lane = threadIdx.x % WARP;
-    const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP, n = h.cols / W;
+    const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP;
     if (r >= h.rows)
         return;
-    const pack<T, W> *from = (const pack<T, W> *)h.row(r);
-    pack<T, W> *to = (pack<T, W> *)y.row(r);
+    const T *from = h.row(r);
+    T *to = y.row(r);
     const float p = prob[r];
-    for (int64_t at = lane; at < n; at += BATCH * WARP) {
-        pack<T, W> x[BATCH];
+    for (int64_t at = threadIdx.x % WARP * CHUNK; at < h.cols; at += BATCH * WARP * CHUNK) {
+        float x[BATCH][CHUNK];
 #pragma unroll
         for (int b = 0; b < BATCH; b++)
-            if (at + b * WARP < n)
-                x[b] = from[at + b * WARP];
+            load_chunk<VEC>(from + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)), x[b]);
 #pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (at + b * WARP < n) {
+        for (int b = 0; b < BATCH; b++) {
 #pragma unroll
-                for (int i = 0; i < W; i++) {
-                    const float positive = relu(to_float(x[b].v[i]));
-                    x[b].v[i] = from_float<T>(positive * positive * p);
-                }
-                to[at + b * WARP] = x[b];
+            for (int i = 0; i < CHUNK; i++) {
+                const float positive = relu(x[b][i]);
+                x[b][i] = positive * positive * p;
             }
+            store_chunk<VEC>(to + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)), x[b]);
+        }
     }
 }
 
-/* A warp per row. dh may be dy: a thread writes only what it has read. */
-template <class T, int W>
+/* dh may be dy: a thread writes only what it has read. y.p NULL: not wanted. */
+template <class T, bool VEC>
 static __global__ void __launch_bounds__(THREADS)
-expert_act_backward_kernel(matrix<const T> h, const float *prob, matrix<const T> dy, matrix<T> dh, float *dprob)
+expert_act_backward_kernel(matrix<const T> h, const float *prob, matrix<const T> dy, matrix<T> dh, float *dprob, matrix<T> y)
 {
-    const int lane = threadIdx.x % WARP;
-    const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP, n = h.cols / W;
+    const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP;
     if (r >= h.rows)
         return;
-    const pack<T, W> *from = (const pack<T, W> *)h.row(r), *upper = (const pack<T, W> *)dy.row(r);
-    pack<T, W> *to = (pack<T, W> *)dh.row(r);
-    const float twice = 2.0f * prob[r];
+    const float p = prob[r], twice = 2.0f * p;
     float sum = 0.0f;
-    for (int64_t at = lane; at < n; at += BATCH * WARP) {
-        pack<T, W> x[BATCH], g[BATCH];
+    for (int64_t at = threadIdx.x % WARP * CHUNK; at < h.cols; at += BATCH * WARP * CHUNK) {
+        float x[BATCH][CHUNK], g[BATCH][CHUNK];
 #pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (at + b * WARP < n) {
-                x[b] = from[at + b * WARP];
-                g[b] = upper[at + b * WARP];
+        for (int b = 0; b < BATCH; b++) {
+            const int64_t c = chunk_column(at, b);
+            load_chunk<VEC>(h.row(r) + c, chunk_size(h.cols, c), x[b]);
+            load_chunk<VEC>(dy.row(r) + c, chunk_size(h.cols, c), g[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            const int64_t c = chunk_column(at, b);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) {
+                const float positive = relu(x[b][i]), slope = positive * g[b][i];
+                sum += positive * slope;
+                g[b][i] = slope * twice;
+                x[b][i] = positive * positive * p;
             }
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (at + b * WARP < n) {
-#pragma unroll
-                for (int i = 0; i < W; i++) {
-                    const float positive = relu(to_float(x[b].v[i])), slope = positive * to_float(g[b].v[i]);
-                    sum += positive * slope;
-                    x[b].v[i] = from_float<T>(slope * twice);
-                }
-                to[at + b * WARP] = x[b];
-            }
+            store_chunk<VEC>(dh.row(r) + c, chunk_size(h.cols, c), g[b]);
+            if (y.p)
+                store_chunk<VEC>(y.row(r) + c, chunk_size(h.cols, c), x[b]);
+        }
     }
     sum = warp_sum(sum);
-    if (lane == 0)
+    if (threadIdx.x % WARP == 0)
         dprob[r] = sum;
-}
-
-/* Rows of t can be read 16 bytes at a time. */
-static bool wide(in_t t)
-{
-    const int64_t bytes = (int64_t)dtype_bytes(t->dtype);
-    return (uintptr_t)t->data % 16 == 0 && t->ld * bytes % 16 == 0 && tensor_cols(t) * bytes % 16 == 0;
-}
-
-/* Calls f with the element type and, as a constant, the elements of one access. */
-template <class F> static void by_access(in_t t, bool all_wide, F f)
-{
-    by_type(t, [&](auto zero) {
-        if (all_wide)
-            f(zero, std::integral_constant<int, (int)(16 / sizeof zero)>());
-        else
-            f(zero, std::integral_constant<int, 1>());
-    });
 }
 
 extern "C" void cuda_expert_act_forward(struct stream *s, in_t h, in_t prob, out_t y)
@@ -599,25 +575,31 @@ extern "C" void cuda_expert_act_forward(struct stream *s, in_t h, in_t prob, out
     ASSERT(is_vector(prob, DTYPE_F32, rows) && is_matrix(y, h->dtype, rows, cols));
     if (rows * cols == 0)
         return;
-    by_access(h, wide(h) && wide(y), [&](auto zero, auto width) {
-        using T = decltype(zero);
-        expert_act_forward_kernel<T, width()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-            as_matrix<const T>(h), (const float *)prob->data, as_matrix<T>(y));
+    by_type(h, [&](auto zero) {
+        by_flag(chunks_aligned({h, y}), [&](auto aligned) {
+            using T = decltype(zero);
+            expert_act_forward_kernel<T, aligned()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const T>(h), (const float *)prob->data, as_matrix<T>(y));
+        });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_expert_act_backward(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob)
+extern "C" void cuda_expert_act_backward(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob, out_t y)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
     ASSERT(is_vector(prob, DTYPE_F32, rows) && is_vector(dprob, DTYPE_F32, rows));
     ASSERT(is_matrix(dy, h->dtype, rows, cols) && is_matrix(dh, h->dtype, rows, cols));
+    ASSERT(y == NULL || is_matrix(y, h->dtype, rows, cols));
     if (rows == 0)
         return;
-    by_access(h, wide(h) && wide(dy) && wide(dh), [&](auto zero, auto width) {
-        using T = decltype(zero);
-        expert_act_backward_kernel<T, width()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-            as_matrix<const T>(h), (const float *)prob->data, as_matrix<const T>(dy), as_matrix<T>(dh), (float *)dprob->data);
+    by_type(h, [&](auto zero) {
+        by_flag(chunks_aligned({h, dy, dh, y}), [&](auto aligned) {
+            using T = decltype(zero);
+            expert_act_backward_kernel<T, aligned()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const T>(h), (const float *)prob->data, as_matrix<const T>(dy), as_matrix<T>(dh),
+                (float *)dprob->data, y ? as_matrix<T>(y) : matrix<T>{});
+        });
     });
     CHECK_LAUNCH();
 }

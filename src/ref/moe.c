@@ -301,9 +301,11 @@ void REF(expert_act_forward)(struct stream *s, in_t h, in_t prob, out_t y)
 }
 
 /* dh may be dy: a block of dy is read before it is written. */
-void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob)
+void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob, out_t y)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
+    if (y != NULL)
+        REF(expert_act_forward)(s, h, prob, y);
     const real *p = ref_vector(prob, rows);
     real *dp = ref_vector(dprob, rows);
     ref_expect(h, rows, cols);

@@ -284,6 +284,25 @@ void gpu_upload(struct gpu_check *g, struct gpu_tensor *t)
     free(narrow);
 }
 
+void gpu_download(struct gpu_check *g, struct gpu_tensor *t)
+{
+    const int64_t rows = tensor_rows(&t->dev), cols = tensor_cols(&t->dev), n = rows * cols;
+    const size_t width = dtype_bytes(t->dev.dtype);
+    ASSERT(t->dev.dtype == DTYPE_BF16 || t->dev.dtype == t->host.dtype);
+    if (n == 0)
+        return;
+    char *raw = xmalloc((size_t)n, width);
+    CHECK_CUDA(cudaStreamSynchronize(cuda_stream_of(g->stream)));
+    CHECK_CUDA(cudaMemcpy2D(raw, (size_t)cols * width, t->dev.data, (size_t)t->dev.ld * width, (size_t)cols * width, (size_t)rows,
+                            cudaMemcpyDeviceToHost));
+    if (t->dev.dtype == DTYPE_BF16)
+        for (int64_t i = 0; i < n; i++)
+            ((float *)t->host.data)[i] = bf16_to_float(((const uint16_t *)(const void *)raw)[i]);
+    else
+        memcpy(t->host.data, raw, (size_t)n * width);
+    free(raw);
+}
+
 void gpu_repeat(struct gpu_check *g, struct gpu_tensor *t, const struct gpu_tensor *from)
 {
     const int64_t rows = tensor_rows(&t->dev), cols = tensor_cols(&t->dev), period = tensor_rows(&from->dev);

@@ -72,6 +72,8 @@ void gpu_uniform(struct gpu_check *g, struct gpu_tensor *t, double low, double h
 void gpu_integers(struct gpu_check *g, struct gpu_tensor *t, int64_t low, int64_t high);
 /* What the test has written to t->host goes to the device; floats are rounded, on the host side too. */
 void gpu_upload(struct gpu_check *g, struct gpu_tensor *t);
+/* What lies on the device now becomes t's host side. */
+void gpu_download(struct gpu_check *g, struct gpu_tensor *t);
 /* Rows of `from` repeated over all rows of t (device only): production shapes whose host copy would be too large. */
 void gpu_repeat(struct gpu_check *g, struct gpu_tensor *t, const struct gpu_tensor *from);
 /* t is filled and the operation changes it. */
