@@ -155,6 +155,22 @@ static void print_deck(const struct hf_config *c, const char *directory, const s
     fputs("/\n", out);
 }
 
+/* What tensors and config.json both tell. */
+static void compare_tensors(const struct hf_config *c, const struct contents *k, const struct hf_facts *facts,
+                            struct errors *errors)
+{
+    const struct hf_fact *v = hf_config_fact(facts, ROW(language, vocab_size)),
+                         *w = hf_config_fact(facts, ROW(vision, class_token_len));
+    if (v && k->vocabulary >= 0 && v->number != (double)k->vocabulary)
+        errors_add(errors, EXIT_CHECKPOINT,
+                   "%s: error: %s = %.0f, but the embedding has %" PRId64 " rows", c->path, v->key,
+                   v->number, k->vocabulary);
+    if (w && k->class_tokens >= 0 && w->number != (double)k->class_tokens)
+        errors_add(errors, EXIT_CHECKPOINT,
+                   "%s: error: %s = %.0f, but the directory has %" PRId64 " class tokens", c->path,
+                   w->key, w->number, k->class_tokens);
+}
+
 void hf_config_print_deck(const char *directory, FILE *out, struct errors *errors)
 {
     struct hf_facts *facts = xcalloc(1, sizeof *facts);
@@ -163,21 +179,13 @@ void hf_config_print_deck(const char *directory, FILE *out, struct errors *error
     if (safetensors_open(&s, directory, errors)) {
         const struct contents k = look(&s);
         struct hf_config *c = hf_config_open(directory, errors);
-        if (c)
+        if (c) {
             hf_config_facts(c, k.has, facts, errors);
-        const struct hf_fact *v = hf_config_fact(facts, ROW(language, vocab_size)),
-                             *w = hf_config_fact(facts, ROW(vision, class_token_len));
-        if (errors->count == before && v && k.vocabulary >= 0 && v->number != (double)k.vocabulary)
-            errors_add(errors, EXIT_CHECKPOINT,
-                       "%s: error: %s = %.0f, but the embedding has %" PRId64 " rows", c->path,
-                       v->key, v->number, k.vocabulary);
-        if (errors->count == before && w && k.class_tokens >= 0 &&
-            w->number != (double)k.class_tokens)
-            errors_add(errors, EXIT_CHECKPOINT,
-                       "%s: error: %s = %.0f, but the directory has %" PRId64 " class tokens",
-                       c->path, w->key, w->number, k.class_tokens);
-        if (errors->count == before)
-            print_deck(c, directory, &k, facts, out);
+            if (errors->count == before)
+                compare_tensors(c, &k, facts, errors);
+            if (errors->count == before)
+                print_deck(c, directory, &k, facts, out);
+        }
         hf_config_free(c);
         safetensors_free(&s);
     }

@@ -204,7 +204,7 @@ int hf_directory_map(const struct hf_directory *d, const struct deck *deck, cons
     struct hf_map next;
     *tensor = NULL;
     for (int spelling = 0; hf_map_init(&next, deck, p, spelling); spelling++) {
-        const struct safetensors_tensor **t = xcalloc((size_t)next.n_sources, sizeof *t);
+        const struct safetensors_tensor **t = xcalloc((size_t)next.n_sources, sizeof *t); /* NOLINT(bugprone-sizeof-expression): pointers */
         const int n = find_sources(d, p, &next, t);
         if (n > most) {
             if (most >= 0)
@@ -218,6 +218,7 @@ int hf_directory_map(const struct hf_directory *d, const struct deck *deck, cons
             free(t);
         }
     }
+    ASSERT(most >= 0); /* every parameter has a spelling */
     return most;
 }
 

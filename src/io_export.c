@@ -255,10 +255,8 @@ static bool export_param(struct export *x, const struct param *p)
     struct target *t = &x->target[x->target_of[p->module]];
     struct hf_map m;
     map_of(x, p, &m);
-    struct placing g = { .access = &t->access,
-                         .errors = x->errors,
-                         .ok = true,
-                         .tensor = xcalloc((size_t)m.n_sources, sizeof *g.tensor) };
+    struct placing g = { .access = &t->access, .errors = x->errors, .ok = true };
+    g.tensor = xcalloc((size_t)m.n_sources, sizeof *g.tensor); /* NOLINT(bugprone-sizeof-expression): pointers */
     for (int k = 0; k < m.n_sources; k++) {
         char name[SAFETENSORS_NAME];
         published_name(x, p, m.source[k].name, name);

@@ -19,8 +19,9 @@ void REF(gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
     ref_expect(a, ta ? k : m, ta ? m : k);
     ref_expect(b, tb ? n : k, tb ? k : n);
     ref_expect(d, m, n);
-    ASSERT(c != NULL || beta == 0);
-    if (beta != 0)
+    const bool add = beta != 0;
+    ASSERT(c != NULL || !add);
+    if (add)
         ref_expect(c, m, n);
     if (m == 0 || n == 0)
         return;
@@ -28,9 +29,9 @@ void REF(gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
         scale_rows(beta, c, d);
         return;
     }
-    if (beta != 0 && c->data != d->data)
+    if (add && c->data != d->data)
         scale_rows(1, c, d);
-    ASSERT(beta == 0 || c->data != d->data || c->ld == d->ld || m == 1);
+    ASSERT(!add || c->data != d->data || c->ld == d->ld || m == 1);
     REF_GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
              ref_int(m), ref_int(n), ref_int(k), (real)alpha, a->data, ref_int(a->ld), b->data,
              ref_int(b->ld), (real)beta, d->data, ref_int(d->ld));

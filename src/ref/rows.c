@@ -93,7 +93,7 @@ void REF(embed_merge_backward)(struct stream *s, in_t ids, in_t image_row, in_t 
         if (picture[t] >= 0) {
             if (dimage != NULL)
                 memcpy(ref_row(dimage, picture[t]), from, (size_t)cols * sizeof(real));
-        } else if (id[t] >= first && id[t] - first < table_rows) {
+        } else if (dtable != NULL && id[t] >= first && id[t] - first < table_rows) {
             real *to = ref_row(dtable, id[t] - first);
             for (int64_t i = 0; i < cols; i++)
                 to[i] += from[i];

@@ -58,7 +58,7 @@ static inline struct ssd ssd_arguments(in_t xbc, in_t dt, in_t dt_bias, in_t a_l
 /* A of a head: negative. */
 static inline double ssd_a(const struct ssd *a, int64_t head)
 {
-    return -exp(a->a_log[head]);
+    return -exp((double)a->a_log[head]);
 }
 
 static inline struct ssd_rate ssd_rate_of(const struct ssd *a, int64_t token, int64_t head, double a_head)
