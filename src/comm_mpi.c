@@ -60,7 +60,9 @@ struct comm_native {
     int n_requests, request_capacity;
 };
 
-#define CHECK_MPI(call, c) check_mpi((call), #call, (c), __LINE__)
+/* While the call lasts the watchdog knows where this rank waits; each that ends is a sign of progress. */
+#define CHECK_MPI(call, c) (enter_mpi(#call, (c)), check_mpi((call), #call, (c), __LINE__))
+static void enter_mpi(const char *call, const struct comm *c);
 static void check_mpi(int status, const char *call, const struct comm *c, int line);
 static struct comm *wrap(MPI_Comm handle, const char *name, struct pool *pool);
 static size_t bytes_of(const struct tensor *t);
@@ -203,6 +205,7 @@ static void wait_all(struct comm *c)
 {
     struct comm_native *m = c->native;
     if (m->n_requests > 0) {
+        enter_mpi("MPI_Waitall(", c);
         const int status = MPI_Waitall(m->n_requests, m->request, m->status);
         /* Then every message has a status of its own; the first that went wrong is named. */
         for (int i = 0; i < m->n_requests && status == MPI_ERR_IN_STATUS; i++)
@@ -529,8 +532,17 @@ int comm_host_collect_errors(struct comm *c, struct errors *e)
 
 /* ---- helpers ---- */
 
+static void enter_mpi(const char *call, const struct comm *c)
+{
+    struct log_process *p = log_process();
+    p->group = c ? c->name : "world";
+    p->call = call;
+}
+
 static void check_mpi(int status, const char *call, const struct comm *c, int line)
 {
+    log_process()->call = NULL;
+    log_beat();
     if (status == MPI_SUCCESS)
         return;
     char text[MPI_MAX_ERROR_STRING] = "unknown error";

@@ -16,6 +16,7 @@
 #include <unistd.h>
 #include "code.h"
 #include "io_internal.h"
+#include "log.h"
 
 enum { INTERRUPTED_MAX = 100 };
 
@@ -345,6 +346,7 @@ void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int
 {
     hid_t memory, space;
     char why[1200];
+    log_beat();
     bool ok = select_box(set, ndim, start, count, &memory, &space);
     IO_WRITE(path, name, ok ? 0 : -1);
     herr_t status = -1;
@@ -486,6 +488,7 @@ bool io_get_box(hid_t set, hid_t type, int ndim, const int64_t *start, const int
                 void *out)
 {
     hid_t memory, space;
+    log_beat();
     bool ok = select_box(set, ndim, start, count, &memory, &space)
               && H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
     hid_t reason = H5Eget_current_stack();

@@ -43,6 +43,11 @@ struct log_process *log_process(void)
     return &process;
 }
 
+void log_beat(void)
+{
+    atomic_fetch_add_explicit(&process.beats, 1, memory_order_relaxed);
+}
+
 bool log_open(const char *path, bool writer)
 {
     const char *term = getenv("TERM");

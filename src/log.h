@@ -15,8 +15,14 @@ struct log_process {
     void (*abort_job)(int code);     /* NULL = end this process */
     long exit_mark[4];               /* identity of an EXIT file left by an earlier run, see check.c */
     atomic_flag failing;             /* set by the first failure */
+    /* What the watchdog's thread reads of the main one. */
+    atomic_long beats;               /* grows with every sign of progress */
+    _Atomic(const char *) section;   /* of the timer that runs, NULL = none */
+    _Atomic(const char *) call, group;   /* NULL, or the MPI call that it is in and the group's name */
 };
 struct log_process *log_process(void);
+/* This rank has got on: something that takes long calls it for each part. */
+void log_beat(void);
 
 /* Become the writing rank (rank 0) or a silent one; `path` (may be NULL: what is said is kept for the next call's file) is
  * appended to. A file that cannot be opened is reported by the return value false, errno set. Later a line that run.log or a full

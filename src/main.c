@@ -98,6 +98,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
         topology_connect(topo, world);
         take_device(deck, world, &errors);
         train_find_start(&start, &run, deck, topo, &errors);
+        run_check_progress(&run, start.iteration, start.own && deck->run.mode == DECK_MODE_TRAIN, &errors);
         status = agree(world, &errors);
         if (status == EXIT_OK) topology_attach(topo, comm_select(deck));
     }

@@ -13,6 +13,7 @@
 
 #include "ddp.h"
 #include "language.h"
+#include "log.h"
 #include "moe.h"
 #include "radio.h"
 #include "rng.h"
@@ -246,8 +247,10 @@ static void initialise_param(struct model *m, struct param *p)
 
 void model_initialise(struct model *m)
 {
-    for (int i = 0; i < m->n_params; i++)
+    for (int i = 0; i < m->n_params; i++) {
         initialise_param(m, &m->param[i]);
+        log_beat();
+    }
     m->be->stream_sync(m->compute);
 }
 

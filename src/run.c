@@ -4,6 +4,8 @@
  * named by another host is stale only if it belongs to this very job (requeued). A lock taken over is said.
  * Signals. The handler must not need a global: it only puts the default action back for both signals, so that a second one ends the
  * process at once, and "the default action is installed" is what the loop reads as "a signal arrived".
+ * Starts. Each has its line in progress.txt, with the code that the one before ended with: a batch system that submits again what cannot
+ * go on is found there.
  */
 #include "run.h"
 #include <errno.h>
@@ -20,7 +22,7 @@
 #include "log.h"
 #include "timer.h"
 
-enum { PATH_BYTES = 4096 + 64 };
+enum { PATH_BYTES = 4096 + 64, STARTS_WITHOUT_PROGRESS = 3 };
 
 static const char *const kept_files[] = {"trace.h5", "run.log", "progress.txt", "deck.nml", "batches.h5"};
 enum { KEPT_FILES = sizeof kept_files / sizeof kept_files[0] };
@@ -171,6 +173,17 @@ static FILE *create(const char *path)
     return f;
 }
 
+/* The code of an EXIT file, -1 when there is none to read. */
+static int read_code(const char *path)
+{
+    FILE *f = fopen(path, "re");
+    int code = -1;
+
+    if (f && fscanf(f, "%d", &code) != 1) code = -1;
+    if (f) fclose(f);
+    return code;
+}
+
 /* ---- life of a run ------------------------------------------------------------------------------------------------ */
 
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
@@ -179,7 +192,7 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
     int64_t ours = 1;
     bool cannot_write = false;
 
-    *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now()};
+    *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now(), .earlier_end = -1};
     catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
     if (world->rank == 0) {
         if (!run_make_directories(r->dir)) {
@@ -189,7 +202,8 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
             errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s", why);
         }
         if (r->lock >= 0) {
-            unlink(path_of(r->dir, "EXIT", path));
+            r->earlier_end = read_code(path_of(r->dir, "EXIT", path));
+            unlink(path);
             if (exists(r->dir, "STOP"))
                 errors_add(errors, EXIT_DECK, "mimo: error: %s lies there and would end the run at once; remove it first",
                            path_of(r->dir, "STOP", path));
@@ -224,22 +238,31 @@ static void keep_file(const char *dir, const char *name, int number)
     CHECK_SYS(rename(from, to) == 0, EXIT_WRITE, "%s: cannot keep it as %s", from, to);
 }
 
-/* From the "Starting job" lines of progress.txt: how many there are, and the iteration of the first, where the trace begins. */
-static int64_t read_progress(const char *dir, int64_t *starts)
+/* What the lines of progress.txt tell of the starts before this one. */
+struct history {
+    int64_t starts, first;   /* how many, and the iteration of the first, where the trace begins */
+    int64_t last, streak;    /* iteration of the last, and how many at the end began there with the one before ended by itself */
+};
+
+static struct history read_progress(const char *dir)
 {
-    static const char mark[] = "Starting job\tIteration: ";
+    static const char start[] = "Starting job\tIteration: ", gave_up[] = "Gave up\t";
     char path[PATH_BYTES], line[512];
-    long long first = 0, here;
+    struct history h = {.last = -1};
     FILE *f = fopen(path_of(dir, "progress.txt", path), "re");
 
-    *starts = 0;
     while (f && fgets(line, sizeof line, f)) {
-        const char *at = strstr(line, mark);
-        if (!at || sscanf(at + sizeof mark - 1, "%lld", &here) != 1) continue;
-        if ((*starts)++ == 0) first = here;
+        const char *at = strstr(line, start);
+        long long here;
+        int end = -1;
+        if (strstr(line, gave_up)) h.last = -1;
+        if (!at || sscanf(at + sizeof start - 1, "%lld\tEarlier end: %d", &here, &end) < 1) continue;
+        if (h.starts++ == 0) h.first = here;
+        h.streak = here == h.last && end >= 0 ? h.streak + 1 : 1;
+        h.last = here;
     }
     if (f) fclose(f);
-    return first;
+    return h;
 }
 
 static char *echo_text(const struct deck *deck, size_t *bytes)
@@ -265,6 +288,20 @@ bool run_same_deck(const struct run *r)
     free(before);
     free(text);
     return same;
+}
+
+void run_check_progress(const struct run *r, int64_t iteration, bool resumed, struct errors *errors)
+{
+    struct history h;
+
+    if (r->lock < 0 || !resumed || iteration >= r->deck->derived.train_iterations || r->earlier_end < 0 || !run_same_deck(r)) return;
+    h = read_progress(r->dir);
+    if (h.last != iteration || h.streak < STARTS_WITHOUT_PROGRESS) return;
+    errors_add(errors, EXIT_CHECKPOINT,
+               "mimo: error: no progress in %lld starts: each of this deck began at iteration %lld and ended (the last with %d) before anything "
+               "newer was saved; %s/run.log says how; submit once more to try again",
+               (long long)h.streak, (long long)iteration, r->earlier_end, r->dir);
+    run_progress(r, "Gave up\tIteration: %lld", (long long)iteration);
 }
 
 /* deck.nml of this start; on a resumed run an earlier one with other content is kept. */
@@ -296,7 +333,9 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     if (r->world->rank == 0) {
         int number = next_number(r->dir);
         r->continues = resumed && exists(r->dir, "trace.h5");
-        r->first_iteration = r->continues ? read_progress(r->dir, &r->starts) : iteration;
+        struct history h = read_progress(r->dir);
+        r->first_iteration = r->continues ? h.first : iteration;
+        r->starts = h.starts;
         if (r->first_iteration > iteration || r->starts == 0) {
             r->continues = false;
             r->first_iteration = iteration;
@@ -321,7 +360,8 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     r->continues = agreed[0] != 0;
     r->first_iteration = agreed[1];
     r->starts = agreed[2];
-    run_progress(r, "Starting job\tIteration: %lld", (long long)iteration);
+    run_progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration, r->earlier_end);
+    r->watchdog = watchdog_start(r->dir, r->world, 60.0 * r->deck->run.distributed_timeout_minutes);
 }
 
 void run_poll(void *run, bool *request)
@@ -390,6 +430,8 @@ int run_finish(struct run *r, int code, int64_t iteration, const char *text)
 {
     char path[PATH_BYTES];
 
+    watchdog_stop(r->watchdog);
+    r->watchdog = NULL;
     /* Nobody may still be writing when the directory is declared finished. */
     comm_host_barrier(r->world);
     if (r->lock >= 0) {

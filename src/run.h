@@ -1,8 +1,8 @@
 /* run.h - the run directory and how a run is asked to stop and says how it ended (interface.md 1 and 4).
  *
  * <output_dir>/: LOCK while live (host, pid, job), EXIT written last (`code rank role iteration text`), run.log, progress.txt, deck.nml,
- * STOP and SAVE as requests from outside. A fresh start keeps the files of an earlier run under numbered names; a resumed run appends.
- * Only world rank 0 touches the directory; what it finds is agreed before anybody acts on it.
+ * LIVE while live (watchdog.h), STOP and SAVE as requests from outside. A fresh start keeps the files of an earlier run under numbered names; a resumed run appends.
+ * Only world rank 0 touches the directory, but for LIVE; what it finds is agreed before anybody acts on it.
  */
 #ifndef MIMO_RUN_H
 #define MIMO_RUN_H
@@ -10,6 +10,7 @@
 #include "deck.h"
 #include "step.h"
 #include "topology.h"
+#include "watchdog.h"
 
 struct run {
     const struct deck *deck;
@@ -21,6 +22,8 @@ struct run {
     int64_t first_iteration;         /* completed iterations before the trace's first row */
     bool continues;                  /* trace and logs of an earlier start go on */
     int64_t starts;                  /* of this trace, with this one */
+    int earlier_end;                 /* on rank 0: the code that the EXIT file of the start before had, -1 = none */
+    struct watchdog *watchdog;       /* from run_begin to run_finish */
 };
 
 /* mkdir -p. False, errno set: it cannot be made or is no directory. Local. */
@@ -30,6 +33,9 @@ bool run_make_directories(const char *dir);
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors);
 /* Whether the directory's deck.nml is exactly this deck: the same run submitted again. For rank 0. Local. */
 bool run_same_deck(const struct run *r);
+/* A run that is submitted again and again, resumed at `iteration` (else no matter), and each time ends by itself before it has saved
+ * anything newer is refused (EXIT_CHECKPOINT) after three starts, once; a changed deck starts the count again. Rank 0's directory; Local. */
+void run_check_progress(const struct run *r, int64_t iteration, bool resumed, struct errors *errors);
 /* Decide between a fresh set of files and a continued one: `resumed` = the start is from this run's own checkpoint at `iteration`. Keeps
  * earlier files, writes deck.nml, opens run.log. Collective over the world. */
 void run_begin(struct run *r, int64_t iteration, bool resumed);

@@ -15,6 +15,7 @@
 
 #include "bf16.h"
 #include "file.h"
+#include "log.h"
 #include "safetensors_internal.h"
 
 enum { COMMAS = 16 * SAFETENSORS_TENSORS };
@@ -620,6 +621,7 @@ bool safetensors_read(struct safetensors_access *a, const struct safetensors_ten
         return false;
     for (int64_t done = 0; done < n;) {
         const int64_t k = n - done < most ? n - done : most;
+        log_beat();
         errno = 0;
         if (!read_all(a->fd, a->raw, (size_t)(k * size), t->at + (first + done) * size)) {
             errors_add(errors, EXIT_CHECKPOINT, "%s/%s: error: %s: cannot read: %s",

@@ -11,6 +11,7 @@
 #include "schedule.h"
 #include <stdlib.h>
 #include <string.h>
+#include "log.h"
 
 enum { ENCODER, LANGUAGE, PRINT_COLUMNS = 100 };
 
@@ -124,6 +125,7 @@ void schedule_run(const struct schedule *s, const struct schedule_calls *calls)
         if (!calls->call[a->kind])
             FATAL(EXIT_INTERNAL, "the schedule asks for %s, which this rank cannot do",
                   kind_names[a->kind]);
+        log_beat();
         calls->call[a->kind](calls->ctx, a);
     }
 }

@@ -23,6 +23,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "log.h"
 #include "path_hint.h"
 
 enum { BLOCK = 512, WINDOW = 16384, EXTENDED_MAX = 1 << 20, SHARDS_MAX = 1000000, HINT = 512 };
@@ -588,6 +589,7 @@ static int64_t round_up(int64_t n)
 static const unsigned char *bytes_at(struct walk *w, int64_t at, int64_t n)
 {
     ASSERT(at >= 0 && n >= 0 && n <= w->size - at);
+    log_beat();
     if (n + 1 > w->capacity) {
         w->capacity = n + 1;
         w->bytes = xrealloc(w->bytes, (size_t)w->capacity, 1);

@@ -25,6 +25,7 @@ static const char *const names[TIMER_SECTIONS] = {
 #undef X
 };
 
+static void tell(void);
 static void settle(double now);
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        const char *other, void (*line)(void *ctx, const char *text), void *ctx);
@@ -49,6 +50,7 @@ void timer_start(enum timer_section section)
     settle(timer_now());
     state.open[state.depth++] = section;
     state.calls[section]++;
+    tell();
 }
 
 void timer_stop(enum timer_section section)
@@ -56,6 +58,7 @@ void timer_stop(enum timer_section section)
     ASSERT(state.depth > 0 && state.open[state.depth - 1] == section);
     settle(timer_now());
     state.depth--;
+    tell();
 }
 
 double timer_take_iteration(double seconds[TIMER_SECTIONS])
@@ -121,6 +124,13 @@ void timer_report(struct comm *world, int role, const char *const *roles, int n_
 const char *timer_name(enum timer_section section)
 {
     return names[section];
+}
+
+/* Where this rank is, for the watchdog. */
+static void tell(void)
+{
+    log_process()->section = state.depth > 0 ? names[state.open[state.depth - 1]] : NULL;
+    log_beat();
 }
 
 /* Book the time since the last change to the innermost open section. */

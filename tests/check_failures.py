@@ -2,17 +2,18 @@
 """Ways to fail: each ends every rank within seconds, with its exit status and one line that says what to do or what the system said.
 
 Starts with the mistakes of somebody who has just met the program. Faults of the system are put in by limits, small file systems and,
-where strace is there, by system calls that fail or kill on one rank (robustness.md 4.6). Decks are tests/decks, data test_shard.c and
+where strace is there, by system calls that fail or kill on one rank (robustness.md 4.6); ranks are stopped. Decks are tests/decks, data test_shard.c and
 check_run.py, checkpoints and locks check_run.py, killed ranks check_kill.py.
 """
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
 
-from check_run import DECK, Runs, checkpoint, everything, finish, grids, read, same_trace, wait_for
+from check_run import DECK, Runs, checkpoint, descendants, everything, finish, grids, read, same_trace, wait_for
 from harness import ROOT
 
 INPUT = os.path.join(ROOT, "input")
@@ -238,9 +239,80 @@ def system_calls(r):
     r.tap.result(not faults and kills >= 10, "F02_F03_killed_at_any_system_call_of_a_save", "%d kills\n%s" % (kills, "\n".join(faults)))
 
 
+def hangs(r):
+    """F26, F28: a rank that stops for ever is named and the job ended; slow ranks, and a whole job that is suspended, are left alone."""
+    args = (*PAIR, "stage.training_stage=3", "checkpoint.save_interval=3", "run.distributed_timeout_minutes=0.05")
+
+    def begin(name, more=args):
+        p = r.begin(name, *more, ranks=2, iterations=4000, batch=2, save=True)
+        r.tap.result(wait_for(lambda: p.text().count("lm loss:") >= 5 or p.poll() is not None, 60) and p.poll() is None, name + "_was_running", p.text()[-800:])
+        return p, descendants(p.pid)
+
+    def named(name, p, start, *words):
+        code, _ = finish(p, 60)
+        r.one_line(name + "_ends_with_8", (code, "", p.text()), 8, *words)
+        r.tap.result(read(r.at(name), "EXIT").startswith("8 ") and time.monotonic() - start < 45, name + "_says_so_in_time",
+                     "%.1f s, %s" % (time.monotonic() - start, read(r.at(name), "EXIT")))
+    for rank, role in ((0, "encoder"), (1, "language")):
+        name = "F26_rank_%d_is_stopped" % rank
+        p, ranks = begin(name)
+        start = time.monotonic()
+        os.kill(ranks[rank], signal.SIGSTOP)
+        named(name, p, start, "no sign of life", "rank %d (%s, host " % (rank, role), "last seen in iteration ")
+        r.tap.result(wait_for(lambda: not any(os.path.exists("/proc/%d" % x) and "Z" not in read("/proc/%d/stat" % x).rsplit(")", 1)[1][:3] for x in ranks), 10),
+                     name + "_and_no_rank_is_left")
+    last = int(read(r.at(name, "ckpt", "latest_checkpointed_iteration.txt"))) + 2
+    r.ok("F26_the_job_goes_on_afterwards", r.go(name, *args, "run.exit_interval=%d" % last, ranks=2, iterations=4000, batch=2, save=True), 75, "taken over")
+    r.ok("F26_unbroken", r.go("unhung", *args, "run.exit_interval=%d" % last, ranks=2, iterations=4000, batch=2, save=True), 75)
+    r.equal("F26_and_has_the_unbroken_trace", same_trace(r.at("unhung"), r.at(name)))
+    p, ranks = begin("F28_slow")
+    for _ in range(4):
+        for pid, seconds in ((ranks[1], 1.2), (ranks[0], 0.4)):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.2)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(7)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1)
+    r.tap.result(p.poll() is None, "F28_slow_ranks_and_a_suspended_job_are_left_alone", p.text()[-800:])
+    p.send_signal(signal.SIGTERM)
+    finish(p)
+    r.tap.result(read(r.at("F28_slow"), "EXIT").startswith("75 ") and not os.path.exists(r.at("F28_slow", "LIVE")), "F28_it_ends_as_planned", read(r.at("F28_slow"), "EXIT"))
+    if strace_works():
+        r.tap.skip("F26_a_dead_disk_of_rank_1", strace_works())
+        return
+    # The 60th write of rank 1 into its trace takes a minute: it is in no message, and its watchdog writes on.
+    script = 'if [ "$PMI_RANK" = 1 ]; then exec strace -f -o /dev/null -P "%s" -e inject=pwrite64:delay_enter=60000000:when=60 "$@"; else exec "$@"; fi'
+    name, start = "F26_a_dead_disk_of_rank_1", time.monotonic()
+    got = r.shell(script % r.at(name, "trace.h5"), r.arguments(name, args, iterations=4000, batch=2, save=True), ranks=2, limit=55)
+    r.one_line(name + "_ends_with_8", got, 8, "no progress", "rank 1 (language, host ", "the other rank waits")
+    r.tap.result(time.monotonic() - start < 50, name + "_ends_before_the_disk_answers", time.monotonic() - start)
+
+
+def no_progress(r):
+    """F46: a job that is submitted again and again and gets nowhere is refused, once, after three starts."""
+    data = r.real()
+    train, away = r.at("data", "train"), r.at("data", "gone")
+    start = lambda: r.go("storm", *data, "run.exit_interval=2", iterations=6, save=True)[0]
+    codes = [start()]
+    os.rename(train, away)
+    codes += [start() for _ in range(3)]
+    got = r.go("storm", *data, "run.exit_interval=2", iterations=6, save=True)
+    r.one_line("F46_the_fourth_start_without_progress", got, 5, "no progress in 3 starts", "iteration 2", "the last with 4")
+    r.ok("F46_status_says_so", r.m.run("--status", r.at("storm")), 5, "no progress in 3 starts")
+    codes.append(start())
+    os.rename(away, train)
+    codes += [start(), start()]
+    r.tap.result(codes == [75, 4, 4, 4, 4, 75, 0], "F46_it_can_be_submitted_again", codes)
+
+
 def main():
     r = Failures()
-    for group in (new_user, standard_input, limits, environment, full_disks, system_calls):
+    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, hangs, no_progress):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()

@@ -8,10 +8,12 @@ import concurrent.futures
 import os
 import re
 import signal
+import subprocess
 
 import h5py
 import numpy as np
 
+from check_run import descendants
 from harness import ROOT, Mimo, Tap, everything, wait_for, write_shards, write_tokenizer
 
 DECK = os.path.join(ROOT, "input", "mock_tiny.nml")
@@ -152,6 +154,7 @@ KEYS = {
     "run.exit_interval": Probe("2", ends(75, "exit_interval")),
     "run.exit_duration_in_mins": Probe("0.001", ends(75, "exit_duration_in_mins"), "run.train_iters=40"),
     "run.exit_signal": "exit_signal",
+    "run.distributed_timeout_minutes": "distributed_timeout",
     "topology.layout": Probe("colocated", table("layout", "memory"), ranks=2),
     "topology.encoder_tp": Probe("2", table("layout", "memory"), "topology.layout=disjoint", "topology.llm_dp=2", ranks=4),
     "topology.encoder_pp": refused("2", *ONE_EACH, ranks=3),
@@ -351,6 +354,25 @@ class Keys:
         context = [c for c in p.context if c.split("=")[0] != key]
         without = self.outcome(p.context, p.ranks, kind == "check")
         return look, without, self.outcome([*context, *p.also, "%s=%s" % (key, p.value)], p.ranks, kind == "check")
+
+    def distributed_timeout(self):
+        """A stopped rank ends the job after this time, and not before with ten times as much."""
+        got = []
+        for minutes in ("0.05", "0.5"):
+            p = self.m.start(DECK, "run.train_iters=100000", "run.output_dir=" + self.directory(), "batch.global_batch_size=2",
+                             "run.distributed_timeout_minutes=" + minutes, ranks=2)
+            wait_for(lambda: "lm loss:" in p.text() or p.poll() is not None)
+            ranks = descendants(p.pid)
+            if ranks:
+                os.kill(ranks[-1], signal.SIGSTOP)
+            try:
+                got.append(p.wait(12 if minutes == "0.5" else 60))
+            except subprocess.TimeoutExpired:
+                got.append("alive")
+                for pid in ranks:
+                    os.kill(pid, signal.SIGKILL)
+                p.wait(20)
+        return "" if got == [8, "alive"] else "ended with %s" % got
 
     def exit_signal(self):
         """With 'TERM' a SIGTERM is a planned stop; with 'USR1' it is not, and SIGUSR1 is."""
