@@ -5,7 +5,7 @@
 
 Builds the targets with clang in build/fuzz, makes their seeds, runs two at a time; what an earlier run found interesting stays in
 build/fuzz/corpus. A finding fails the test and lies in build/fuzz/findings: build/fuzz/tests/fuzz_NAME FILE shows it again.
-The lines that the deck's target has reached are counted.
+The lines of the readers that the targets have reached are counted.
 """
 import argparse
 import concurrent.futures
@@ -22,9 +22,10 @@ from harness import ROOT, Tap
 FUZZ = os.path.join(ROOT, "build", "fuzz")
 # Seconds in `make check`, bytes of an input, MiB that a run may take.
 TARGETS = {"deck": (60, 6000, 512), "shard": (20, 20000, 512), "image": (20, 4000, 512), "tokenizer": (25, 4000, 1024), "sample": (20, 2000, 512),
-           "safetensors": (25, 4000, 512), "hf_config": (20, 6000, 512)}
-READER = ["deck.c", "deck_table.c", "deck_text.c", "deck_value.c"]
-COVERED = 90.0
+           "safetensors": (25, 4000, 512), "hf_config": (20, 6000, 512), "hf_directory": (30, 12000, 512)}
+# The readers whose lines are counted, over the targets that reach them, and per cent of their lines that must be reached.
+READERS = {"decks": (("deck",), ["deck.c", "deck_table.c", "deck_text.c", "deck_value.c"], 90.0),
+           "Hugging_Face_directories": (("safetensors", "hf_config", "hf_directory"), ["safetensors.c", "hf_config.c", "hf_directory.c", "hf_names.c"], 90.0)}
 
 
 def why_not():
@@ -67,15 +68,16 @@ def fuzz(name, seconds, mimo):
     return False, "status %d\n%s" % (p.returncode, "\n".join(x for x in p.stdout.splitlines() if not re.match(r"#\d+\s", x)))
 
 
-def covered(name, files):
-    """Per cent of the lines of src/<files> that the target's last run reached, or a sentence why that is not known."""
+def covered(reader, targets, files):
+    """Per cent of the lines of src/<files> that the targets' last runs reached, or a sentence why that is not known."""
     tools = {t: shutil.which(t) or shutil.which(t + "-14") for t in ("llvm-profdata", "llvm-cov")}
     if not all(tools.values()):
         return "llvm-profdata and llvm-cov are not installed (tools/bootstrap.sh --dev)"
-    data = os.path.join(FUZZ, name + ".profdata")
-    subprocess.run([tools["llvm-profdata"], "merge", "-o", data, os.path.join(FUZZ, name + ".profraw")], check=True)
-    text = subprocess.run([tools["llvm-cov"], "export", "-summary-only", os.path.join(FUZZ, "tests", "fuzz_" + name), "-instr-profile=" + data,
-                           *(os.path.join("src", f) for f in files)], stdout=subprocess.PIPE, check=True, cwd=ROOT, text=True).stdout
+    data = os.path.join(FUZZ, reader + ".profdata")
+    subprocess.run([tools["llvm-profdata"], "merge", "-o", data, *(os.path.join(FUZZ, t + ".profraw") for t in targets)], check=True)
+    binaries = [os.path.join(FUZZ, "tests", "fuzz_" + t) for t in targets]
+    text = subprocess.run([tools["llvm-cov"], "export", "-summary-only", binaries[0], *(w for b in binaries[1:] for w in ("-object", b)),
+                           "-instr-profile=" + data, *(os.path.join("src", f) for f in files)], stdout=subprocess.PIPE, check=True, cwd=ROOT, text=True).stdout
     lines = {os.path.basename(f["filename"]): f["summary"]["lines"] for f in json.loads(text)["data"][0]["files"]}
     if sorted(lines) != sorted(files):
         return "the coverage names %s" % sorted(lines)
@@ -109,12 +111,14 @@ def main():
             tap.result(ok, "fuzz_%s_finds_nothing" % n, note)
             if ok:
                 print("# fuzz_%s: %s" % (n, note), flush=True)
-    if "deck" in names:
-        percent = covered("deck", READER)
+    for reader, (targets, files, wanted) in READERS.items():
+        if not set(targets) <= set(names):
+            continue
+        percent, name = covered(reader, targets, files), "%d_percent_of_the_reader_of_%s_are_reached" % (wanted, reader)
         if isinstance(percent, str):
-            tap.skip("fuzz_deck_reaches_%d_percent_of_the_reader" % COVERED, percent)
+            tap.skip(name, percent)
         else:
-            tap.result(percent >= COVERED, "fuzz_deck_reaches_%d_percent_of_the_reader" % COVERED, "%.1f %%" % percent)
+            tap.result(percent >= wanted, name, "%.1f %%" % percent)
     tap.close()
 
 

@@ -240,4 +240,84 @@ def hf_config(folder, mimo):
                                           *('"%s"' % k for k in {**hf.TINY, **hf.TINY_VISION, **vlm})])
 
 
-SEEDS = {"deck": deck, "image": image, "shard": shard, "sample": sample, "safetensors": safetensors, "hf_config": hf_config, "tokenizer": tokenizer}
+# The deck and the config.json of fuzz_hf_directory.c.
+SMALL = dict(hybrid_override_pattern="M*E", hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2, intermediate_size=8, vocab_size=16,
+             mamba_num_heads=4, mamba_head_dim=2, n_groups=2, ssm_state_size=4, conv_kernel=4, n_routed_experts=2, moe_intermediate_size=4,
+             moe_shared_expert_intermediate_size=4)
+SMALL_VISION = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0, patch_size=4, max_img_size=16, num_cls_tokens=1, num_registers=1)
+
+
+def hf_directory(folder, mimo):
+    import hf_files as hf
+    c, v = SMALL, SMALL_VISION
+    has_index, loops, linked, cut, language_only = 1, 2, 4, 8, 16
+    one, two, index_name = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+
+    def header(tensors):
+        """(JSON, bytes of data) of {name: (dtype, shape)}."""
+        out, at = {"__metadata__": {"format": "pt"}}, 0
+        for n, (dtype, shape) in tensors.items():
+            size = int(np.prod(shape, dtype=np.int64)) * hf.WIDTH[dtype]
+            out[n] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+            at += size
+        return json.dumps(out).encode(), at
+
+    def put(name, flags, *files, index=b""):
+        data = bytes([flags]) + struct.pack("<H", len(index)) + index
+        for tensors in (*files, None, None, None)[:3]:
+            text, n = header(tensors) if tensors is not None else (b"", 0)
+            part = struct.pack("<I", n) + text if tensors is not None else b""
+            data += struct.pack("<H", len(part)) + part
+        write(folder, name, data)
+
+    def halves(name, flags, tensors, change=lambda where: where):
+        names = list(tensors)
+        a, b = ({n: tensors[n] for n in part} for part in (names[:len(names) // 2], names[len(names) // 2:]))
+        where = change({**{n: one for n in a}, **{n: two for n in b}})
+        put(name, flags | has_index, None, a, b, index=json.dumps({"metadata": {"total_size": 1}, "weight_map": where}).encode())
+
+    f32 = lambda names: {n: ("F32", s) for n, s in names.items()}
+    alone = f32(hf.language(c))
+    # Zeros are no mean of pictures, so a whole directory is without the two constants.
+    whole = f32({**hf.language(c, "language_model."), **hf.vision(v, "vision_model."), **hf.projector(c, v), **hf.final_norm(v)})
+    library = f32({**hf.language(c, "language_model.", library=True, fused=True), **hf.vision(v, "vision_model.", library=True), **hf.projector(c, v, library=True),
+                   **hf.final_norm(v)})
+    split = f32({**hf.language(c, "language_model."), **hf.vision(v, "vision_model.", split=True), **hf.projector(c, v), **hf.final_norm(v, "vision_projector.vision_final_layernorm.")})
+    scales = {"vision_model.radio_model.model.blocks.0.ls%d.gamma" % k: ("F16", (8,)) for k in (1, 2)}
+    more = {**f32(hf.more_vision(v, "vision_model.")), **f32(hf.audio(2)), "mtp.layers.0.norm.weight": ("BF16", (8,))}
+    refused = {"language_model.backbone.layers.0.mixer.in_proj.bias": ("F32", (28,)), "language_model.backbone.layers.2.mixer.experts.0.up_proj.weight_scale":
+               ("I8", ()), "vision_model.radio_model.model.blocks.0.attn.qkv.parametrizations.weight.0.scale": ("I8", ()), "surplus": ("F32", (3,))}
+    put("alone", language_only, alone)
+    put("whole", 0, whole)
+    put("library", 0, library)
+    put("split", 0, {**split, **scales})
+    put("bf16", language_only, {n: ("BF16", s) for n, (_, s) in alone.items()})
+    put("more", 0, {**whole, **more})
+    put("audio", 0, {**whole, **{n: x for n, x in more.items() if "conditioner" not in n}})
+    put("no_norm", 0, {n: x for n, x in whole.items() if "final_layernorm" not in n})
+    put("integers", 0, {n: ("I64", s) for n, (_, s) in whole.items()})
+    put("wrong_scale", 0, {**whole, **{n: ("F16", (7,)) for n in scales}, "vision_model.radio_model.input_conditioner.norm_mean": ("F32", (2,))})
+    put("escapes", language_only, {**alone, "backbone.\x1b[2J": ("F32", ()), "model.\x1b[2J": ("F32", ()), "a\nb": ("F32", ()), "\u202e": ("F32", ())})
+    put("long_name", language_only, {**alone, "x" * 300: ("F32", ())})
+    put("refused", 0, {**whole, **refused})
+    put("cut", cut, None, None, whole)
+    put("few", 0, {n: x for i, (n, x) in enumerate(whole.items()) if i % 3})
+    put("shapes", 0, {n: (d, s[::-1]) for n, (d, s) in whole.items()})
+    put("both", language_only, {**alone, **f32(hf.language(c, library=True))})
+    put("nothing", 0)
+    halves("shards", 0, whole)
+    halves("shards_alone", language_only, alone)
+    halves("cut_shard", cut, whole)
+    halves("linked", linked, whole)
+    halves("loop", loops, whole)
+    halves("exchanged", language_only, alone, lambda w: {n: {one: two, two: one}[f] for n, f in w.items()})
+    halves("cyclic", language_only, alone, lambda w: {n: index_name for n in w})
+    halves("one_less", language_only, alone, lambda w: dict(list(w.items())[1:]))
+    halves("one_more", language_only, alone, lambda w: {**w, "x": one})
+    halves("long_names", language_only, alone, lambda w: {n * 20: f for n, f in w.items()})
+    halves("escapes_in_the_index", language_only, alone, lambda w: {**w, "\x1b[2J": one, "b": "\x1b.safetensors"})
+    words(folder + ".dict", JSON_WORDS + ['"dtype"', '"shape"', '"data_offsets"', '"weight_map"', "BF16", "F16", "F32", "F64", "I64", one, two, index_name,
+                                          *{w for n in {**whole, **library, **split, **scales, **more, **refused} for w in (n, *re.findall(r"[^.]+\.", n))}])
+
+
+SEEDS = {"deck": deck, "image": image, "shard": shard, "sample": sample, "safetensors": safetensors, "hf_config": hf_config, "hf_directory": hf_directory, "tokenizer": tokenizer}
