@@ -452,6 +452,19 @@ static void resolve_eval(struct deck_rules *c)
         FAIL(eval, eval_picture_ablation, "layout 'language_only' has no pictures");
 }
 
+/* Logits wait in memory until the iteration's batches are written. */
+static void check_log(struct deck_rules *c)
+{
+    const struct deck *d = c->deck;
+    if (!d->log.dump_logits) return;
+    if (d->log.dump_batches == 0) FAIL(log, dump_logits, "without log.dump_batches there is no batch to write");
+    if (c->failed) return;
+    const double numbers = (double)d->batch.global_batch_size / (double)d->topology.llm_dp * (double)d->language.seq_length
+                           * (double)d->derived.padded_vocab / (double)d->topology.llm_tp,
+                 gib = numbers * (d->derived.fp64 ? 8 : 4) / 0x1p30;
+    if (gib > 1.0) FAIL(log, dump_logits, "%.1f GiB of logits on each rank, at most 1 works: make batch.global_batch_size smaller", gib);
+}
+
 static void check_optimizer(struct deck_rules *c)
 {
     EXCLUSIVE(optimizer, ddp_bucket_size, ddp_num_buckets);
@@ -540,6 +553,7 @@ void deck_rules_resolve(struct deck *deck, int size, struct errors *errors)
     resolve_length(c);
     resolve_lr(c);
     resolve_stage(c);
+    check_log(c);
     check_optimizer(c);
     check_checkpoint(c);
     deck->derived.complete = !c->failed;

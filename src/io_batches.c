@@ -38,6 +38,11 @@ struct held_loss {
     double *loss, *lse; /* [mbs * S] */
 };
 
+struct held_logits {
+    int64_t m, first, words;
+    void *value; /* [mbs * S, words] */
+};
+
 struct batch_dump {
     char path[IO_PATH];
     const struct deck *deck;
@@ -49,8 +54,9 @@ struct batch_dump {
     struct held_text *text;         /* [n_text] */
     struct held_choice *choice;     /* [n_choice] */
     struct held_loss *loss;         /* [n_loss] */
+    struct held_logits *logits;     /* [n_logits] */
     struct held_pictures *pictures; /* [n_pictures] */
-    int n_text, n_pictures, n_choice, n_loss;
+    int n_text, n_pictures, n_choice, n_loss, n_logits;
 };
 
 static bool first_of_lane(const struct grid *g)
@@ -116,10 +122,15 @@ static void *copy_of(const void *from, size_t count, size_t size)
     return p;
 }
 
-static size_t pixel_bytes(const struct batch_dump *d)
+/* Pixels and logits are kept in the precision of the run, bf16 widened. */
+static size_t real_bytes(const struct batch_dump *d)
 {
-    return (size_t)(3 * d->patch_dim * d->patch_dim)
-           * (d->deck->derived.fp64 ? sizeof(double) : sizeof(float));
+    return d->deck->derived.fp64 ? sizeof(double) : sizeof(float);
+}
+
+static hid_t real_type(const struct batch_dump *d)
+{
+    return d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE;
 }
 
 void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *text,
@@ -150,7 +161,8 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
                 copy_of(pictures->tiles_per_sample, (size_t)pictures->samples, sizeof(int64_t)),
             .size = copy_of(pictures->tile_size, tiles, 2 * sizeof(int32_t)),
             .cpe = d->cpe ? copy_of(pictures->cpe, tiles, 4 * sizeof(double)) : NULL,
-            .pixels = copy_of(pictures->pixels, (size_t)pictures->patches, pixel_bytes(d))
+            .pixels = copy_of(pictures->pixels, (size_t)pictures->patches,
+                              (size_t)(3 * d->patch_dim * d->patch_dim) * real_bytes(d))
         };
     }
 }
@@ -177,8 +189,19 @@ void batch_dump_loss(struct batch_dump *d, int64_t m, const double *loss, const 
                                                .lse = copy_of(lse, n, sizeof *lse) };
 }
 
+void batch_dump_logits(struct batch_dump *d, int64_t m, int64_t first, int64_t words,
+                       const void *logits)
+{
+    size_t n = (size_t)(d->deck->batch.micro_batch_size * d->seq_length * words);
+    d->logits = xrealloc(d->logits, (size_t)d->n_logits + 1, sizeof *d->logits);
+    d->logits[d->n_logits++] = (struct held_logits){
+        .m = m, .first = first, .words = words, .value = copy_of(logits, n, real_bytes(d))
+    };
+}
+
 static void forget(struct batch_dump *d)
 {
+    for (int i = 0; i < d->n_logits; i++) free(d->logits[i].value);
     for (int i = 0; i < d->n_loss; i++) {
         free(d->loss[i].loss);
         free(d->loss[i].lse);
@@ -196,7 +219,7 @@ static void forget(struct batch_dump *d)
         free(d->pictures[i].cpe);
         free(d->pictures[i].pixels);
     }
-    d->n_text = d->n_pictures = d->n_choice = d->n_loss = 0;
+    d->n_text = d->n_pictures = d->n_choice = d->n_loss = d->n_logits = 0;
 }
 
 /* Row of the global batch where a rank's micro-batch begins. */
@@ -261,12 +284,16 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
            "pictures of each sample");
     io_put(path, group, "imgs_sizes", H5T_STD_I32LE, 2, size, NULL, "pixels",
            "height and width of each tile, in sample order");
-    io_put(path, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE, 2,
-           pixels, NULL, "1", "normalised pixels of each patch, channel by channel, row by row");
+    io_put(path, group, "patches", real_type(d), 2, pixels, NULL, "1",
+           "normalised pixels of each patch, channel by channel, row by row");
     io_put(path, group, "token_loss", H5T_IEEE_F64LE, 2, rows, NULL, "nat",
            "-log(probability of the label) at each position, before the mask; 0 without a label");
     io_put(path, group, "token_lse", H5T_IEEE_F64LE, 2, rows, NULL, "nat",
            "log of the sum of exp(logits) at each position");
+    if (d->deck->log.dump_logits)
+        io_put(path, group, "logits", real_type(d), 2,
+               (int64_t[2]){ d->samples * d->seq_length, d->deck->derived.padded_vocab }, NULL,
+               "nat", "logits of each token (sample * S + position), padding words included");
     if (d->choices > 0)
         io_put(path, group, "experts", H5T_STD_I32LE, 2,
                (int64_t[2]){ d->samples * d->seq_length, d->choices }, NULL, "expert",
@@ -334,14 +361,23 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         put_rows(d, group, "token_loss", H5T_IEEE_F64LE, row, mbs, d->seq_length, h->loss);
         put_rows(d, group, "token_lse", H5T_IEEE_F64LE, row, mbs, d->seq_length, h->lse);
     }
+    for (int i = 0; i < d->n_logits; i++) {
+        const struct held_logits *h = &d->logits[i];
+        int64_t mbs = d->deck->batch.micro_batch_size, row = first_row(d, h->m, true, mbs);
+        hid_t set = open_in(d, group, "logits");
+        io_write_box(d->path, "logits", set, real_type(d), 2,
+                     (int64_t[2]){ row * d->seq_length, h->first },
+                     (int64_t[2]){ mbs * d->seq_length, h->words }, h->value);
+        H5Dclose(set);
+    }
     for (int i = 0; i < d->n_pictures; i++) {
         const struct held_pictures *h = &d->pictures[i];
         if (h->tiles == 0) continue;
         int64_t row = first_row(d, h->m, false, h->samples);
         put_rows(d, group, "imgs_sizes", H5T_STD_I32LE, tile_at[row], h->tiles, 2, h->size);
         if (d->cpe) put_rows(d, group, "cpe", H5T_IEEE_F64LE, tile_at[row], h->tiles, 4, h->cpe);
-        put_rows(d, group, "patches", d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE,
-                 patch_at[row], h->patches, 3 * d->patch_dim * d->patch_dim, h->pixels);
+        put_rows(d, group, "patches", real_type(d), patch_at[row], h->patches,
+                 3 * d->patch_dim * d->patch_dim, h->pixels);
     }
     H5Tclose(key);
     H5Gclose(group);
@@ -360,6 +396,7 @@ void batch_dump_close(struct batch_dump *d)
     free(d->text);
     free(d->choice);
     free(d->loss);
+    free(d->logits);
     free(d->pictures);
     free(d);
 }

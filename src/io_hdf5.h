@@ -75,6 +75,9 @@ void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t r
 /* Collect what the model made of micro-batch m: loss and log-sum-exp of each token [mbs * S] (batch-major), copied; on one rank of a lane.
  * Local. */
 void batch_dump_loss(struct batch_dump *d, int64_t m, const double *loss, const double *lse);
+/* Collect logits of micro-batch m [mbs * S, words], f32 or in an fp64 run f64, copied: those of the vocabulary's words first ..
+ * first+words-1. Local. */
+void batch_dump_logits(struct batch_dump *d, int64_t m, int64_t first, int64_t words, const void *logits);
 void batch_dump_write(struct batch_dump *d, int64_t iteration);     /* one iteration, 1-based; Collective over the world */
 void batch_dump_close(struct batch_dump *d);                        /* Collective over the world */
 

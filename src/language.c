@@ -288,6 +288,11 @@ struct tensor model_token_loss(struct model *m)
     return m->language->loss;
 }
 
+struct tensor model_logits(struct model *m)
+{
+    return m->language->logits;
+}
+
 struct tensor model_balance_metric(struct model *m)
 {
     return m->language->metric;

@@ -132,6 +132,7 @@ int64_t model_max_image_rows(const struct model *m);
 struct tensor model_loss_sum(struct model *m);             /* acc [1] sum of loss*mask over micro-batches */
 struct tensor model_token_loss(struct model *m);           /* acc [T] per-token loss of the last micro-batch */
 void model_token_lse(struct model *m, double *lse);         /* lse [T] on the host: log-sum-exp of the last micro-batch; waits */
+struct tensor model_logits(struct model *m);                /* act [T, Vp/t] of this rank's words, until the backward pass has begun */
 struct tensor model_balance_metric(struct model *m);       /* acc [1] sum over E layers and micro-batches of aux/coeff */
 struct tensor model_tokens_per_expert(struct model *m, int moe_layer);   /* I64 [E] dispatched since the last reset */
 struct tensor model_last_choice(struct model *m, int moe_layer);         /* I32 [T,K] experts of the last micro-batch (tests) */

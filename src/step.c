@@ -223,6 +223,22 @@ static void dump_loss(struct step *s, int64_t m, const int64_t *labels)
     free(lse);
 }
 
+/* This rank's words of the logits of micro-batch m, for batches.h5. */
+static void dump_logits(struct step *s, int64_t m)
+{
+    const struct grid *g = &s->topo->language;
+    const struct tensor logits = model_logits(s->model);
+    const int64_t rows = tensor_rows(&logits), words = tensor_cols(&logits);
+    const enum dtype dtype = s->deck->derived.fp64 ? DTYPE_F64 : DTYPE_F32;
+    void *wide = xmalloc((size_t)(rows * words), dtype_bytes(dtype));
+    const struct tensor host = tensor_2d(wide, dtype, PLACE_HOST, rows, words);
+
+    s->be->cast(s->stream, &logits, &host);
+    s->be->stream_sync(s->stream);
+    batch_dump_logits(s->dump, m, g->tp_rank * words, words, wide);
+    free(wide);
+}
+
 static void run_language_forward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
@@ -235,6 +251,7 @@ static void run_language_forward(void *ctx, const struct action *a)
     leave(s, TIMER_FORWARD);
     if (s->dump && s->n_moe > 0) dump_choice(s, a->microbatch);
     if (s->dump && s->topo->language.tp_rank == 0 && s->topo->language.cp_rank == 0) dump_loss(s, a->microbatch, text->labels);
+    if (s->dump && s->deck->log.dump_logits && s->topo->language.cp_rank == 0) dump_logits(s, a->microbatch);
 }
 
 static void run_language_backward(void *ctx, const struct action *a)

@@ -12,7 +12,7 @@ from harness import Mimo, Tap, trace, write_shards, write_tokenizer
 
 OVERLAP = ("optimizer.overlap_grad_reduce=T", "optimizer.overlap_param_gather=T", "optimizer.encoder_ddp_overlap=T", "optimizer.ddp_num_buckets=3",
            "moe.moe_shared_expert_overlap=T")
-RICH = ("log.dump_batches=2", "log.log_num_zeros_in_grad=T", "log.log_params_norm=T", "eval.eval_interval=2", "eval.eval_iters=1",
+RICH = ("log.dump_batches=2", "log.dump_logits=T", "log.log_num_zeros_in_grad=T", "log.log_params_norm=T", "eval.eval_interval=2", "eval.eval_iters=1",
         "eval.eval_picture_ablation=rotate", "optimizer.correct_encoder_grad_for_partial_participation=T")
 
 

@@ -141,6 +141,12 @@ def dumped(name):
     return holds(lambda base, now: now.status == base.status == 0 and batches(base) != batches(now), name + " of the batches changes")
 
 
+def has_logits(o):
+    """Dumped batches that hold logits of every word."""
+    with h5py.File(os.path.join(o.directory, "batches.h5"), "r") as f:
+        return sum("logits" in f[g] and f[g]["logits"].shape[1] == 512 and np.all(f[g]["logits"][()] != 0) for g in f if g.startswith("iteration_"))
+
+
 KEYS = {
     "run.title": Probe("a title", logs(r"^title: a title$")),
     "run.mode": Probe("eval", holds(lambda b, n: n.status == 0 and n.rows == 0 and n.trace["eval/rows"] == 1, "one validation, no row"), *EVAL),
@@ -311,6 +317,8 @@ KEYS = {
     "log.log_params_norm": Probe("T", holds(lambda b, n: np.all(np.isnan(b.trace["params_norm"])) and np.all(n.trace["params_norm"] > 1)
                                             and "params norm:" in n.stdout, "the norm is computed and logged")),
     "log.dump_batches": Probe("1", makes("batches.h5")),
+    "log.dump_logits": Probe("T", holds(lambda b, n: b.status == n.status == 0 and [has_logits(o) for o in (b, n)] == [0, 3], "logits of three batches"),
+                             "log.dump_batches=3"),
     "eval.eval_interval": Probe("1", holds(lambda b, n: (b.trace["eval/rows"], n.trace["eval/rows"]) == (2, 4), "4 validations, not 2"), *EVAL),
     "eval.eval_iters": Probe("1", holds(lambda b, n: (b.trace["eval/rows"], n.trace["eval/rows"]) == (0, 2), "2 validations, not 0")),
     "eval.eval_picture_ablation": Probe("zero", holds(lambda b, n: np.all(np.isnan(b.trace["eval/lm_loss_ablated"])) and

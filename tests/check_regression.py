@@ -275,8 +275,16 @@ def planted(tap):
     tap.result(len(os.listdir(folder)) >= 19 and not bad, "every_mutant_applies_and_names_its_launch", "\n".join(bad))
 
 
+def decks(tap):
+    """Family 0 leaves no deck of input/ out."""
+    listed = {w for case in cases(os.path.dirname(RUN)) if case.name < "100" for l in case.launches for w in l.program}
+    missing = [n for n in sorted(os.listdir(os.path.join(ROOT, "input"))) if n != "reference.nml" and "{root}/input/" + n not in listed]
+    tap.result(listed and not missing, "every_deck_of_input_is_in_family_0", missing)
+
+
 def main():
     tap, m = Tap(), Mimo()
+    decks(tap)
     tolerances(tap)
     planted(tap)
     programs(tap, m)

@@ -108,11 +108,12 @@ def check(arg):
         start, end, again = own_loss("run/mine/tuned", 0), own_loss("run/mine/tuned", -1), own_loss("run/mine/held", -1)
         loss, tokens, far = held_out(os.path.join(ROOT, "run/mine/exported"), os.path.join(ROOT, "run/mine/held/batches.h5"), double)
         before, _, _ = held_out(os.path.join(ROOT, "run/mine/small"), os.path.join(ROOT, "run/mine/held/batches.h5"), double)
-        for name, a, b in (("held-out loss of the exported model", end, loss), ("of the imported one, before the training", start, before),
-                           ("of the checkpoint, evaluated on its own", again, end)):
+        for name, a, b in (("held-out loss of the exported model: mimo %.15g, transformers %.15g", end, loss),
+                           ("of the imported one, before the training: mimo %.15g, transformers %.15g", start, before),
+                           ("of the checkpoint, evaluated on its own: %.15g, in the run %.15g", again, end)):
             ok = abs(a - b) <= TOLERANCE[precision] * b
             bad += not ok
-            print("%s %s %s: mimo %.15g, transformers %.15g, relative %.1e" % ("ok  " if ok else "WRONG", precision, name, a, b, abs(a - b) / b), flush=True)
+            print("%s %s %s, relative %.1e" % ("ok  " if ok else "WRONG", precision, name % (a, b), abs(a - b) / b), flush=True)
         ok = far <= 20 * TOLERANCE[precision] and end < start - 1
         bad += not ok
         print("%s %s every token's loss: largest difference %.1e; %d tokens; the training went from %.3f to %.3f" % (

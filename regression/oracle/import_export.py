@@ -3,8 +3,8 @@
 
     regression/oracle/import_export.py [--mimo FILE] [--mpiexec FILE] [-k WORD]
 
-In: transformers draws models, save_pretrained writes them in one file or several, `mimo` imports them and dumps loss and log-sum-exp of
-every token of a batch, pictures included; the saved model gives the same on that batch. Out: `mimo` trains, --export writes the model,
+In: transformers draws models, save_pretrained writes them in one file or several, `mimo` imports them and dumps loss, log-sum-exp and all
+logits of every token of a batch, pictures included; the saved model gives the same on that batch. Out: `mimo` trains, --export writes the model,
 from_pretrained loads it and gives the same on the next batch. And back: import(export) and export(import) are the same bits. The names
 and shapes that tests/check_hf.py believes in are those that transformers writes. fp64 agrees to 1e-11, the unmodified classes in fp32
 to 2e-5.
@@ -32,7 +32,7 @@ import model as hf   # noqa: E402
 TOLERANCE = {"fp64": 1e-11, "fp32": 2e-5}
 DECK = ("&language preset = 'tiny' make_vocab_size_divisible_by = 4 /\n&projector vision_projection_type = 'mlp' projection_normalization = 'rmsnorm' /\n"
         "&data mock_pixels = 'normal' mock_text_only_every = 5 /\n&batch global_batch_size = 8 /\n&lr lr = 1e-2 lr_decay_style = 'constant' /\n"
-        "&log dump_batches = 1000 /\n")
+        "&log dump_batches = 1000 dump_logits = T /\n")
 # The deck's values as oracle.py reads them from a checkpoint, for model.text_config and model.vision_config.
 SIZES = {"padded_vocab": 500, "language.hidden_size": 64, "language.hybrid_layer_pattern": "MEM*E-", "language.num_attention_heads": 4,
          "language.num_query_groups": 2, "language.kv_channels": 16, "language.ffn_hidden_size": 96, "language.layernorm_epsilon": 1e-5,
@@ -85,7 +85,7 @@ def load(directory, kind, double):
 
 
 def tokens(model, batch, patch, double):
-    """Loss and log-sum-exp of every token, as in batches.h5."""
+    """Loss and log-sum-exp of every token and all logits, as in batches.h5."""
     ids, labels = (torch.from_numpy(batch[n][()]) for n in ("input_ids", "labels"))
     more = {}
     if batch["imgs_sizes"].shape[0]:
@@ -94,7 +94,7 @@ def tokens(model, batch, patch, double):
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False, **more).logits
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").reshape(labels.shape)
-    return loss.double().numpy(), torch.logsumexp(logits.double(), -1).numpy()
+    return loss.double().numpy(), torch.logsumexp(logits.double(), -1).numpy(), logits.double().flatten(0, 1).numpy()
 
 
 class Check:
@@ -125,13 +125,13 @@ class Check:
         return self.path(name)
 
     def same_numbers(self, name, model, run, iteration, double):
-        """Loss and log-sum-exp of every token of an iteration, largest difference relative to the largest value."""
+        """Loss and log-sum-exp of every token of an iteration and every logit, largest difference relative to the largest value."""
         with h5py.File(os.path.join(run, "batches.h5"), "r") as f:
             batch = f["iteration_%06d" % iteration]
-            ours, theirs = [batch["token_loss"][()], batch["token_lse"][()]], tokens(model, batch, 4, double)
-        far = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs)]
+            ours, theirs = [batch[n][()] for n in ("token_loss", "token_lse", "logits")], tokens(model, batch, 4, double)
+        far = [float(np.abs(a - b).max() / np.abs(b).max()) if a.shape == b.shape else np.inf for a, b in zip(ours, theirs)]
         limit = TOLERANCE["fp64" if double else "fp32"]
-        self.say(max(far) <= limit, name, "loss %.1e, log-sum-exp %.1e of every token, at most %.0e" % (*far, limit))
+        self.say(max(far) <= limit, name, "loss %.1e, log-sum-exp %.1e of every token, every logit %.1e, at most %.0e" % (*far, limit))
 
 
 IMPORTS = ("checkpoint.import_language=%s", "checkpoint.import_vision=%s", "checkpoint.import_projector=%s")
