@@ -473,6 +473,42 @@ static void arenas_are_filled_exactly(void **state)
     fixture_close(&f);
 }
 
+static bool has_block(const struct arena *a, const char *name, size_t bytes)
+{
+    for (int i = 0; i < a->n_blocks; i++)
+        if (strcmp(a->block[i].name, name) == 0)
+            return a->block[i].bytes == bytes;
+    return false;
+}
+
+/* In a bf16 run what the encoder hands to the bridge is bf16, also when a micro-batch has no picture; the segment ends that attention, convolution
+ * and scan read lie where they compute. */
+static void p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device(void **state)
+{
+    struct fixture f;
+    struct model model;
+    struct arenas arenas;
+    fixture_open(&f, 0, NULL);
+    f.deck.derived.bf16 = true; /* as the CUDA backend resolves it */
+    model_init(&model, &f.deck, &f.topo, f.be, &f.stream);
+    arenas_init(&arenas);
+    model_plan(&model, &arenas);
+    arenas_commit(&arenas, f.be);
+    model_plan(&model, &arenas);
+    f.pictures.tiles = f.pictures.rows = f.pictures.patches = 0;
+    const struct tensor none = model_encoder_forward(&model, 0, &f.pictures, true);
+    assert_int_equal(none.dtype, DTYPE_BF16);
+    assert_int_equal(tensor_rows(&none), 0);
+    assert_int_equal(tensor_cols(&none), f.deck.language.hidden_size);
+    const struct arena *device = &arenas.a[ARENA_ACTIVATIONS];
+    assert_int_equal(device->place, PLACE_DEVICE);
+    assert_true(has_block(device, "language.cu", 4 * (size_t)(f.deck.batch.micro_batch_size + 1)));
+    assert_true(has_block(device, "radio.cu", 4 * (size_t)(f.data.limits.max_tiles_per_sample * f.deck.derived.encoder_microbatch + 1)));
+    model_free(&model);
+    arenas_free(&arenas, f.be);
+    fixture_close(&f);
+}
+
 /* 4096 tokens: any E consecutive tokens of a sample load all experts equally, also where K does not divide E. */
 static void forced_choice_is_balanced(void **state)
 {
@@ -661,6 +697,7 @@ int main(void)
         cmocka_unit_test(m6_04_frozen_encoder_ignores_training_mode),
         cmocka_unit_test(m6_33_frozen_modules_have_no_gradient_memory),
         cmocka_unit_test(arenas_are_filled_exactly),
+        cmocka_unit_test(p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device),
         cmocka_unit_test(forced_choice_is_balanced),
         cmocka_unit_test(forced_choice_ignores_the_scores),
         cmocka_unit_test(p12_48_loss_is_a_sum_and_a_token_count),
