@@ -24,6 +24,7 @@
 #include "mamba.h"
 #include "mlp.h"
 #include "moe.h"
+#include "timer.h"
 
 struct language {
     int n_layers;
@@ -142,6 +143,12 @@ void language_free(struct language *lm)
     free(lm);
 }
 
+/* The time of a layer; an expert layer books its own steps. */
+static enum timer_part part_of(const struct layer *l)
+{
+    return l->kind == 'M' ? TIMER_MAMBA : l->kind == '*' ? TIMER_ATTENTION : l->kind == '-' ? TIMER_DENSE : TIMER_NO_PART;
+}
+
 struct moe *language_moe(const struct language *lm, int moe_layer)
 {
     int seen = 0;
@@ -229,22 +236,28 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
               (long long)text->image_rows, (long long)tensor_rows(image), text->key ? text->key[0] : "unnamed");
     load_batch(m, lm, text);
     ddp_use(m->ddp, true, lm->embedding + 1);
+    timer_part(TIMER_VOCABULARY);
     embed(m, lm, image, first_input(lm));
+    timer_part(TIMER_NO_PART);
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
         const struct tensor *y = layer_output(lm, i);
         ddp_use(m->ddp, true, l->end);
+        timer_part(part_of(l));
         switch (l->kind) {
         case 'M': mamba_forward(m, l->mamba, &lm->batch, &l->x, y); break;
         case '*': attention_forward(m, l->attention, &lm->batch, &l->x, y); break;
         case '-': mlp_forward(m, l->mlp, &l->x, y); break;
         default: moe_forward(m, l->moe, &lm->batch, &l->x, y, train, &lm->metric); break;
         }
+        timer_part(TIMER_NO_PART);
     }
     ddp_use(m->ddp, true, lm->output + 1);
+    timer_part(TIMER_VOCABULARY);
     be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps, &lm->hidden, &lm->rs);
     linear_forward(m, model_param(m, lm->output), linear_gather(m, &lm->hidden, &m->gathered), NULL, &lm->logits);
     loss(m, lm);
+    timer_part(TIMER_NO_PART);
 }
 
 struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient)
@@ -254,26 +267,32 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     struct stream *s = m->compute;
     const struct param *norm = model_param(m, lm->final_norm);
     ASSERT(slot == 0);
+    timer_part(TIMER_VOCABULARY);
     be->loss_backward(s, &lm->labels, first_word(m), &lm->mx, &lm->se, &lm->mask, &lm->logits);
     linear_column_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, &lm->dhidden);
     be->fill(s, &lm->dx, 0.0);
     be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx, param_grad(norm));
+    timer_part(TIMER_NO_PART);
     ddp_ready(m->ddp, true, lm->final_norm);
     for (int i = lm->n_layers - 1; i >= 0; i--) {
         struct layer *l = &lm->layer[i];
+        timer_part(part_of(l));
         switch (l->kind) {
         case 'M': mamba_backward(m, l->mamba, &lm->batch, &l->x, &lm->dx); break;
         case '*': attention_backward(m, l->attention, &lm->batch, &l->x, &lm->dx); break;
         case '-': mlp_backward(m, l->mlp, &l->x, &lm->dx); break;
         default: moe_backward(m, l->moe, &lm->batch, &l->x, &lm->dx); break;
         }
+        timer_part(TIMER_NO_PART);
         ddp_ready(m->ddp, true, l->first);
     }
+    timer_part(TIMER_VOCABULARY);
     struct tensor dimage = { 0 };
     if (want_image_gradient && m->topo->language.tp_rank == 0)
         dimage = tensor_row_range(&lm->dimage, 0, lm->image_rows);
     be->embed_merge_backward(s, &lm->ids, &lm->image_row, linear_gather(m, &lm->dx, &m->gathered), first_word(m),
                              param_grad(model_param(m, lm->embedding)), dimage.data ? &dimage : NULL);
+    timer_part(TIMER_NO_PART);
     ddp_ready(m->ddp, true, lm->embedding);
     return dimage;
 }

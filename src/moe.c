@@ -23,6 +23,7 @@
 #include "language.h"
 #include "linear.h"
 #include "rng.h"
+#include "timer.h"
 
 struct moe {
     int index;                             /* of the layer in the pattern */
@@ -268,6 +269,7 @@ struct pass {
 
 struct step {
     const char *name;
+    int part;                              /* enum timer_part, where its time is booked */
     void (*run)(struct model *m, struct moe *l, const struct pass *p);
 };
 
@@ -469,28 +471,32 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
  * between the start and the end of a journey of the routed rows. */
 enum { FORWARD, BACKWARD, ORDER_MAX = 12 };
 
+enum { R = TIMER_ROUTER, D = TIMER_DISPATCH, X = TIMER_EXPERTS, S = TIMER_SHARED };
+
 static const struct step orders[2][2][ORDER_MAX] = {
     [FORWARD] = {
-        { { "route", step_route }, { "send_rows", step_send_rows }, { "send_probs", step_send_probs }, { "receive", step_receive },
-          { "experts", step_experts }, { "return_rows", step_return_rows }, { "shared_gather", step_shared_gather },
-          { "shared_fc1", step_shared_fc1 }, { "shared_fc2", step_shared_fc2 }, { "combine", step_combine } },
-        { { "route", step_route }, { "shared_gather", step_shared_gather }, { "send_rows", step_send_rows },
-          { "shared_fc1", step_shared_fc1 }, { "send_probs", step_send_probs }, { "receive", step_receive },
-          { "experts", step_experts }, { "return_rows", step_return_rows }, { "shared_fc2", step_shared_fc2 },
-          { "combine", step_combine } } },
+        { { "route", R, step_route }, { "send_rows", D, step_send_rows }, { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts }, { "return_rows", D, step_return_rows }, { "shared_gather", S, step_shared_gather },
+          { "shared_fc1", S, step_shared_fc1 }, { "shared_fc2", S, step_shared_fc2 }, { "combine", D, step_combine } },
+        { { "route", R, step_route }, { "shared_gather", S, step_shared_gather }, { "send_rows", D, step_send_rows },
+          { "shared_fc1", S, step_shared_fc1 }, { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts }, { "return_rows", D, step_return_rows }, { "shared_fc2", S, step_shared_fc2 },
+          { "combine", D, step_combine } } },
     [BACKWARD] = {
-        { { "send_rows", back_send_rows }, { "receive", back_receive }, { "experts", back_experts },
-          { "return_probs", back_return_probs }, { "return_rows", step_return_rows }, { "combine", back_combine },
-          { "shared_fc2", back_shared_fc2 }, { "shared_fc1", back_shared_fc1 }, { "route", back_route } },
-        { { "send_rows", back_send_rows }, { "shared_fc2", back_shared_fc2 }, { "receive", back_receive },
-          { "experts", back_experts }, { "return_probs", back_return_probs }, { "return_rows", step_return_rows },
-          { "shared_fc1", back_shared_fc1 }, { "combine", back_combine }, { "route", back_route } } },
+        { { "send_rows", D, back_send_rows }, { "receive", D, back_receive }, { "experts", X, back_experts },
+          { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows }, { "combine", D, back_combine },
+          { "shared_fc2", S, back_shared_fc2 }, { "shared_fc1", S, back_shared_fc1 }, { "route", R, back_route } },
+        { { "send_rows", D, back_send_rows }, { "shared_fc2", S, back_shared_fc2 }, { "receive", D, back_receive },
+          { "experts", X, back_experts }, { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows },
+          { "shared_fc1", S, back_shared_fc1 }, { "combine", D, back_combine }, { "route", R, back_route } } },
 };
 
 static void run_steps(struct model *m, struct moe *l, int direction, const struct pass *p)
 {
-    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run; s++)
+    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run; s++) {
+        timer_part(s->part);
         s->run(m, l, p);
+    }
 }
 
 void moe_print_order(const struct deck *deck, FILE *out)

@@ -20,6 +20,7 @@
 #include "linear.h"
 #include "projector.h"
 #include "replicated.h"
+#include "timer.h"
 #include "vit_map.h"
 
 enum { RADIO_SLOTS = 2 };        /* micro-batches in flight at most: two stages */
@@ -389,7 +390,9 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
     for (int i = 0; i < v->n_blocks; i++) {
         const bool last = i == v->n_blocks - 1;
         const struct tensor y = last ? x_last : tensor_first(&kept_of(v, s, i + 1)->x, s->rows);
+        timer_part(TIMER_ENCODER);
         block_forward(m, v, s, i, &y);
+        timer_part(TIMER_NO_PART);
     }
     struct tensor normed = x_last;
     ddp_use(m->ddp, false, m->n_params);
@@ -402,7 +405,9 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
     const struct tensor pieces = tensor_2d(features.data, m->act, features.place, s->outputs * v->per, v->width);
     const struct tensor rows = tensor_first(&s->out_rows, s->outputs * v->per);
     be->gather_rows(m->compute, &normed, &rows, &pieces);
+    timer_part(TIMER_PROJECTOR);
     projector_forward(m, v->projector, &s->projector, &features, &out);
+    timer_part(TIMER_NO_PART);
     return out;
 }
 
@@ -444,7 +449,9 @@ static void block_backward(struct model *m, struct encoder *v, struct radio_slot
 static void blocks_backward(struct model *m, struct encoder *v, struct radio_slot *s, const struct tensor *dx)
 {
     for (int i = v->n_blocks - 1; i >= 0; i--) {
+        timer_part(TIMER_ENCODER);
         block_backward(m, v, s, i, dx);
+        timer_part(TIMER_NO_PART);
         ddp_ready(m->ddp, false, v->block[i].ln1_w);
     }
     const struct tensor pixels = tensor_first(&s->pixels, s->patches), de = tensor_first(&v->e, s->patches);
@@ -469,13 +476,16 @@ void model_encoder_backward(struct model *m, int slot, const struct tensor *d_em
         return;
     }
     const struct tensor features = tensor_first(&s->features, s->outputs);
+    timer_part(TIMER_PROJECTOR);
     if (!v->trains) {
         projector_backward(m, v->projector, &s->projector, &features, d_embedding, NULL);
+        timer_part(TIMER_NO_PART);
         ddp_ready(m->ddp, false, 0);
         return;
     }
     const struct tensor dfeatures = tensor_first(&v->dfeatures, s->outputs), dx = tensor_first(&v->dx, s->rows);
     projector_backward(m, v->projector, &s->projector, &features, d_embedding, &dfeatures);
+    timer_part(TIMER_NO_PART);
     const struct tensor pieces = tensor_2d(dfeatures.data, m->act, dfeatures.place, s->outputs * v->per, v->width);
     const struct tensor inverse = tensor_first(&s->out_inverse, s->rows), dnormed = tensor_first(&v->dnormed, s->rows);
     if (!v->final_norm) {

@@ -13,19 +13,21 @@ static const double note_share = 0.10;
 
 static struct {
     double begin, iteration_begin, running_since;
-    double total[TIMER_SECTIONS], at_iteration[TIMER_SECTIONS], at_sample[TIMER_SECTIONS];
-    int64_t calls[TIMER_SECTIONS];
+    double total[TIMER_ROWS], at_iteration[TIMER_SECTIONS], at_sample[TIMER_SECTIONS];
+    int64_t calls[TIMER_ROWS];
     enum timer_section open[DEPTH];
     int depth;
+    enum timer_part part;
 } state;
 
-static const char *const names[TIMER_SECTIONS] = {
+static const char *const names[] = {
 #define X(section, text) [TIMER_##section] = text,
-    TIMER_SECTIONS_X(X)
+    TIMER_SECTIONS_X(X) TIMER_PARTS_X(X)
 #undef X
 };
 
 static void tell(void);
+static bool computing(void);
 static void settle(double now);
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        const char *other, void (*line)(void *ctx, const char *text), void *ctx);
@@ -42,6 +44,7 @@ void timer_reset(void)
 {
     memset(&state, 0, sizeof state);
     state.begin = state.iteration_begin = state.running_since = timer_now();
+    state.part = TIMER_NO_PART;
 }
 
 void timer_start(enum timer_section section)
@@ -59,6 +62,18 @@ void timer_stop(enum timer_section section)
     settle(timer_now());
     state.depth--;
     tell();
+}
+
+void timer_part(enum timer_part part)
+{
+    if (!computing())
+        part = TIMER_NO_PART;
+    if (part == state.part)
+        return;
+    settle(timer_now());
+    state.part = part;
+    if (part != TIMER_NO_PART)
+        state.calls[part]++;
 }
 
 double timer_take_iteration(double seconds[TIMER_SECTIONS])
@@ -90,6 +105,10 @@ void timer_take_sample(struct timer_sample *out, int role)
         covered += state.total[s];
     }
     out->seconds[TIMER_IDLE] = out->wall > covered ? out->wall - covered : 0;
+    for (int s = TIMER_SECTIONS; s < TIMER_ROWS; s++) {
+        out->seconds[s] = state.total[s];
+        out->calls[s] = state.calls[s];
+    }
     for (int s = 0; s < TIMER_SECTIONS; s++) {
         out->recent[s] = out->seconds[s] - state.at_sample[s];
         state.at_sample[s] = out->seconds[s];
@@ -133,33 +152,42 @@ static void tell(void)
     log_beat();
 }
 
-/* Book the time since the last change to the innermost open section. */
+static bool computing(void)
+{
+    return state.depth > 0 && (state.open[state.depth - 1] == TIMER_FORWARD || state.open[state.depth - 1] == TIMER_BACKWARD);
+}
+
+/* Book the time since the last change to the innermost open section, and to its part. */
 static void settle(double now)
 {
     if (state.depth > 0)
         state.total[state.open[state.depth - 1]] += now - state.running_since;
+    if (computing() && state.part != TIMER_NO_PART)
+        state.total[state.part] += now - state.running_since;
     state.running_since = now;
 }
 
 /* What to do about time that trained nothing; `whose` is "encoder ", "language " or "". */
-static void notes(const double mean[TIMER_SECTIONS], double wall, const char *whose,
+static void notes(const double mean[TIMER_ROWS], double wall, const char *whose,
                   const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
     char grid[64], text[256];
     const struct {
-        enum timer_section section;
+        int row;
         const char *what, *cure;
     } waste[] = {
         { TIMER_BRIDGE_WAIT, grid, "give that one more ranks" },
         { TIMER_DATA_WAIT, "waiting for data", "more data.num_workers or a faster file system" },
         { TIMER_GRAD_SYNC, "reducing gradients and waiting for slower ranks",
           "larger micro-batches or overlap" },
+        { TIMER_DISPATCH, "moving tokens to their experts and waiting for them",
+          "moe.moe_shared_expert_overlap or a smaller topology.llm_ep" },
         { TIMER_SAVE, "saving checkpoints", "a larger checkpoint.save_interval" },
         { TIMER_IDLE, "in no section at all", "other programs on these cores?" },
     };
     snprintf(grid, sizeof grid, "waiting for the %s grid", other);
     for (size_t w = 0; w < sizeof waste / sizeof *waste; w++) {
-        const double spent = mean[waste[w].section];
+        const double spent = mean[waste[w].row];
         if (spent < note_share * wall)
             continue;
         snprintf(text, sizeof text, "NOTE: %.0f %% of the %sranks' time was spent %s; %s",
@@ -171,7 +199,8 @@ static void notes(const double mean[TIMER_SECTIONS], double wall, const char *wh
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
-    double wall = 0, mean[TIMER_SECTIONS] = { 0 };
+    double wall = 0, mean[TIMER_ROWS] = { 0 };
+    bool parts = false;
     char text[256];
     int ranks = 0;
     for (int i = 0; i < n; i++)
@@ -188,7 +217,7 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
     snprintf(text, sizeof text, "  %-12s %8s %12s %12s %12s %8s %7s", "section", "calls", "min s",
              "mean s", "max s", "max rank", "% wall");
     line(ctx, text);
-    for (int s = 0; s < TIMER_SECTIONS; s++) {
+    for (int s = 0; s < TIMER_ROWS; s++) {
         double least = 0, most = -1;
         int64_t calls = 0;
         int most_rank = -1;
@@ -207,6 +236,9 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
         }
         if (most <= 0 && calls == 0)
             continue;
+        if (s >= TIMER_SECTIONS && !parts)
+            line(ctx, "  of forward and backward:");
+        parts = s >= TIMER_SECTIONS;
         snprintf(text, sizeof text, "  %-12s %8lld %12.4f %12.4f %12.4f %8d %7.1f", names[s],
                  (long long)calls, least, mean[s], most, most_rank, 100 * mean[s] / wall);
         line(ctx, text);

@@ -23,13 +23,27 @@ enum timer_section {
     TIMER_SECTIONS
 };
 
-/* What one rank spent since timer_reset. */
+/* What forward and backward are made of; the sections are not shortened by it. "vocabulary" is embedding, output layer and loss. */
+#define TIMER_PARTS_X(X)                                                                           \
+    X(ENCODER, "vit blocks") X(PROJECTOR, "projector") X(MAMBA, "mamba") X(ATTENTION, "attention") X(DENSE, "dense")  \
+    X(ROUTER, "moe router") X(DISPATCH, "moe dispatch") X(EXPERTS, "moe gemm") X(SHARED, "moe shared")               \
+    X(VOCABULARY, "vocabulary") X(NO_PART, "")
+
+enum timer_part {
+    TIMER_BEFORE_PARTS = TIMER_SECTIONS - 1,
+#define X(part, text) TIMER_##part,
+    TIMER_PARTS_X(X)
+#undef X
+    TIMER_ROWS = TIMER_NO_PART
+};
+
+/* What one rank spent since timer_reset, in sections and parts. */
 struct timer_sample {
     int role; /* index into the role names of timer_table */
     double wall;
-    double seconds[TIMER_SECTIONS];
+    double seconds[TIMER_ROWS];
     double recent[TIMER_SECTIONS]; /* of them since the sample before this one */
-    int64_t calls[TIMER_SECTIONS];
+    int64_t calls[TIMER_ROWS];
 };
 
 /* Seconds since an arbitrary moment. Local. */
@@ -39,13 +53,15 @@ void timer_reset(void);
 /* Enter and leave a section; nested at most 8 deep, left in reverse order (checked). Local. */
 void timer_start(enum timer_section section);
 void timer_stop(enum timer_section section);
+/* From here on this part, until the next call; counts only inside the sections forward and backward. Local. */
+void timer_part(enum timer_part part);
 /* Seconds of every section and the wall time since the last call (or timer_reset): one iteration.
  * Local. */
 double timer_take_iteration(double seconds[TIMER_SECTIONS]);
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
- * the maximum and the share of the wall time; then a NOTE for each section that wastes a tenth or
- * more. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
+ * the maximum and the share of the wall time, then the same of the parts; then a NOTE for what wastes a
+ * tenth or more. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx);
 /* Gather the samples and log the table on rank 0. seconds [TIMER_SECTIONS], or NULL: there, on rank

@@ -103,6 +103,9 @@ def tables(text):
         if m:
             role = m.group(1)
             out[role] = {"ranks": int(m.group(2)), "wall": float(m.group(3))}
+        if line == "  of forward and backward:":
+            role += " parts"
+            out[role] = {}
         m = re.match(r"^  (\w[\w ]*?) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +(\d+) +([\d.]+)$", line)
         if m and role:
             least, mean, most = (float(m.group(i)) for i in (3, 4, 5))
@@ -115,7 +118,7 @@ def timers(c):
     got = c.m.run(*c.arguments("timed", "topology.layout=disjoint", "run.train_iters=40", "log.log_interval=100", "eval.eval_iters=1",
                                "checkpoint.save=" + c.m.path("timed", "ckpt")), ranks=2)
     table, notes = tables(got[1])
-    c.tap.result(got[0] == 0 and set(table) == {"encoder", "language"}, "each_role_has_its_timers", got[1][-3000:])
+    c.tap.result(got[0] == 0 and set(table) == {"encoder", "encoder parts", "language", "language parts"}, "each_role_has_its_timers", got[1][-3000:])
     wanted = {"start", "forward", "backward", "bridge wait", "grad sync", "optimizer", "data wait", "save", "eval", "log", "idle"}
     for role, rank in (("encoder", 0), ("language", 1)):
         t = table.get(role, {})
@@ -125,6 +128,12 @@ def timers(c):
         total = sum(s["share"] for s in sections.values())
         c.tap.result(abs(total - 100) < 1, "the_shares_of_the_%s_add_up" % role, total)
         c.tap.result(sections.get("idle", {}).get("share", 100) < 5, "the_%s_is_nearly_always_in_a_section" % role, sections.get("idle"))
+    parts = {"encoder": {"vit blocks", "projector"}, "language": {"mamba", "attention", "dense", "moe router", "moe dispatch", "moe gemm", "moe shared", "vocabulary"}}
+    for role, names in parts.items():
+        t, p = table.get(role, {}), table.get(role + " parts", {})
+        whole, known = (sum(x[k]["share"] for k in names_of if k in x) for x, names_of in ((t, ("forward", "backward")), (p, p)))
+        c.tap.result(set(p) == names and all(x["ordered"] and x["calls"] > 0 for x in p.values()), "the_parts_of_the_%s_are_named" % role, p)
+        c.tap.result(0.5 * whole < known <= whole + 0.1 * (len(p) + 1), "the_parts_of_the_%s_fit_into_forward_and_backward" % role, (whole, known))
     share = table.get("encoder", {}).get("bridge wait", {}).get("share", 0)
     c.tap.result([n for n in notes if n[1:] == ("encoder", "waiting for the language grid") and abs(int(n[0]) - share) <= 1],
                  "a_note_says_what_the_encoder_waited_for", "%s, %s" % (notes, share))

@@ -460,6 +460,39 @@ static void test_timer_sections_are_exclusive_and_never_exceed_the_wall(void **s
     assert_true(sample.recent[TIMER_BRIDGE_WAIT] == 0 && sample.seconds[TIMER_BRIDGE_WAIT] >= 0.04);
 }
 
+/* Parts count inside forward and backward only, and do not shorten them; a part lasts until the next. */
+static void test_timer_parts_are_parts_of_forward_and_backward(void **state)
+{
+    struct timer_sample s;
+    double seconds[TIMER_SECTIONS];
+    timer_reset();
+    timer_part(TIMER_MAMBA);
+    nap(0.01);
+    timer_start(TIMER_FORWARD);
+    timer_part(TIMER_ROUTER);
+    nap(0.02);
+    timer_part(TIMER_EXPERTS);
+    nap(0.02);
+    timer_start(TIMER_DATA_WAIT); /* pauses the section and its part */
+    nap(0.03);
+    timer_stop(TIMER_DATA_WAIT);
+    timer_part(TIMER_NO_PART);
+    nap(0.01);
+    timer_stop(TIMER_FORWARD);
+    timer_start(TIMER_EVAL);
+    timer_part(TIMER_ROUTER);
+    nap(0.01);
+    timer_stop(TIMER_EVAL);
+    timer_take_sample(&s, 0);
+    assert_true(s.seconds[TIMER_MAMBA] == 0 && s.calls[TIMER_MAMBA] == 0);
+    assert_true(s.seconds[TIMER_ROUTER] >= 0.02 && s.calls[TIMER_ROUTER] == 1);
+    assert_true(s.seconds[TIMER_EXPERTS] >= 0.02 && s.seconds[TIMER_DATA_WAIT] >= 0.03);
+    assert_true(s.seconds[TIMER_ROUTER] + s.seconds[TIMER_EXPERTS] <= s.seconds[TIMER_FORWARD] - 0.01);
+    assert_true(s.seconds[TIMER_FORWARD] + s.seconds[TIMER_DATA_WAIT] + s.seconds[TIMER_EVAL] + s.seconds[TIMER_IDLE] <= s.wall * (1 + 1e-9));
+    timer_take_iteration(seconds);
+    assert_true(seconds[TIMER_FORWARD] >= 0.05);
+}
+
 static void stop_another_section(void *arg)
 {
     timer_start(TIMER_FORWARD);
@@ -485,12 +518,16 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
     s[1].calls[TIMER_FORWARD] = s[2].calls[TIMER_FORWARD] = 4;
     s[1].seconds[TIMER_BRIDGE_WAIT] = 2;
     s[2].seconds[TIMER_BRIDGE_WAIT] = 1;
+    s[1].seconds[TIMER_DISPATCH] = s[2].seconds[TIMER_DISPATCH] = 3;
+    s[1].calls[TIMER_DISPATCH] = 8;
     timer_table(s, 3, roles, 2, collect, text);
     assert_non_null(strstr(text, "timers: encoder, 1 rank, 10.000 s\n"));
     assert_non_null(strstr(
         text, "forward             4       5.0000       6.0000       7.0000        2    60.0\n"));
     assert_non_null(strstr(text, "NOTE: 15 % of the language ranks' time was spent waiting for the "
                                  "encoder grid; give that one more ranks\n"));
+    assert_non_null(strstr(text, "  of forward and backward:\n  moe dispatch        8       3.0000       3.0000       3.0000        1    30.0\n"));
+    assert_non_null(strstr(text, "NOTE: 30 % of the language ranks' time was spent moving tokens to their experts"));
     assert_null(strstr(text, "of the encoder ranks' time"));
     /* Every cause has its line. */
     s[0].seconds[TIMER_SAVE] = 2;
@@ -665,6 +702,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_rng_uniform_and_normal_have_their_moments),
         cmocka_unit_test(test_rng_below_covers_its_range_evenly),
         cmocka_unit_test(test_timer_sections_are_exclusive_and_never_exceed_the_wall),
+        cmocka_unit_test(test_timer_parts_are_parts_of_forward_and_backward),
         cmocka_unit_test(test_timer_table_has_min_mean_max_rank_and_a_note),
         cmocka_unit_test(test_features_name_version_git_and_libraries),
         cmocka_unit_test(test_ref_copy_respects_row_strides),
