@@ -40,9 +40,10 @@ int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, i
     return pieces * square + tokens * n * (int64_t)(4 * d + 64) + 64 * (segments + 1) + ((int64_t)64 << 20);
 }
 
-/* Chunk states and their gradients in fp32, and per-chunk cumulative decays. */
+/* Per chunk the states and their gradients in fp32, seven numbers of each row and head, four sums of each head and an entry of
+ * the table of chunks; 256 bytes of alignment for each array. */
 int64_t cuda_ssd_work(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk)
 {
     const int64_t chunks = tokens / chunk + segments + 1;
-    return 2 * chunks * heads * head_dim * state + 8 * (tokens + chunks * chunk) * heads;
+    return chunks * (2 * (int64_t)heads * head_dim * state + 7 * (int64_t)chunk * heads + 4 * heads + 4) + 16 * 64;
 }

@@ -5,14 +5,16 @@
  *   output     inside a chunk every row looks back at the rows before it and at the entering state
  *   backward   the same for the adjoint, chunks in reverse; then the gradients row by row
  *
- * The three kernels that multiply matrices exist on tensor cores (ssd_mma.cu) for the widths that models use, and here in
- * plain loops in fp32 for everything else: one block per row, sums in a fixed order.
+ * All but rates and the last step exist on tensor cores (ssd_mma.cu) for the widths that models use, and here in plain loops
+ * in fp32 for everything else: one block per row, sums in a fixed order.
  */
 #include "columns.cuh"
 #include "cuda_sizes.h"
 #include "ssd.h"
 
 enum { THREADS = 128, LISTERS = 256, AHEAD = 8, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
+
+static constexpr double LOG2_E = 1.4426950408889634;
 
 /* ---- chunks and rates ---- */
 
@@ -71,23 +73,27 @@ template <class T> static __global__ void rates_kernel(ssd_args<T> a)
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
+    const int64_t at = a.rates_at(c, h);
     const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
     double before = 0;
-    for (int base = 0; base < k.rows; base += WARP) {
+    for (int base = 0; base < a.chunk; base += WARP) {
         const int r = base + lane;
-        const float v = r < k.rows ? to_float(a.dt.row(k.first + r)[h]) + bias : 0.0f, del = v > 20.0f ? v : log1pf(expf(v));
-        const double sum = before + inclusive_scan(r < k.rows ? (double)del * rate : 0.0);
-        if (r < k.rows) {
-            a.del[(int64_t)(k.first + r) * a.heads + h] = del;
-            a.cs[(int64_t)(k.first + r) * a.heads + h] = (float)sum;
+        const float v = r < k.rows ? to_float(a.dt.row(k.first + r)[h]) + bias : 0.0f, del = r >= k.rows ? 0.0f : v > 20.0f ? v : log1pf(expf(v));
+        const double sum = before + inclusive_scan((double)del * rate * LOG2_E);
+        if (r < a.chunk) {
+            a.del[at + r] = del;
+            a.cs[at + r] = (float)sum;
+            a.carry[at + r] = exp2f((float)sum);
         }
         before = __shfl_sync(0xffffffffu, sum, WARP - 1);
     }
+    for (int r = lane; r < a.chunk; r += WARP)
+        a.push[at + r] = exp2f((float)before - a.cs[at + r]) * a.del[at + r];
 }
 
-template <class T> __device__ __forceinline__ float last_cs(const ssd_args<T> &a, const ssd_chunk &k, int h)
+template <class T> __device__ __forceinline__ float keep_of(const ssd_args<T> &a, int c, int h)
 {
-    return a.cs[(int64_t)(k.first + k.rows - 1) * a.heads + h];
+    return a.carry[a.rates_at(c, h) + a.chunk - 1];
 }
 
 /* ---- states ---- */
@@ -101,12 +107,11 @@ template <class T> static __global__ void states_kernel(ssd_args<T> a, bool adjo
         return;
     const ssd_chunk k = a.chunks[c];
     const int p = i / a.state, n = i % a.state;
-    const float end = last_cs(a, k, h);
+    const float *scale = (adjoint ? a.carry : a.push) + a.rates_at(c, h);
     float sum = 0;
     for (int r = 0; r < k.rows; r++) {
-        const int64_t row = k.first + r, at = row * a.heads + h;
-        sum += adjoint ? expf(a.cs[at]) * to_float(a.gy(row, h)[p]) * to_float(a.c(row, g)[n])
-                       : expf(end - a.cs[at]) * a.del[at] * to_float(a.x(row, h)[p]) * to_float(a.b(row, g)[n]);
+        const int64_t row = k.first + r;
+        sum += scale[r] * (adjoint ? to_float(a.gy(row, h)[p]) * to_float(a.c(row, g)[n]) : to_float(a.x(row, h)[p]) * to_float(a.b(row, g)[n]));
     }
     (adjoint ? a.adjoint : a.entering)[a.state_at(c, h) + i] = sum;
 }
@@ -128,7 +133,7 @@ template <class T> static __global__ void pass_kernel(ssd_args<T> a, bool adjoin
             const int step = base + o < n ? base + o : n - 1, c = adjoint ? n - 1 - step : step;
             const ssd_chunk k = a.chunks[c];
             own[o] = states[(int64_t)c * a.heads * size];
-            keep[o] = last_cs(a, k, h);
+            keep[o] = keep_of(a, c, h);
             fresh[o] = adjoint ? k.closes : k.opens;
         }
 #pragma unroll
@@ -138,7 +143,7 @@ template <class T> static __global__ void pass_kernel(ssd_args<T> a, bool adjoin
             const int c = adjoint ? n - 1 - base - o : base + o;
             running = fresh[o] ? 0 : running;
             states[(int64_t)c * a.heads * size] = running;
-            running = expf(keep[o]) * running + own[o];
+            running = keep[o] * running + own[o];
         }
     }
 }
@@ -156,7 +161,7 @@ template <class T> static __global__ void keep_dot_kernel(ssd_args<T> a)
         sum += s[i] * g[i];
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0)
-        a.keep_dot[c * a.heads + h] = expf(last_cs(a, a.chunks[c], h)) * sum;
+        a.keep_dot[c * a.heads + h] = keep_of(a, c, h) * sum;
 }
 
 /* ---- plain loops ---- */
@@ -170,7 +175,7 @@ template <class T> __device__ float dot(const T *x, const T *y, int n)
 }
 
 /* One block a row: y_i = sum_{j<=i} (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i. */
-template <class T> static __global__ void output_kernel(ssd_args<T> a, matrix<T> y)
+template <class T> static __global__ void output_kernel(ssd_args<T> a)
 {
     extern __shared__ float mix[];
     const int c = blockIdx.x / a.chunk, i = blockIdx.x % a.chunk, h = blockIdx.y, g = a.group_of(h);
@@ -178,11 +183,9 @@ template <class T> static __global__ void output_kernel(ssd_args<T> a, matrix<T>
         return;
     const ssd_chunk k = a.chunks[c];
     const int64_t row = k.first + i;
-    const float cs = a.cs[row * a.heads + h];
-    for (int j = threadIdx.x; j <= i; j += blockDim.x) {
-        const int64_t at = (int64_t)(k.first + j) * a.heads + h;
-        mix[j] = dot(a.c(row, g), a.b(k.first + j, g), a.state) * expf(cs - a.cs[at]) * a.del[at];
-    }
+    const float *cs = a.cs + a.rates_at(c, h), *del = a.del + a.rates_at(c, h);
+    for (int j = threadIdx.x; j <= i; j += blockDim.x)
+        mix[j] = dot(a.c(row, g), a.b(k.first + j, g), a.state) * exp2f(cs[i] - cs[j]) * del[j];
     __syncthreads();
     const float *state = a.entering + a.state_at(c, h);
     for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
@@ -191,7 +194,7 @@ template <class T> static __global__ void output_kernel(ssd_args<T> a, matrix<T>
             sum += mix[j] * to_float(a.x(k.first + j, h)[p]);
         for (int n = 0; n < a.state; n++)
             carried += state[p * a.state + n] * to_float(a.c(row, g)[n]);
-        y.row(row)[h * a.width + p] = from_float<T>(sum + expf(cs) * carried);
+        a.y.row(row)[h * a.width + p] = from_float<T>(sum + exp2f(cs[i]) * carried);
     }
 }
 
@@ -204,12 +207,11 @@ template <class T> static __global__ void backward_x_kernel(ssd_args<T> a)
     if (c >= *a.count || j >= a.chunks[c].rows)
         return;
     const ssd_chunk k = a.chunks[c];
-    const int64_t row = k.first + j, own = row * a.heads + h;
-    const float cs = a.cs[own], del = a.del[own], tail = expf(last_cs(a, k, h) - cs);
+    const int64_t row = k.first + j, at = a.rates_at(c, h), own = at + j;
+    const float *cs = a.cs + at, del = a.del[own], tail = exp2f(cs[k.rows - 1] - cs[j]);
     float column = 0;
     for (int i = j + (int)threadIdx.x; i < k.rows; i += blockDim.x) {
-        const int64_t at = (int64_t)(k.first + i) * a.heads + h;
-        const float m = dot(a.c(k.first + i, g), a.b(row, g), a.state) * expf(a.cs[at] - cs);
+        const float m = dot(a.c(k.first + i, g), a.b(row, g), a.state) * exp2f(cs[i] - cs[j]);
         mix[i] = m * del;
         column += m * dot(a.gy(k.first + i, h), a.x(row, h), a.width);
     }
@@ -241,14 +243,11 @@ template <class T> static __global__ void backward_row_kernel(ssd_args<T> a)
     if (c >= *a.count || i >= a.chunks[c].rows)
         return;
     const ssd_chunk k = a.chunks[c];
-    const int64_t row = k.first + i, own = row * a.heads + h;
-    const float cs = a.cs[own];
+    const int64_t row = k.first + i, at = a.rates_at(c, h);
+    const float *cs = a.cs + at, *del = a.del + at;
     float sum = 0, carried = 0;
-    for (int j = threadIdx.x; j <= i; j += blockDim.x) {
-        const int64_t at = (int64_t)(k.first + j) * a.heads + h;
-        sum += dot(a.c(row, g), a.b(k.first + j, g), a.state) * expf(cs - a.cs[at]) * a.del[at]
-               * dot(a.gy(row, h), a.x(k.first + j, h), a.width);
-    }
+    for (int j = threadIdx.x; j <= i; j += blockDim.x)
+        sum += dot(a.c(row, g), a.b(k.first + j, g), a.state) * exp2f(cs[i] - cs[j]) * del[j] * dot(a.gy(row, h), a.x(k.first + j, h), a.width);
     const float *state = a.entering + a.state_at(c, h);
     for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
         float z = 0;
@@ -256,9 +255,9 @@ template <class T> static __global__ void backward_row_kernel(ssd_args<T> a)
             z += state[p * a.state + n] * to_float(a.c(row, g)[n]);
         carried += to_float(a.gy(row, h)[p]) * z;
     }
-    sum = block_sum(sum, shared) + expf(cs) * block_sum(carried, shared);
+    sum = block_sum(sum, shared) + exp2f(cs[i]) * block_sum(carried, shared);
     if (threadIdx.x == 0)
-        a.row[own] += sum;
+        a.row[at + i] += sum;
 }
 
 /* D's sum of a chunk: rows in order. */
@@ -284,10 +283,12 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
     const int64_t row = k.first + r;
     const int low = for_c ? 0 : r, high = for_c ? r + 1 : k.rows;
     for (int o = low + (int)threadIdx.x; o < high; o += blockDim.x) {
-        const int64_t i = for_c ? row : k.first + o, j = for_c ? k.first + o : row;
+        const int i = for_c ? r : o, j = for_c ? o : r;
         float sum = 0;
-        for (int h = g * per; h < (g + 1) * per; h++)
-            sum += expf(a.cs[i * a.heads + h] - a.cs[j * a.heads + h]) * a.del[j * a.heads + h] * dot(a.gy(i, h), a.x(j, h), a.width);
+        for (int h = g * per; h < (g + 1) * per; h++) {
+            const int64_t at = a.rates_at(c, h);
+            sum += exp2f(a.cs[at + i] - a.cs[at + j]) * a.del[at + j] * dot(a.gy(k.first + i, h), a.x(k.first + j, h), a.width);
+        }
         mix[o] = sum;
     }
     __syncthreads();
@@ -298,8 +299,7 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
         for (int h = g * per; h < (g + 1) * per; h++) {
             const float *s = (for_c ? a.entering : a.adjoint) + a.state_at(c, h);
             const T *from = for_c ? a.gy(row, h) : a.x(row, h);
-            const int64_t at = row * a.heads + h;
-            const float scale = for_c ? expf(a.cs[at]) : expf(last_cs(a, k, h) - a.cs[at]) * a.del[at];
+            const float scale = (for_c ? a.carry : a.push)[a.rates_at(c, h) + r];
             float z = 0;
             for (int p = 0; p < a.width; p++)
                 z += to_float(from[p]) * s[p * a.state + n];
@@ -320,15 +320,16 @@ template <class T> static __global__ void finish_kernel(ssd_args<T> a, int most)
     double bias_sum = 0, rate_sum = 0;
     if (c < *a.count) {
         const ssd_chunk k = a.chunks[c];
+        const int64_t first = a.rates_at(c, h);
         const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
         /* All of a chunk's decays lead to its end. */
         double later = 0;
         for (int r = lane; r < k.rows; r += WARP)
-            later += (double)a.del[(int64_t)(k.first + r) * a.heads + h] * a.through[(int64_t)(k.first + r) * a.heads + h];
+            later += (double)a.del[first + r] * a.through[first + r];
         later = sum_lanes(later) + a.keep_dot[c * a.heads + h];
         for (int base = k.rows - 1; base >= 0; base -= WARP) {
             const int r = base - lane;
-            const int64_t at = (int64_t)(k.first + (r < 0 ? 0 : r)) * a.heads + h;
+            const int64_t at = first + (r < 0 ? 0 : r);
             const double sum = later + inclusive_scan(r < 0 ? 0.0 : (double)a.row[at]);
             if (r >= 0) {
                 const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
@@ -378,11 +379,13 @@ static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, 
     a.state = state;
     a.chunk = chunk;
     float *at = (float *)work->data;
-    const int64_t states = (int64_t)*most * heads * head_dim * state, rows = tokens * heads;
+    const int64_t states = (int64_t)*most * heads * head_dim * state, rows = (int64_t)*most * heads * chunk;
     a.entering = carve(&at, states);
     a.adjoint = carve(&at, states);
     a.del = carve(&at, rows);
     a.cs = carve(&at, rows);
+    a.carry = carve(&at, rows);
+    a.push = carve(&at, rows);
     a.e = carve(&at, rows);
     a.row = carve(&at, rows);
     a.through = carve(&at, rows);
@@ -403,39 +406,32 @@ static bool on_16_bytes(const void *p, int64_t ld)
     return (uintptr_t)p % 16 == 0 && ld % 8 == 0;
 }
 
-static bool fits_mma(const ssd_args<bf16> &a)
+/* Whether the whole operation runs on tensor cores. Forward has no dy and dxbc, backward no y. */
+template <class T> static bool fits_mma(const ssd_args<T> &a)
 {
-    return a.width == MMA_WIDTH && a.state == MMA_STATE && a.chunk == MMA_CHUNK && on_16_bytes(a.xbc.p, a.xbc.ld) && on_16_bytes(a.dy.p, a.dy.ld)
-           && on_16_bytes(a.dxbc.p, a.dxbc.ld);
-}
-
-template <class T> static void own_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
-{
-    const int64_t size = (int64_t)a.width * a.state;
-    if constexpr (sizeof(T) == 2)
-        if (fits_mma(a)) {
-            ssd_mma_states(a, most, adjoint, st);
-            return;
-        }
-    states_kernel<T><<<dim3(blocks_for(size, THREADS), (unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(a, adjoint);
-    CHECK_LAUNCH();
+    return sizeof(T) == 2 && a.width == MMA_WIDTH && a.state == MMA_STATE && a.chunk == MMA_CHUNK && on_16_bytes(a.xbc.p, a.xbc.ld)
+           && on_16_bytes(a.y.p, a.y.ld) && on_16_bytes(a.dy.p, a.dy.ld) && on_16_bytes(a.dxbc.p, a.dxbc.ld);
 }
 
 template <class T> static void pass_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
 {
-    own_states(a, most, adjoint, st);
-    pass_kernel<T><<<blocks_for((int64_t)a.heads * a.width * a.state, THREADS), THREADS, 0, st>>>(a, adjoint);
+    const int64_t size = (int64_t)a.width * a.state;
+    states_kernel<T><<<dim3(blocks_for(size, THREADS), (unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(a, adjoint);
+    CHECK_LAUNCH();
+    pass_kernel<T><<<blocks_for(a.heads * size, THREADS), THREADS, 0, st>>>(a, adjoint);
     CHECK_LAUNCH();
 }
 
-template <class T> static void output(const ssd_args<T> &a, int most, matrix<T> y, cudaStream_t st)
+template <class T> static void output(const ssd_args<T> &a, int most, cudaStream_t st)
 {
     if constexpr (sizeof(T) == 2)
-        if (fits_mma(a) && on_16_bytes(y.p, y.ld)) {
-            ssd_mma_output(a, most, y, st);
+        if (fits_mma(a)) {
+            ssd_mma_states(a, false, st);
+            ssd_mma_output(a, most, st);
             return;
         }
-    output_kernel<T><<<dim3((unsigned)(most * a.chunk), (unsigned)a.heads), THREADS, a.chunk * sizeof(float), st>>>(a, y);
+    pass_states(a, most, false, st);
+    output_kernel<T><<<dim3((unsigned)(most * a.chunk), (unsigned)a.heads), THREADS, a.chunk * sizeof(float), st>>>(a);
     CHECK_LAUNCH();
 }
 
@@ -443,11 +439,16 @@ template <class T> static void gradients(const ssd_args<T> &a, int most, cudaStr
 {
     if constexpr (sizeof(T) == 2)
         if (fits_mma(a)) {
+            ssd_mma_states(a, true, st);
             ssd_mma_backward(a, most, st);
             return;
         }
     const dim3 rows((unsigned)(most * a.chunk), (unsigned)a.heads), groups((unsigned)(most * a.chunk), (unsigned)a.groups);
     const size_t shared = a.chunk * sizeof(float);
+    pass_states(a, most, false, st);
+    pass_states(a, most, true, st);
+    keep_dot_kernel<T><<<dim3((unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(a);
+    CHECK_LAUNCH();
     backward_x_kernel<T><<<rows, THREADS, shared, st>>>(a);
     CHECK_LAUNCH();
     backward_row_kernel<T><<<rows, THREADS, 0, st>>>(a);
@@ -468,9 +469,9 @@ extern "C" void cuda_ssd_forward(struct stream *s, in_t xbc, in_t dt, in_t dt_bi
     by_type(xbc, [&](auto zero) {
         using T = decltype(zero);
         int most;
-        const ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
-        pass_states(a, most, false, cuda_stream_of(s));
-        output(a, most, as_matrix<T>(y), cuda_stream_of(s));
+        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
+        a.y = as_matrix<T>(y);
+        output(a, most, cuda_stream_of(s));
     });
 }
 
@@ -488,10 +489,6 @@ extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_b
         a.dy = as_matrix<const T>(dy);
         a.dxbc = as_matrix<T>(dxbc);
         a.ddt = as_matrix<T>(ddt);
-        pass_states(a, most, false, st);
-        pass_states(a, most, true, st);
-        keep_dot_kernel<T><<<dim3((unsigned)most, (unsigned)heads), THREADS, 0, st>>>(a);
-        CHECK_LAUNCH();
         gradients(a, most, st);
         finish_kernel<T><<<blocks_for((int64_t)most * heads, THREADS / WARP), THREADS, 0, st>>>(a, most);
         CHECK_LAUNCH();

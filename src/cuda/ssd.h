@@ -1,8 +1,10 @@
 /* ssd.h - what the two forms of the scan share: ssd.cu (any shape, plain loops) and ssd_mma.cu (tensor cores). CUDA C++ only.
  *
  * Chunks restart at each segment. A table made on the device lists them; blocks beyond its count leave. Letters: i, j rows of a
- * chunk, h head, p column of x, n state. cs = inclusive sum of del*A inside the chunk, so that
- *   L_ij = exp(cs_i - cs_j), carry_i = exp(cs_i), tail_j = exp(cs_last - cs_j), keep = exp(cs_last).
+ * chunk, h head, p column of x, n state. cs = inclusive sum of del*A inside the chunk, in units of ln 2, so that
+ *   L_ij = 2^(cs_i - cs_j), carry_i = 2^cs_i, tail_j = 2^(cs_last - cs_j), push_j = tail_j del_j, keep = carry_last.
+ * Numbers of a row and head lie [chunks, heads, rows of a chunk]; behind a short chunk's end cs and carry stay, the others
+ * that the rates kernel makes are 0.
  */
 #ifndef MIMO_CUDA_SSD_H
 #define MIMO_CUDA_SSD_H
@@ -18,13 +20,14 @@ template <class T> struct ssd_args {
     /* in the operation's work */
     const ssd_chunk *chunks;
     const int *count;
-    float *del, *cs;                             /* [tokens, heads] */
-    float *entering;                             /* [chunks, heads, P, N] the state before each chunk */
+    float *del, *cs, *carry, *push;              /* of rows and heads */
+    float *entering;                             /* [chunks, heads, P, N] the state before each chunk; bf16 on tensor cores */
+    matrix<T> y;                                 /* forward */
     /* backward */
     matrix<const T> dy;
     matrix<T> dxbc, ddt;
     float *adjoint;                              /* [chunks, heads, P, N] gradient of the state behind each chunk */
-    float *e, *row, *through;                    /* [tokens, heads]: e_j and dcs_i of model.md 1.6.5; tail_j x_j Gm B_j */
+    float *e, *row, *through;                    /* of rows and heads: e_j and dcs_i of model.md 1.6.5; tail_j x_j Gm B_j */
     float *sums;                                 /* [3][chunks][heads]: ddt_bias, dA_log, dD of a chunk */
     float *keep_dot;                             /* [chunks, heads]: keep <Gm, St> */
 
@@ -37,11 +40,12 @@ template <class T> struct ssd_args {
     __device__ __forceinline__ T *db(int64_t r, int g) const { return dxbc.row(r) + (int64_t)heads * width + (int64_t)g * state; }
     __device__ __forceinline__ T *dc(int64_t r, int g) const { return db(r, g) + (int64_t)groups * state; }
     __device__ __forceinline__ int64_t state_at(int c, int h) const { return ((int64_t)c * heads + h) * width * state; }
+    __device__ __forceinline__ int64_t rates_at(int c, int h) const { return ((int64_t)c * heads + h) * chunk; }
 };
 
 /* ssd_mma.cu: bf16, P = 64, N = 128, chunks of 128. Each fills the arrays named, or the outputs. `most` bounds the chunks. Local. */
-void ssd_mma_states(const ssd_args<bf16> &a, int most, bool adjoint, cudaStream_t stream);   /* entering or adjoint, one chunk's own part */
-void ssd_mma_output(const ssd_args<bf16> &a, int most, matrix<bf16> y, cudaStream_t stream);
-void ssd_mma_backward(const ssd_args<bf16> &a, int most, cudaStream_t stream);               /* dxbc, e, row, through and D's sums */
+void ssd_mma_states(const ssd_args<bf16> &a, bool backward, cudaStream_t stream);   /* entering; adjoint too */
+void ssd_mma_output(const ssd_args<bf16> &a, int most, cudaStream_t stream);
+void ssd_mma_backward(const ssd_args<bf16> &a, int most, cudaStream_t stream);      /* dxbc, e, row, through, keep_dot and D's sums */
 
 #endif

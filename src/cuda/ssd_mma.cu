@@ -1,393 +1,549 @@
-/* ssd_mma.cu - the scan's matrix products on tensor cores: bf16, P = 64, N = 128, chunks of 128 rows (model.md 1.6.5).
+/* ssd_mma.cu - the scan on tensor cores: bf16, P = 64, N = 128, chunks of 128 rows (model.md 1.6.5).
  *
- * A block of sixteen warps, four by four over a product of 128 rows, has one chunk and head (or group) in shared memory. Products are mma.m16n8k16 with fp32 sums; what
- * enters a second product is rounded to bf16 first, as the model's reference does: (C.B) L del, tail del x, carry gy, states.
- * Rows beyond a short chunk's end are zeros.
+ *   walk    a block per head and 64 columns of the state goes through all chunks with the state in registers and leaves what
+ *           enters each of them; the adjoint goes the other way. Chunks arrive three deep.
+ *   rows    a block per chunk and group has C.B of its group in registers for all the group's heads: y, or dx and the sums
+ *           over decays.
+ *   bc      a block per chunk and group: dB and dC, summed over the heads in registers.
+ *
+ * A warp has sixteen rows of a chunk, so what enters a second product, (C.B) L del or (C.B) L, never leaves its registers;
+ * tiles beyond the diagonal are left out, and warps i and 7-i share a scheduler. What enters a product is rounded to bf16
+ * as the model's reference does: also tail del x, carry gy and the states, which are passed on in fp32. Row sums
+ * and column sums of W are those of the same fp32 numbers: they all but cancel where decay is strong. Rows beyond a short
+ * chunk's end are zeros.
  */
 #include "ssd.h"
+#include "tiles.cuh"
 
-enum { Q = 128, P = 64, N = 128, WARPS = 16, ACROSS = WARPS / 4, THREADS = WARPS * WARP, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, LD_Q = Q + PAD };
+enum { Q = 128, P = 64, N = 128, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, TILE = 16, TILES = Q / TILE };
 
-/* ---- tiles ---- */
-
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const bf16 *p)
+/* Rows of COLS elements, zero from row `rows` on. */
+template <int COLS, int THREADS> __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
 {
-    const unsigned at = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const bf16 *p)
-{
-    const unsigned at = (unsigned)__cvta_generic_to_shared(p);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at));
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* A warp's part of a product: 32 rows from m0, 8*NT columns from n0. Element (mi, ni, e) is row m0 + 16 mi + lane/4 + 8 (e/2),
- * column n0 + 8 ni + 2 (lane%4) + e%2. */
-template <int NT> struct part {
-    float v[2][NT][4];
-    int m0, n0;
-    __device__ __forceinline__ part(int m0_, int n0_) : v(), m0(m0_), n0(n0_) {}
-    __device__ __forceinline__ int row(int mi, int e) const { return m0 + 16 * mi + (threadIdx.x % WARP) / 4 + 8 * (e / 2); }
-    __device__ __forceinline__ int col(int ni, int e) const { return n0 + 8 * ni + 2 * (threadIdx.x % 4) + e % 2; }
-    template <class F> __device__ __forceinline__ void each(F f)
-    {
 #pragma unroll
-        for (int mi = 0; mi < 2; mi++)
-#pragma unroll
-            for (int ni = 0; ni < NT; ni++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    f(v[mi][ni][e], row(mi, e), col(ni, e), mi, e);
-    }
-    /* += a b over K. a lies [m][k], or [k][m] with TA; b lies [k][n], or [n][k] with TB. */
-    template <int K, bool TA, bool TB> __device__ __forceinline__ void add(const bf16 *a, int lda, const bf16 *b, int ldb)
-    {
-        const int lane = threadIdx.x % WARP, q = lane / 8, r = lane % 8;
-#pragma unroll
-        for (int k = 0; k < K; k += 16) {
-            unsigned fa[2][4];
-#pragma unroll
-            for (int mi = 0; mi < 2; mi++) {
-                const int m = m0 + 16 * mi;
-                if (TA)
-                    load_matrices_transposed(fa[mi], a + (k + q / 2 * 8 + r) * lda + m + q % 2 * 8);
-                else
-                    load_matrices(fa[mi], a + (m + q % 2 * 8 + r) * lda + k + q / 2 * 8);
-            }
-#pragma unroll
-            for (int ni = 0; ni < NT; ni += 2) {
-                unsigned fb[4];
-                const int n = n0 + 8 * ni;
-                if (TB)
-                    load_matrices(fb, b + (n + q / 2 * 8 + r) * ldb + k + q % 2 * 8);
-                else
-                    load_matrices_transposed(fb, b + (k + q % 2 * 8 + r) * ldb + n + q / 2 * 8);
-#pragma unroll
-                for (int mi = 0; mi < 2; mi++) {
-                    multiply(v[mi][ni], fa[mi], fb[0], fb[1]);
-                    multiply(v[mi][ni + 1], fa[mi], fb[2], fb[3]);
-                }
-            }
-        }
-    }
-};
-
-/* Rows of COLS elements from memory to shared memory, zero beyond `rows`; scale NULL or a factor per row, rounded once. */
-template <int COLS> __device__ __forceinline__ void load_rows(bf16 *to, int ld, const bf16 *from, int64_t from_ld, int rows, const float *scale)
-{
     for (int i = threadIdx.x; i < Q * (COLS / 8); i += THREADS) {
         const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (r < rows)
-            v = *(const uint4 *)(from + r * from_ld + c);
-        if (scale) {
-            bf16 *e = (bf16 *)&v;
-            for (int j = 0; j < 8; j++)
-                e[j] = __float2bfloat16_rn(__bfloat162float(e[j]) * scale[r]);
-        }
-        *(uint4 *)(to + r * ld + c) = v;
+        copy_async(to + r * (COLS + PAD) + c, from + (r < rows ? r : 0) * from_ld + c, r < rows);
     }
 }
 
-/* A state [P,N] in fp32, rounded. */
-__device__ __forceinline__ void load_state(bf16 *to, const float *from)
+/* A state [P,N]. */
+template <int THREADS> __device__ __forceinline__ void copy_state(bf16 *to, const bf16 *from)
 {
-    for (int i = threadIdx.x; i < P * N / 4; i += THREADS) {
-        const float4 v = ((const float4 *)from)[i];
-        bf16 *at = to + i * 4 / N * LD_N + i * 4 % N;
-        *(__nv_bfloat162 *)at = __floats2bfloat162_rn(v.x, v.y);
-        *(__nv_bfloat162 *)(at + 2) = __floats2bfloat162_rn(v.z, v.w);
-    }
+#pragma unroll
+    for (int i = threadIdx.x; i < P * (N / 8); i += THREADS)
+        copy_async(to + i / (N / 8) * LD_N + i % (N / 8) * 8, from + i * 8, true);
 }
 
-struct rates {
-    float cs[Q], del[Q];
-};
-
-/* cs stays at its last value beyond the end, del is 0 there. */
-__device__ __forceinline__ void load_rates(rates &to, const ssd_args<bf16> &a, const ssd_chunk &k, int h)
+/* Q numbers, by the 32 threads from `first` on. */
+__device__ __forceinline__ void copy_rates(float *to, const float *from, int first)
 {
-    for (int r = threadIdx.x; r < Q; r += THREADS) {
-        const int64_t at = (int64_t)(k.first + (r < k.rows ? r : k.rows - 1)) * a.heads + h;
-        to.cs[r] = a.cs[at];
-        to.del[r] = r < k.rows ? a.del[at] : 0.0f;
-    }
+    const int i = (int)threadIdx.x - first;
+    if (i >= 0 && i < Q / 4)
+        copy_async(to + 4 * i, from + 4 * i, true);
 }
 
-__device__ __forceinline__ float decay(const rates &t, int i, int j)
-{
-    return i >= j ? __expf(t.cs[i] - t.cs[j]) : 0.0f;
-}
+/* This form keeps states in bf16, where the other has them in fp32. */
+__device__ __forceinline__ bf16 *stored(float *states) { return (bf16 *)states; }
+
+__device__ __forceinline__ float pair_dot(unsigned pair, float low, float high) { return low_half(pair) * low + high_half(pair) * high; }
 
 /* ---- states ---- */
 
-struct states_shared {
-    bf16 left[Q * LD_P], right[Q * LD_N];
-    rates t;
+enum { WALK_COLS = 64, WALK_LD = WALK_COLS + PAD, WALK_THREADS = 256, WALK_STAGES = 3, WALK_NT = WALK_COLS / 2 / 8 };
+
+struct walk_stage {
+    bf16 left[Q * LD_P], right[Q * WALK_LD];
     float scale[Q];
+    float carry[4];                                  /* of the chunk's last rows: [3] is keep */
 };
 
-static __global__ void __launch_bounds__(THREADS) states_kernel(ssd_args<bf16> a, bool adjoint)
+/* x and B scaled by push, or gy and C scaled by carry. */
+__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, int c, int h, int n0, bool adjoint)
 {
-    extern __shared__ __align__(16) char memory[];
-    states_shared &s = *(states_shared *)memory;
-    const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), warp = threadIdx.x / WARP;
-    if (c >= *a.count)
-        return;
     const ssd_chunk k = a.chunks[c];
-    load_rates(s.t, a, k, h);
-    __syncthreads();
-    for (int r = threadIdx.x; r < Q; r += THREADS)
-        s.scale[r] = adjoint ? __expf(s.t.cs[r]) : __expf(s.t.cs[Q - 1] - s.t.cs[r]) * s.t.del[r];
-    __syncthreads();
-    if (adjoint) {
-        load_rows<P>(s.left, LD_P, a.gy(k.first, h), a.dy.ld, k.rows, s.scale);
-        load_rows<N>(s.right, LD_N, a.c(k.first, g), a.xbc.ld, k.rows, NULL);
-    } else {
-        load_rows<P>(s.left, LD_P, a.x(k.first, h), a.xbc.ld, k.rows, s.scale);
-        load_rows<N>(s.right, LD_N, a.b(k.first, g), a.xbc.ld, k.rows, NULL);
-    }
-    __syncthreads();
-    part<2> sum(warp % 2 * 32, warp / 2 * 16);
-    sum.add<Q, true, false>(s.left, LD_P, s.right, LD_N);
-    float *to = (adjoint ? a.adjoint : a.entering) + a.state_at(c, h);
-    sum.each([&](float v, int p, int n, int, int) { to[p * N + n] = v; });
+    const int g = a.group_of(h);
+    copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld, k.rows);
+    copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
+    copy_rates(s.scale, (adjoint ? a.carry : a.push) + a.rates_at(c, h), 0);
+    if (threadIdx.x == WALK_THREADS - 1)
+        copy_async(s.carry, a.carry + a.rates_at(c, h) + Q - 4, true);
 }
 
-/* ---- output ---- */
-
-struct output_shared {
-    bf16 c[Q * LD_N], b[Q * LD_N], x[Q * LD_P], state[P * LD_N];   /* b becomes the mixing matrix [Q][LD_Q] */
-    rates t;
-};
-
-static __global__ void __launch_bounds__(THREADS) output_kernel(ssd_args<bf16> a, matrix<bf16> y)
+/* Warps: four times sixteen rows of the state, twice 32 columns. gridDim.z 2: the adjoint too. */
+static __global__ void __launch_bounds__(WALK_THREADS) walk_kernel(ssd_args<bf16> a)
 {
     extern __shared__ __align__(16) char memory[];
-    output_shared &s = *(output_shared *)memory;
-    const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), m0 = threadIdx.x / WARP % 4 * 32, across = threadIdx.x / WARP / 4;
-    if (c >= *a.count)
-        return;
-    const ssd_chunk k = a.chunks[c];
-    load_rates(s.t, a, k, h);
-    load_rows<N>(s.c, LD_N, a.c(k.first, g), a.xbc.ld, k.rows, NULL);
-    load_rows<N>(s.b, LD_N, a.b(k.first, g), a.xbc.ld, k.rows, NULL);
-    load_rows<P>(s.x, LD_P, a.x(k.first, h), a.xbc.ld, k.rows, NULL);
-    if (!k.opens)
-        load_state(s.state, a.entering + a.state_at(c, h));
-    __syncthreads();
-    part<2> sum(m0, across * 16);
-    if (!k.opens) {
-        sum.add<N, false, true>(s.c, LD_N, s.state, LD_N);
-        sum.each([&](float &v, int i, int, int, int) { v *= __expf(s.t.cs[i]); });
+    walk_stage *stages = (walk_stage *)memory;
+    const int h = blockIdx.x, n0 = blockIdx.y * WALK_COLS, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, count = *a.count;
+    const bool adjoint = blockIdx.z;
+    const int p0 = warp % 4 * TILE, own = warp / 4 * (WALK_COLS / 2), g = lane / 4, t = lane % 4;
+    const auto chunk_of = [&](int step) { return adjoint ? count - 1 - step : step; };
+    float state[WALK_NT][4] = {};
+    for (int step = 0; step < WALK_STAGES - 1; step++) {
+        if (step < count)
+            copy_stage(stages[step], a, chunk_of(step), h, n0, adjoint);
+        copies_end();
     }
-    {
-        part<4> cb(m0, across * 32);
-        cb.add<N, false, true>(s.c, LD_N, s.b, LD_N);
+    for (int step = 0; step < count; step++) {
+        const int c = chunk_of(step), next = step + WALK_STAGES - 1;
+        const bool fresh = adjoint ? a.chunks[c].closes : a.chunks[c].opens;
+        const walk_stage &s = stages[step % WALK_STAGES];
+        copies_wait<WALK_STAGES - 2>();
         __syncthreads();
-        cb.each([&](float v, int i, int j, int, int) { s.b[i * LD_Q + j] = __float2bfloat16_rn(v * decay(s.t, i, j) * s.t.del[j]); });
-    }
-    __syncthreads();
-    sum.add<Q, false, false>(s.b, LD_Q, s.x, LD_P);
-    const float skip = to_float(a.d_skip[h]);
-    sum.each([&](float v, int i, int p, int, int) {
-        if (i < k.rows)
-            y.row(k.first + i)[h * P + p] = __float2bfloat16_rn(v + skip * __bfloat162float(s.x[i * LD_P + p]));
-    });
-}
-
-/* ---- backward: dx and the sums over decays ---- */
-
-struct x_shared {
-    bf16 c[Q * LD_N], b[Q * LD_N], x[Q * LD_P], gy[Q * LD_P], state[P * LD_N];   /* c becomes the mixing matrix */
-    rates t;
-    float column[4][Q], row[ACROSS][Q], carried[ACROSS][Q], through[ACROSS][Q];   /* per row or column of warps, added up in order */
-    float skip[4];
-};
-
-/* Adds the four lanes that share a row. */
-__device__ __forceinline__ float row_lanes(float x)
-{
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-__device__ __forceinline__ float total(const float (&part)[4][Q], int i)
-{
-    return part[0][i] + part[1][i] + part[2][i] + part[3][i];
-}
-
-/* sum over a part's columns of v * other[i][p], to out[row]. */
-__device__ __forceinline__ void row_dots(part<2> &z, const bf16 *other, float *out)
-{
-    float sum[2][2] = {};
-    z.each([&](float v, int i, int p, int mi, int e) { sum[mi][e / 2] += v * __bfloat162float(other[i * LD_P + p]); });
+        if (next < count)
+            copy_stage(stages[next % WALK_STAGES], a, chunk_of(next), h, n0, adjoint);
+        copies_end();
+        bf16 *to = stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
 #pragma unroll
-    for (int mi = 0; mi < 2; mi++)
+        for (int half = 0; half < 2; half++) {
+            unsigned w[4];
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const float total = row_lanes(sum[mi][e]);
-            if (threadIdx.x % 4 == 0)
-                out[z.row(mi, 2 * e)] = total;
+            for (int i = 0; i < WALK_NT; i++) {
+                state[i][2 * half] = fresh ? 0.0f : state[i][2 * half];
+                state[i][2 * half + 1] = fresh ? 0.0f : state[i][2 * half + 1];
+                w[i] = pack(state[i][2 * half], state[i][2 * half + 1]);
+            }
+            store_row(to + 8 * half * N, w[0], w[1], w[2], w[3], true);
         }
+#pragma unroll
+        for (int i = 0; i < WALK_NT; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                state[i][e] *= s.carry[3];
+        const unsigned left = down<LD_P>(s.left) + 2 * p0, right = across<WALK_LD>(s.right) + 2 * own;
+#pragma unroll
+        for (int k = 0; k < Q; k += 16) {
+            unsigned f[4];
+            load_matrices_transposed(f, left + 2 * k * LD_P);
+            const float2 low = *(const float2 *)(s.scale + k + 2 * t), high = *(const float2 *)(s.scale + k + 8 + 2 * t);
+            f[0] = scaled(f[0], low.x, low.y);
+            f[1] = scaled(f[1], low.x, low.y);
+            f[2] = scaled(f[2], high.x, high.y);
+            f[3] = scaled(f[3], high.x, high.y);
+            multiply_row<WALK_NT / 2>(state, f, right + 2 * k * WALK_LD);
+        }
+    }
 }
 
-static __global__ void __launch_bounds__(THREADS) backward_x_kernel(ssd_args<bf16> a, int most)
+/* ---- y, or dx and the sums over decays ---- */
+
+enum { ROWS_THREADS = 256, P_NT = P / 8 };
+
+struct rows_shared {
+    bf16 own[Q * LD_N];                                                   /* C; backward B */
+    union {
+        bf16 other[Q * LD_N];                                             /* B; backward C: until their product is there */
+        struct {
+            bf16 state[P * LD_N], values[Q * LD_P];                       /* entering and x; adjoint and gy */
+        };
+    };
+    float cs[2][Q], del[2][Q];                                            /* of this head and the next */
+};
+
+struct rows_backward_shared {
+    bf16 x[Q * LD_P];
+    float row[TILES][Q], e[Q], through[Q], skip[TILES];
+};
+
+template <bool BACKWARD> struct rows_memory : rows_shared {};
+template <> struct rows_memory<true> : rows_shared, rows_backward_shared {};
+
+/* Tiles 0..7 of warps so that each scheduler has two which add up to one row of the triangle. */
+__device__ __forceinline__ int tile_of(int warp) { return warp < TILES / 2 ? warp : TILES - 1 - warp % (TILES / 2); }
+
+template <bool BACKWARD> __device__ __forceinline__ void copy_head(rows_memory<BACKWARD> &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
+{
+    copy_rows<P, ROWS_THREADS>(s.values, BACKWARD ? a.gy(k.first, h) : a.x(k.first, h), BACKWARD ? a.dy.ld : a.xbc.ld, k.rows);
+    copy_rates(s.cs[h % 2], a.cs + a.rates_at(c, h), 0);
+    copy_rates(s.del[h % 2], a.del + a.rates_at(c, h), WARP);
+    if constexpr (BACKWARD)
+        copy_rows<P, ROWS_THREADS>(s.x, a.x(k.first, h), a.xbc.ld, k.rows);
+}
+
+/* The sums over a tile's sixteen rows of q[0..3], columns 2t, 2t+1, 8+2t, 9+2t of the lane, go to out[16]. */
+__device__ __forceinline__ void store_column_sums(const float (&q)[4], float *out)
+{
+    const int lane = threadIdx.x % WARP, t = lane % 4;
+    const bool b = lane & 16, c = lane & 8;
+    float u = (b ? q[2] : q[0]) + __shfl_xor_sync(0xffffffffu, b ? q[0] : q[2], 16);
+    float v = (b ? q[3] : q[1]) + __shfl_xor_sync(0xffffffffu, b ? q[1] : q[3], 16);
+    u = (c ? v : u) + __shfl_xor_sync(0xffffffffu, c ? u : v, 8);
+    u += __shfl_xor_sync(0xffffffffu, u, 4);
+    if (!(lane & 4))
+        out[(b ? 8 : 0) + 2 * t + c] = u;
+}
+
+/* Forward, rows i, columns j <= i: y_i = sum (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i. Backward, rows j, columns
+ * i >= j: dx_j = del_j (sum (C_i.B_j) L_ij gy_i + tail_j Gm B_j) + D gy_j, e, through, D's sum, and W's sums in row. */
+template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<bf16> a, int most)
 {
     extern __shared__ __align__(16) char memory[];
-    x_shared &s = *(x_shared *)memory;
-    const int c = blockIdx.x, h = blockIdx.y, g = a.group_of(h), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int quarter = warp % 4, m0 = quarter * 32, across = warp / 4;
+    rows_memory<BACKWARD> &s = *(rows_memory<BACKWARD> *)memory;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int tile = tile_of(warp), g = lane / 4, t = lane % 4, r0 = tile * TILE + g;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    load_rates(s.t, a, k, h);
-    load_rows<N>(s.c, LD_N, a.c(k.first, g), a.xbc.ld, k.rows, NULL);
-    load_rows<N>(s.b, LD_N, a.b(k.first, g), a.xbc.ld, k.rows, NULL);
-    load_rows<P>(s.x, LD_P, a.x(k.first, h), a.xbc.ld, k.rows, NULL);
-    load_rows<P>(s.gy, LD_P, a.gy(k.first, h), a.dy.ld, k.rows, NULL);
-    load_state(s.state, a.entering + a.state_at(c, h));
+    const auto uses = [&](int block) { return BACKWARD ? block >= tile : block <= tile; };
+    copy_rows<N, ROWS_THREADS>(s.own, BACKWARD ? a.b(k.first, group) : a.c(k.first, group), a.xbc.ld, k.rows);
+    copy_rows<N, ROWS_THREADS>(s.other, BACKWARD ? a.c(k.first, group) : a.b(k.first, group), a.xbc.ld, k.rows);
+    copies_end();
+    copies_wait<0>();
     __syncthreads();
+    float cb[TILES][2][4] = {};
+    const unsigned own = across<LD_N>(s.own) + 2 * tile * TILE * LD_N;
     {
-        part<2> z(m0, across * 16);   /* St C_i */
-        z.add<N, false, true>(s.c, LD_N, s.state, LD_N);
-        row_dots(z, s.gy, s.carried[across]);
+        const unsigned other = down<LD_N>(s.other);
+#pragma unroll 1
+        for (int n = 0; n < N; n += 16) {
+            unsigned f[4];
+            load_matrices(f, own + 2 * n);
+#pragma unroll
+            for (int b = 0; b < TILES; b++)
+                if (uses(b))
+                    multiply_column<1, LD_N>(cb[b], f, other + 2 * (b * TILE * LD_N + n));
+        }
     }
     __syncthreads();
-    load_state(s.state, a.adjoint + a.state_at(c, h));
-    __syncthreads();
-    part<2> dx(m0, across * 16);      /* Gm B_j */
-    dx.add<N, false, true>(s.b, LD_N, s.state, LD_N);
-    row_dots(dx, s.x, s.through[across]);
-    dx.each([&](float &v, int j, int, int, int) { v *= __expf(s.t.cs[Q - 1] - s.t.cs[j]) * s.t.del[j]; });
-    {
-        part<4> cb(m0, across * 32), gx(m0, across * 32);
-        cb.add<N, false, true>(s.c, LD_N, s.b, LD_N);
-        gx.add<P, false, true>(s.gy, LD_P, s.x, LD_P);
+    const bf16 *states = stored(BACKWARD ? a.adjoint : a.entering);
+    int h = group * per;
+    const int end = h + per;
+    copy_state<ROWS_THREADS>(s.state, states + a.state_at(c, h));
+    copies_end();
+    copy_head<BACKWARD>(s, a, k, c, h);
+    copies_end();
+    for (; h < end; h++) {
+        float sum[P_NT][4] = {};
+        copies_wait<1>();
         __syncthreads();
-        float rows[2][2] = {}, columns[4][2] = {}, diagonal = 0;
+        {
+            const unsigned state = down<LD_N>(s.state);
 #pragma unroll
-        for (int mi = 0; mi < 2; mi++)
+            for (int n = 0; n < N; n += 16) {
+                unsigned f[4];
+                load_matrices(f, own + 2 * n);
+                multiply_column<P_NT / 2, LD_N>(sum, f, state + 2 * n);
+            }
+        }
+        __syncthreads();
+        if (h + 1 < end)
+            copy_state<ROWS_THREADS>(s.state, states + a.state_at(c, h + 1));
+        copies_end();
+        copies_wait<1>();
+        __syncthreads();
+        const float *cs = s.cs[h % 2], *del = s.del[h % 2];
+        const float cs0 = cs[r0], cs1 = cs[r0 + 8];
+        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs0 : cs0), scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs1 : cs1);
+        float column0 = 0, column1 = 0, diagonal = 0;
 #pragma unroll
-            for (int ni = 0; ni < 4; ni++)
+        for (int i = 0; i < P_NT; i++) {
+            sum[i][0] *= scale0;
+            sum[i][1] *= scale0;
+            sum[i][2] *= scale1;
+            sum[i][3] *= scale1;
+            if constexpr (BACKWARD) {
+                column0 += pair_dot(*(const unsigned *)&s.x[r0 * LD_P + 8 * i + 2 * t], sum[i][0], sum[i][1]);
+                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * LD_P + 8 * i + 2 * t], sum[i][2], sum[i][3]);
+            }
+        }
+        if constexpr (BACKWARD) {
+            const float through0 = row_lanes(column0), through1 = row_lanes(column1);
+            if (t == 0) {
+                s.through[r0] = through0;
+                s.through[r0 + 8] = through1;
+            }
+        }
+        const unsigned values = across<LD_P>(s.values);
+#pragma unroll
+        for (int b = 0; b < TILES; b++) {
+            if (!uses(b))
+                continue;
+            float m[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int at = b * TILE + 8 * i + 2 * t;
+                const float2 there = *(const float2 *)(cs + at);
+                m[i][0] = fast_exp2(BACKWARD ? there.x - cs0 : cs0 - there.x);
+                m[i][1] = fast_exp2(BACKWARD ? there.y - cs0 : cs0 - there.y);
+                m[i][2] = fast_exp2(BACKWARD ? there.x - cs1 : cs1 - there.x);
+                m[i][3] = fast_exp2(BACKWARD ? there.y - cs1 : cs1 - there.y);
+                const float2 factor = BACKWARD ? make_float2(1.0f, 1.0f) : *(const float2 *)(del + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int i = cb.row(mi, e), j = cb.col(ni, e);
-                    const float m = cb.v[mi][ni][e] * decay(s.t, i, j), w = m * gx.v[mi][ni][e];
-                    s.c[i * LD_Q + j] = __float2bfloat16_rn(m * s.t.del[j]);
-                    rows[mi][e / 2] += w * s.t.del[j];
-                    columns[ni][e % 2] += w;
-                    diagonal += i == j ? gx.v[mi][ni][e] : 0.0f;
+                    const int row = r0 + 8 * (e / 2), col = at + e % 2;
+                    m[i][e] *= cb[b][i][e];
+                    if (!BACKWARD)
+                        m[i][e] *= e % 2 ? factor.y : factor.x;
+                    if (b == tile && (BACKWARD ? col < row : col > row))
+                        m[i][e] = 0;
                 }
-#pragma unroll
-        for (int mi = 0; mi < 2; mi++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float total = row_lanes(rows[mi][e]);
-                if (lane % 4 == 0)
-                    s.row[across][cb.row(mi, 2 * e)] = total;
             }
-        /* A column's rows lie in lanes 4 apart and in the four warps of its range. */
+            if constexpr (BACKWARD) {
+                float gx[2][4] = {};
+                const unsigned x = across<LD_P>(s.x) + 2 * tile * TILE * LD_P, gy = down<LD_P>(s.values) + 2 * b * TILE * LD_P;
 #pragma unroll
-        for (int ni = 0; ni < 4; ni++)
+                for (int p = 0; p < P; p += 16) {
+                    unsigned f[4];
+                    load_matrices(f, x + 2 * p);
+                    multiply_column<1, LD_P>(gx, f, gy + 2 * p);
+                }
+                const float del0 = del[r0], del1 = del[r0 + 8];
+                float rows[4];
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float total = columns[ni][e];
-                for (int o = 4; o < WARP; o *= 2)
-                    total += __shfl_xor_sync(0xffffffffu, total, o);
-                if (lane < 4)
-                    s.column[quarter][cb.col(ni, e)] = total;
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const float w0 = m[i][e] * gx[i][e], w1 = m[i][e + 2] * gx[i][e + 2];
+                        const int col = 8 * i + 2 * t + e;
+                        column0 += w0;
+                        column1 += w1;
+                        rows[2 * i + e] = w0 * del0 + w1 * del1;
+                        if (b == tile)
+                            diagonal += (col == g ? gx[i][e] : 0.0f) + (col == g + 8 ? gx[i][e + 2] : 0.0f);
+                    }
+                store_column_sums(rows, &s.row[tile][b * TILE]);
             }
-        diagonal = warp_sum(diagonal);
-        if (lane == 0 && quarter == across)
-            s.skip[quarter] = diagonal;
+            const unsigned f[4] = { pack(m[0][0], m[0][1]), pack(m[0][2], m[0][3]), pack(m[1][0], m[1][1]), pack(m[1][2], m[1][3]) };
+            multiply_row<P_NT / 2>(sum, f, values + 2 * b * TILE * LD_P);
+        }
+        const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[r0] : 1.0f, del1 = BACKWARD ? del[r0 + 8] : 1.0f;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = r0 + 8 * half;
+            const float factor = half ? del1 : del0;
+            unsigned w[P_NT];
+#pragma unroll
+            for (int i = 0; i < P_NT; i++) {
+                const unsigned v = *(const unsigned *)&s.values[row * LD_P + 8 * i + 2 * t];
+                w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v), factor * sum[i][2 * half + 1] + skip * high_half(v));
+            }
+            bf16 *to = BACKWARD ? a.dx(k.first + row, h) : a.y.row(k.first + row) + h * P;
+            store_row(to, w[0], w[1], w[2], w[3], row < k.rows);
+            store_row(to + 32, w[4], w[5], w[6], w[7], row < k.rows);
+        }
+        if constexpr (BACKWARD) {
+            column0 = row_lanes(column0);
+            column1 = row_lanes(column1);
+            diagonal = warp_sum(diagonal);
+            if (t == 0) {
+                s.e[r0] = column0;
+                s.e[r0 + 8] = column1;
+            }
+            if (lane == 0)
+                s.skip[tile] = diagonal;
+        }
+        __syncthreads();
+        if (h + 1 < end)
+            copy_head<BACKWARD>(s, a, k, c, h + 1);
+        copies_end();
+        if constexpr (BACKWARD) {
+            const int r = threadIdx.x;
+            if (r < Q) {
+                const int64_t at = a.rates_at(c, h) + r;
+                float row = 0;
+                for (int i = 0; i <= r / TILE; i++)
+                    row += s.row[i][r];
+                a.e[at] = s.e[r];
+                a.through[at] = s.through[r];
+                a.row[at] = row - del[r] * s.e[r];
+            } else if (r == Q) {
+                float sums = 0;
+                for (int i = 0; i < TILES; i++)
+                    sums += s.skip[i];
+                a.sums[(int64_t)(2 * most + c) * a.heads + h] = sums;
+            }
+        }
     }
-    __syncthreads();
-    dx.add<Q, true, false>(s.c, LD_Q, s.gy, LD_P);
-    const float skip = to_float(a.d_skip[h]);
-    dx.each([&](float v, int j, int p, int, int) {
-        if (j < k.rows)
-            a.dx(k.first + j, h)[p] = __float2bfloat16_rn(v + skip * __bfloat162float(s.gy[j * LD_P + p]));
-    });
-    for (int j = threadIdx.x; j < k.rows; j += THREADS) {
-        const int64_t at = (int64_t)(k.first + j) * a.heads + h;
-        const float through = __expf(s.t.cs[Q - 1] - s.t.cs[j]) * total(s.through, j);
-        const float e = total(s.column, j) + through;
-        a.e[at] = e;
-        a.through[at] = through;
-        a.row[at] = total(s.row, j) + __expf(s.t.cs[j]) * total(s.carried, j) - s.t.del[j] * e;
-    }
-    if (threadIdx.x == 0)
-        a.sums[(int64_t)(2 * most + c) * a.heads + h] = s.skip[0] + s.skip[1] + s.skip[2] + s.skip[3];
 }
 
-/* ---- backward: dB or dC of a group ---- */
+/* ---- dB and dC of a group ---- */
 
-struct bc_shared {
-    bf16 x[Q * LD_P], gy[Q * LD_P], scaled[Q * LD_P], state[P * LD_N], other[Q * LD_N], mix[Q * LD_Q];
-    rates t;
-    float scale[Q];
+enum { BC_THREADS = 512, HALF_N = N / 2, HALF_NT = HALF_N / 8, HALF_TILES = TILES / 2 };
+
+struct bc_stage {
+    bf16 x[Q * LD_P], gy[Q * LD_P], entering[P * LD_N], adjoint[P * LD_N];
+    float cs[Q], del[Q], carry[Q], push[Q];
 };
 
-/* dB_j = sum_i R_ij C_i + sum over heads of tail_j del_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads of carry_i St^T gy_i,
- * R_ij = sum over heads of L_ij del_j (gy_i.x_j). */
-template <bool FOR_C> static __global__ void __launch_bounds__(THREADS, 1) backward_bc_kernel(ssd_args<bf16> a)
+struct bc_shared {
+    bf16 b[Q * LD_N], c[Q * LD_N];
+    union {
+        bc_stage stage[2];
+        bf16 mix[Q * LD_N];
+    };
+    float carried[2][2][Q], keep[2][BC_THREADS / WARP];   /* by parity of the head */
+};
+
+__device__ __forceinline__ void copy_stage(bc_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
+{
+    copy_rows<P, BC_THREADS>(s.x, a.x(k.first, h), a.xbc.ld, k.rows);
+    copy_rows<P, BC_THREADS>(s.gy, a.gy(k.first, h), a.dy.ld, k.rows);
+    copy_state<BC_THREADS>(s.entering, stored(a.entering) + a.state_at(c, h));
+    copy_state<BC_THREADS>(s.adjoint, stored(a.adjoint) + a.state_at(c, h));
+    const int64_t at = a.rates_at(c, h);
+    copy_rates(s.cs, a.cs + at, 0);
+    copy_rates(s.del, a.del + at, WARP);
+    copy_rates(s.carry, a.carry + at, 2 * WARP);
+    copy_rates(s.push, a.push + at, 3 * WARP);
+}
+
+/* sum += (scale of its row * left) right: left [rows][P] from the tile's first row, right [P][N] from the half's first column. */
+__device__ __forceinline__ void add_scaled(float (&sum)[HALF_NT][4], unsigned left, float scale0, float scale1, unsigned right)
+{
+#pragma unroll
+    for (int p = 0; p < P; p += 16) {
+        unsigned f[4];
+        load_matrices(f, left + 2 * p);
+        f[0] = scaled(f[0], scale0, scale0);
+        f[1] = scaled(f[1], scale1, scale1);
+        f[2] = scaled(f[2], scale0, scale0);
+        f[3] = scaled(f[3], scale1, scale1);
+        multiply_row<HALF_NT / 2>(sum, f, right + 2 * p * LD_N);
+    }
+}
+
+__device__ __forceinline__ float states_dot(const bc_stage &s)
+{
+    float sum = 0;
+#pragma unroll
+    for (int i = threadIdx.x; i < P * (N / 8); i += BC_THREADS) {
+        const int at = i / (N / 8) * LD_N + i % (N / 8) * 8;
+        const uint4 u = *(const uint4 *)(s.entering + at), v = *(const uint4 *)(s.adjoint + at);
+        sum += pair_dot(u.x, low_half(v.x), high_half(v.x)) + pair_dot(u.y, low_half(v.y), high_half(v.y))
+               + pair_dot(u.z, low_half(v.z), high_half(v.z)) + pair_dot(u.w, low_half(v.w), high_half(v.w));
+    }
+    return warp_sum(sum);
+}
+
+__device__ __forceinline__ void store_half(const float (&sum)[HALF_NT][4], bf16 *to, int64_t ld, int row, int rows)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        unsigned w[HALF_NT];
+#pragma unroll
+        for (int i = 0; i < HALF_NT; i++)
+            w[i] = pack(sum[i][2 * half], sum[i][2 * half + 1]);
+        bf16 *at = to + (row + 8 * half) * ld;
+        store_row(at, w[0], w[1], w[2], w[3], row + 8 * half < rows);
+        store_row(at + 32, w[4], w[5], w[6], w[7], row + 8 * half < rows);
+    }
+}
+
+/* What the last head's sums have added to row's carried part, and keep <Gm, St>. `before` is the thread's own. */
+__device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<bf16> &a, int c, int h, float &before)
+{
+    const int r = threadIdx.x, parity = h % 2;
+    if (r < Q) {
+        const float now = s.carried[parity][0][r] + s.carried[parity][1][r];
+        a.row[a.rates_at(c, h) + r] += now - before;
+        before = now;
+    } else if (r == Q) {
+        float sum = 0;
+        for (int i = 0; i < BC_THREADS / WARP; i++)
+            sum += s.keep[parity][i];
+        a.keep_dot[c * a.heads + h] = a.carry[a.rates_at(c, h) + Q - 1] * sum;
+    }
+}
+
+/* dB_j = sum_i R_ij C_i + sum over heads of push_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads of carry_i St^T gy_i,
+ * R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has a tile of rows: each has every other tile of R's
+ * columns and half the columns of dB and dC. A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
+static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16> a)
 {
     extern __shared__ __align__(16) char memory[];
     bc_shared &s = *(bc_shared *)memory;
-    const int c = blockIdx.x, g = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, m0 = warp % 4 * 32, n0 = warp / 4 * 32;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int tile = tile_of(warp % TILES), half = warp / TILES, g = lane / 4, t = lane % 4, r0 = tile * TILE + g, n0 = half * HALF_N;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    part<4> mix(m0, n0), sum(m0, n0);
-    load_rows<N>(s.other, LD_N, FOR_C ? a.b(k.first, g) : a.c(k.first, g), a.xbc.ld, k.rows, NULL);
-    for (int h = g * per; h < (g + 1) * per; h++) {
+    float mix[HALF_TILES][2][4] = {}, db[HALF_NT][4] = {}, dc[HALF_NT][4] = {}, before = 0;
+    const int start = group * per, end = start + per;
+    copy_rows<N, BC_THREADS>(s.b, a.b(k.first, group), a.xbc.ld, k.rows);
+    copy_rows<N, BC_THREADS>(s.c, a.c(k.first, group), a.xbc.ld, k.rows);
+    copy_stage(s.stage[0], a, k, c, start);
+    copies_end();
+    for (int h = start; h < end; h++) {
+        const bc_stage &in = s.stage[(h - start) % 2];
+        copies_wait<0>();
         __syncthreads();
-        load_rates(s.t, a, k, h);
-        load_rows<P>(s.x, LD_P, a.x(k.first, h), a.xbc.ld, k.rows, NULL);
-        load_rows<P>(s.gy, LD_P, a.gy(k.first, h), a.dy.ld, k.rows, NULL);
-        load_state(s.state, (FOR_C ? a.entering : a.adjoint) + a.state_at(c, h));
-        __syncthreads();
-        for (int r = threadIdx.x; r < Q; r += THREADS)
-            s.scale[r] = FOR_C ? __expf(s.t.cs[r]) : __expf(s.t.cs[Q - 1] - s.t.cs[r]) * s.t.del[r];
-        __syncthreads();
-        for (int i = threadIdx.x; i < Q * P; i += THREADS) {
-            const int r = i / P, p = i % P;
-            s.scaled[r * LD_P + p] = __float2bfloat16_rn(__bfloat162float((FOR_C ? s.gy : s.x)[r * LD_P + p]) * s.scale[r]);
+        if (h + 1 < end)
+            copy_stage(s.stage[(h + 1 - start) % 2], a, k, c, h + 1);
+        copies_end();
+        if (h > start)
+            finish_head(s, a, c, h - 1, before);
+        const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P, gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
+        const unsigned xs = down<LD_P>(in.x);
+        const float cs0 = in.cs[r0], cs1 = in.cs[r0 + 8];
+#pragma unroll
+        for (int i = 0; i < HALF_TILES; i++) {
+            const int b = 2 * i + half;
+            if (b > tile)
+                continue;
+            float gx[2][4] = {};
+#pragma unroll
+            for (int p = 0; p < P; p += 16) {
+                unsigned f[4];
+                load_matrices(f, gy + 2 * p);
+                multiply_column<1, LD_P>(gx, f, xs + 2 * (b * TILE * LD_P + p));
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const int at = b * TILE + 8 * j + 2 * t;
+                const float2 there = *(const float2 *)(in.cs + at), del = *(const float2 *)(in.del + at);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float l = fast_exp2((e / 2 ? cs1 : cs0) - (e % 2 ? there.y : there.x)) * (e % 2 ? del.y : del.x);
+                    mix[i][j][e] += b == tile && at + e % 2 > r0 + 8 * (e / 2) ? 0.0f : l * gx[j][e];
+                }
+            }
         }
-        {
-            part<4> gx(m0, n0);
-            gx.add<P, false, true>(s.gy, LD_P, s.x, LD_P);
+        add_scaled(dc, gy, in.carry[r0], in.carry[r0 + 8], across<LD_N>(in.entering) + 2 * n0);
+        float dot0 = 0, dot1 = 0;
 #pragma unroll
-            for (int mi = 0; mi < 2; mi++)
-#pragma unroll
-                for (int ni = 0; ni < 4; ni++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int i = gx.row(mi, e), j = gx.col(ni, e);
-                        mix.v[mi][ni][e] += gx.v[mi][ni][e] * decay(s.t, i, j) * s.t.del[j];
-                    }
+        for (int i = 0; i < HALF_NT; i++) {
+            dot0 += pair_dot(*(const unsigned *)&s.c[r0 * LD_N + n0 + 8 * i + 2 * t], dc[i][0], dc[i][1]);
+            dot1 += pair_dot(*(const unsigned *)&s.c[(r0 + 8) * LD_N + n0 + 8 * i + 2 * t], dc[i][2], dc[i][3]);
         }
-        __syncthreads();
-        sum.add<P, false, false>(s.scaled, LD_P, s.state, LD_N);
+        dot0 = row_lanes(dot0);
+        dot1 = row_lanes(dot1);
+        if (t == 0) {
+            s.carried[h % 2][half][r0] = dot0;
+            s.carried[h % 2][half][r0 + 8] = dot1;
+        }
+        add_scaled(db, x, in.push[r0], in.push[r0 + 8], across<LD_N>(in.adjoint) + 2 * n0);
+        const float dot = states_dot(in);
+        if (lane == 0)
+            s.keep[h % 2][warp] = dot;
     }
-    mix.each([&](float v, int i, int j, int, int) { s.mix[i * LD_Q + j] = __float2bfloat16_rn(v); });
     __syncthreads();
-    sum.add<Q, !FOR_C, false>(s.mix, LD_Q, s.other, LD_N);
-    sum.each([&](float v, int r, int n, int, int) {
-        if (r < k.rows)
-            (FOR_C ? a.dc(k.first + r, g) : a.db(k.first + r, g))[n] = __float2bfloat16_rn(v);
-    });
+    finish_head(s, a, c, end - 1, before);
+#pragma unroll
+    for (int i = 0; i < HALF_TILES; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int at = (2 * i + half) * TILE + 8 * j + 2 * t;
+            *(unsigned *)&s.mix[r0 * LD_N + at] = pack(mix[i][j][0], mix[i][j][1]);
+            *(unsigned *)&s.mix[(r0 + 8) * LD_N + at] = pack(mix[i][j][2], mix[i][j][3]);
+        }
+    __syncthreads();
+    const unsigned left = across<LD_N>(s.mix) + 2 * tile * TILE * LD_N, above = down<LD_N>(s.mix) + 2 * tile * TILE;
+    const unsigned b = across<LD_N>(s.b) + 2 * n0, other = across<LD_N>(s.c) + 2 * n0;
+#pragma unroll 1
+    for (int i = 0; i <= tile; i++) {
+        unsigned f[4];
+        load_matrices(f, left + 2 * i * TILE);
+        multiply_row<HALF_NT / 2>(dc, f, b + 2 * i * TILE * LD_N);
+    }
+#pragma unroll 1
+    for (int i = tile; i < TILES; i++) {
+        unsigned f[4];
+        load_matrices_transposed(f, above + 2 * i * TILE * LD_N);
+        multiply_row<HALF_NT / 2>(db, f, other + 2 * i * TILE * LD_N);
+    }
+    store_half(dc, a.dc(k.first, group) + n0, a.dxbc.ld, r0, k.rows);
+    store_half(db, a.db(k.first, group) + n0, a.dxbc.ld, r0, k.rows);
 }
 
 /* ---- host ---- */
@@ -397,30 +553,29 @@ template <class K> static void allow(K kernel, size_t shared)
     CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
 }
 
-void ssd_mma_states(const ssd_args<bf16> &a, int most, bool adjoint, cudaStream_t stream)
+void ssd_mma_states(const ssd_args<bf16> &a, bool adjoint, cudaStream_t stream)
 {
-    allow(states_kernel, sizeof(states_shared));
-    states_kernel<<<dim3((unsigned)most, (unsigned)a.heads), THREADS, sizeof(states_shared), stream>>>(a, adjoint);
+    const size_t shared = WALK_STAGES * sizeof(walk_stage);
+    allow(walk_kernel, shared);
+    walk_kernel<<<dim3((unsigned)a.heads, N / WALK_COLS, adjoint ? 2 : 1), WALK_THREADS, shared, stream>>>(a);
     CHECK_LAUNCH();
 }
 
-void ssd_mma_output(const ssd_args<bf16> &a, int most, matrix<bf16> y, cudaStream_t stream)
+void ssd_mma_output(const ssd_args<bf16> &a, int most, cudaStream_t stream)
 {
-    allow(output_kernel, sizeof(output_shared));
-    output_kernel<<<dim3((unsigned)most, (unsigned)a.heads), THREADS, sizeof(output_shared), stream>>>(a, y);
+    const size_t shared = sizeof(rows_memory<false>);
+    allow(rows_kernel<false>, shared);
+    rows_kernel<false><<<dim3((unsigned)most, (unsigned)a.groups), ROWS_THREADS, shared, stream>>>(a, most);
     CHECK_LAUNCH();
 }
 
 void ssd_mma_backward(const ssd_args<bf16> &a, int most, cudaStream_t stream)
 {
-    allow(backward_x_kernel, sizeof(x_shared));
-    backward_x_kernel<<<dim3((unsigned)most, (unsigned)a.heads), THREADS, sizeof(x_shared), stream>>>(a, most);
+    const dim3 grid((unsigned)most, (unsigned)a.groups);
+    allow(rows_kernel<true>, sizeof(rows_memory<true>));
+    rows_kernel<true><<<grid, ROWS_THREADS, sizeof(rows_memory<true>), stream>>>(a, most);
     CHECK_LAUNCH();
-    const dim3 groups((unsigned)most, (unsigned)a.groups);
-    allow(backward_bc_kernel<false>, sizeof(bc_shared));
-    backward_bc_kernel<false><<<groups, THREADS, sizeof(bc_shared), stream>>>(a);
-    CHECK_LAUNCH();
-    allow(backward_bc_kernel<true>, sizeof(bc_shared));
-    backward_bc_kernel<true><<<groups, THREADS, sizeof(bc_shared), stream>>>(a);
+    allow(bc_kernel, sizeof(bc_shared));
+    bc_kernel<<<grid, BC_THREADS, sizeof(bc_shared), stream>>>(a);
     CHECK_LAUNCH();
 }
