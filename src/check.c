@@ -4,10 +4,16 @@
  * that finds the file already made by another rank of this run ends the job without a word. An EXIT
  * file of an earlier run, present when check_identify was called, does not silence anybody. No
  * memory is allocated on the way out, and no collective call made.
+ *
+ * A crash takes the same way from its signal handler, on a stack of its own. What it calls is not all promised to work there, so an
+ * alarm ends the process should it hang, and a second crash ends it at once.
  */
 #include "check.h"
+#include <dlfcn.h>
 #include <errno.h>
+#include <execinfo.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +25,7 @@
 #include "log.h"
 
 /* A checkpoint of another model has a line for every tensor. */
-enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20, TENSORS_SHOWN = 100 };
+enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20, TENSORS_SHOWN = 100, CRASH_STACK = 256 << 10, CRASH_FRAMES = 64, CRASH_SECONDS = 10 };
 
 static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
                               const char *text);
@@ -72,6 +78,62 @@ void check_step(long iteration)
 void check_on_abort(void (*abort_job)(int code))
 {
     log_process()->abort_job = abort_job;
+}
+
+static const struct {
+    int number;
+    const char *name, *hint;
+} crashes[] = {
+    { SIGSEGV, "SIGSEGV", NULL },
+    { SIGBUS, "SIGBUS", "a full /dev/shm or disk behind mapped memory, or a file that became shorter, is the usual cause" },
+    { SIGFPE, "SIGFPE", NULL },
+    { SIGILL, "SIGILL", "was the program built for another processor? make clean, then make on this one, or another ARCH in Makefile.inc" },
+    { SIGABRT, "SIGABRT", NULL },
+};
+
+/* The backtrace of this thread; the name of its file, or why there is none. */
+static const char *write_backtrace(const struct log_process *p, char *path, size_t size)
+{
+    void *frame[CRASH_FRAMES];
+    if (!*p->output_dir)
+        return "there was no run directory for a backtrace yet";
+    snprintf(path, size, "%s/CRASH.%d", p->output_dir, p->rank);
+    unlink(path);
+    const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+    if (fd < 0)
+        return "the backtrace could not be written";
+    backtrace_symbols_fd(frame, backtrace(frame, CRASH_FRAMES), fd);
+    close(fd);
+    return path;
+}
+
+static void crashed(int number)
+{
+    char path[sizeof log_process()->output_dir + 32];
+    alarm(CRASH_SECONDS);
+    const char *where = write_backtrace(log_process(), path, sizeof path);
+    for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++)
+        if (crashes[i].number == number)
+            fatal(EXIT_INTERNAL, __FILE__, __LINE__, crashes[i].hint, "crashed by %s; %s%s", crashes[i].name, where,
+                  where == path ? " has the backtrace" : "");
+}
+
+void check_catch_crashes(void)
+{
+    stack_t own = { .ss_size = CRASH_STACK };
+    struct sigaction a;
+    void *frame;
+    if (dlsym(RTLD_DEFAULT, "__asan_init"))
+        return;
+    backtrace(&frame, 1); /* loads a library, which must not happen in the handler */
+    own.ss_sp = xmalloc(CRASH_STACK, 1); /* lives as long as the process */
+    memset(&a, 0, sizeof a);
+    a.sa_handler = crashed;
+    a.sa_flags = SA_RESETHAND | SA_NODEFER | (sigaltstack(&own, NULL) == 0 ? SA_ONSTACK : 0);
+    sigemptyset(&a.sa_mask);
+    signal(SIGALRM, SIG_DFL);
+    for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++)
+        sigaction(crashes[i].number, &a, NULL);
 }
 
 void errors_add(struct errors *e, enum exit_code code, const char *fmt, ...)

@@ -40,6 +40,10 @@ void check_step(long iteration);
 /* How to end the job (main installs a function that calls MPI_Abort); the default ends the process. Local. */
 void check_on_abort(void (*abort_job)(int code));
 
+/* From here on a crash (SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT) is a failure like others: one line, EXIT_INTERNAL, and the backtrace in
+ * <output_dir>/CRASH.<rank>. Not under AddressSanitizer, which has its own. Local. */
+void check_catch_crashes(void);
+
 /* Collected mistakes of the user: one line each, in the order found; `worst` is the exit status. */
 struct errors {
     char **line;              /* [count], owned */

@@ -153,6 +153,7 @@ int main(int argc, char **argv)
         return EXIT_ENVIRONMENT;
     }
     check_on_abort(comm_abort);
+    check_catch_crashes();
     check_identify(world->rank, world->size, "", NULL);
     log_open(NULL, world->rank == 0);
     timer_reset();

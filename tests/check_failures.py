@@ -136,6 +136,11 @@ def environment(r):
                 if mode != full & ~mask:
                     wrong.append("%s: %03o" % (n, mode))
         r.tap.result(not wrong, "S5_files_follow_%s" % name, wrong)
+    for title, variables, words in (("slurm", {"SLURM_NTASKS": "4"}, ("Slurm says 4 tasks", "srun --mpi=pmi2")),
+                                    ("open_mpi", {"OMPI_COMM_WORLD_SIZE": "4"}, ("Open MPI's launcher started 4 ranks", "use that library's mpiexec"))):
+        got = r.m.run(*r.arguments("alone", ()), env=variables)
+        r.one_line("F45_started_alone_by_%s" % title, got, 3, *words)
+        r.tap.result(not os.path.exists(r.at("alone")), "F45_started_alone_by_%s_touches_nothing" % title)
     gone = r.at("gone")
     os.mkdir(gone)
     got = r.shell('cd "%s" && rmdir "%s" && exec "$@"' % (gone, gone), [DECK, "run.train_iters=1", "run.output_dir=here"])
@@ -293,6 +298,27 @@ def hangs(r):
     r.tap.result(time.monotonic() - start < 50, name + "_ends_before_the_disk_answers", time.monotonic() - start)
 
 
+def crashes(r):
+    """Exit 1: a crash of one rank is one line, an EXIT file and a backtrace; the job ends and can go on."""
+    for name, number, ranks, victim, hint in (("SIGSEGV_of_rank_1", signal.SIGSEGV, 2, 1, ""), ("SIGBUS_of_rank_0", signal.SIGBUS, 2, 0, "/dev/shm"),
+                                              ("SIGABRT_of_one_rank", signal.SIGABRT, 0, 0, "")):
+        args = (*(PAIR if ranks else ()), "checkpoint.save_interval=3")
+        p = r.begin(name, *args, ranks=ranks, iterations=4000, batch=2, save=True)
+        wait_for(lambda: p.text().count("lm loss:") >= 5 or p.poll() is not None, 60)
+        pid = descendants(p.pid)[victim] if ranks else p.pid
+        os.kill(pid, number)
+        code, seconds = finish(p, 40)
+        r.one_line("F50_%s_ends_with_1" % name, (code, "", p.text()), 1, "crashed by " + name.split("_")[0], "CRASH.%d has the backtrace" % victim, "iteration ")
+        role = ("encoder", "language")[victim] if ranks else "both"
+        r.tap.result(read(r.at(name), "EXIT").startswith("1 %d %s " % (victim, role)) and seconds < 30 and hint in p.text(), "F50_%s_says_so" % name,
+                     "%.1f s, %s" % (seconds, read(r.at(name), "EXIT")))
+        trace = read(r.at(name, "CRASH.%d" % victim)) if os.path.exists(r.at(name, "CRASH.%d" % victim)) else ""
+        r.tap.result(trace.count("mimo") >= 3 and "libc" in trace, "F50_%s_leaves_a_backtrace" % name, trace)
+        r.ok("F50_%s_status" % name, r.m.run("--status", r.at(name)), 1, "crashed by")
+        last = int(read(r.at(name, "ckpt", "latest_checkpointed_iteration.txt"))) + 1
+        r.ok("F50_%s_goes_on" % name, r.go(name, *args, "run.exit_interval=%d" % last, ranks=ranks, iterations=4000, batch=2, save=True), 75, "restart from")
+
+
 def no_progress(r):
     """F46: a job that is submitted again and again and gets nowhere is refused, once, after three starts."""
     data = r.real()
@@ -312,7 +338,7 @@ def no_progress(r):
 
 def main():
     r = Failures()
-    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, hangs, no_progress):
+    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, hangs, crashes, no_progress):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()
