@@ -70,9 +70,7 @@ void arenas_commit(struct arenas *as, const struct backend_ops *be)
                 tensor_1d(a->base, DTYPE_U8, PLACE_DEVICE, (int64_t)a->capacity);
             be->fill(&s, &all, 0.0);
         } else {
-            a->base = aligned_alloc(ARENA_ALIGN, a->capacity);
-            if (!a->base)
-                FATAL(EXIT_ENVIRONMENT, "out of memory: arena %s, %zu bytes", a->name, a->capacity);
+            a->base = be->alloc_host(a->capacity);
             memset(a->base, 0, a->capacity);
         }
     }
@@ -86,8 +84,8 @@ void arenas_free(struct arenas *as, const struct backend_ops *be)
         struct arena *a = &as->a[i];
         if (a->base && a->place == PLACE_DEVICE)
             be->release(a->base);
-        else
-            free(a->base);
+        else if (a->base)
+            be->release_host(a->base);
         free(a->block);
     }
     memset(as, 0, sizeof *as);

@@ -1,7 +1,8 @@
 /* backend.h - every operation of the program on tensors, once, with its contract.
  *
  * A backend is one const struct backend_ops. Entries take views and a stream, never configuration structs; they are
- * asynchronous on that stream, deterministic, allocate nothing and never read a device value on the host.
+ * asynchronous on that stream, deterministic, allocate nothing and never read a device value on the host. A copy or cast from
+ * the host has read its source when it returns; one to the host has written only once the stream or an event after it was waited for.
  * Types: `act` is the dtype of parameters and activations, `acc` that of statistics, router numbers, losses, main gradients,
  * masters and moments. ref fp32: act = acc = F32; ref fp64: act = acc = F64; cuda: act = BF16 (or F32), acc = F32.
  * Index tensors are I32, token ids I64. Unless said otherwise outputs are overwritten; "+=" accumulates.
@@ -36,11 +37,14 @@ typedef const struct tensor *out_t;   /* written: the view is const, its memory 
 struct backend_ops {
     const char *name;                 /* "ref" */
     enum dtype act, acc;
+    bool asynchronous;                /* operations return before they are done; else each is complete when it returns */
     size_t scratch_bytes;             /* temporaries of single operations on a stream that computes: see stream_scratch */
 
     /* ---- memory ---------------------------------------------------------------------------------------------- */
     void *(*alloc)(size_t bytes);                                     /* device memory, 256-byte aligned; fatal when none */
     void (*release)(void *p);
+    void *(*alloc_host)(size_t bytes);                                /* host memory, 256-byte aligned, that `copy` fills without waiting */
+    void (*release_host)(void *p);
     void (*memory)(size_t *available, size_t *total);                 /* bytes of the device; SIZE_MAX: unknown */
     void (*copy)(struct stream *s, in_t src, out_t dst);              /* equal dtype and numel, any places, rows of any ld */
     void (*fill)(struct stream *s, out_t t, double value);            /* any dtype */
@@ -59,6 +63,7 @@ struct backend_ops {
     void (*event_destroy)(struct event *e);
     void (*event_record)(struct event *e, struct stream *s);
     void (*stream_wait)(struct stream *s, const struct event *e);     /* s continues after what e recorded */
+    void (*event_sync)(const struct event *e);                        /* host waits for what e recorded */
 
     /* ---- dense ----------------------------------------------------------------------------------------------- */
     /* d[m,n] = alpha * op(a) op(b) + beta * c, op = transpose if ta/tb; c may be d, NULL when beta = 0; accumulation in acc.
@@ -174,8 +179,16 @@ struct backend_ops {
     /* ---- optimizer --------------------------------------------------------------------------------------------- */
     void (*sum_squares)(struct stream *s, in_t x, out_t total);       /* total acc [1] +=; fp64 accumulation on ref */
     void (*count_zeros)(struct stream *s, in_t x, out_t total);       /* total I64 [1] += */
-    /* AdamW (parallel.md 7.3) on acc master, m, v [n]; g = grad*factor; param = (act)master. step counts from 1. */
-    void (*adamw)(struct stream *s, in_t grad, double factor, double lr, double beta1, double beta2, double eps, double wd,
+    void (*sum_wide)(struct stream *s, in_t x, out_t total);          /* total F64 [1] = x acc [n], added up in ascending order in fp64 */
+    /* Whether an iteration's update is made (parallel.md 7.2). numbers F64 [ranks, 1+M]: of each rank its loss sum and the sum of squares of
+     * its gradients per module. Added up over the ranks in order: loss = sum/max(tokens,1), norm = that of all modules' gradients times factor
+     * [M] (host, read in the call). No update when the loss or a norm is not finite, or the norm is above threshold (0: no threshold).
+     * result F64 [M+3]: what adamw takes as factor of each module, clipped by min(1, clip/(norm+1e-6)) (clip 0: never), -1 for no update;
+     * loss; norm; the first module with the worst norm (NaN before infinite) or -1. */
+    void (*decide_update)(struct stream *s, in_t numbers, double tokens, const double *factor, double clip, double threshold, out_t result);
+    /* AdamW (parallel.md 7.3) on acc master, m, v [n]; g = grad*factor; param = (act)master. factor F64 [1] on the device; negative: nothing
+     * is changed. step counts from 1. */
+    void (*adamw)(struct stream *s, in_t grad, in_t factor, double lr, double beta1, double beta2, double eps, double wd,
                   int64_t step, out_t master, out_t m, out_t v, out_t param);
 };
 

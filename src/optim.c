@@ -1,17 +1,17 @@
 /* optim.c - gradient finalisation, global norm, clip and AdamW on the shards of ddp.h (optim.h; parallel.md 6.6, 7.2-7.4).
  *
- * Norm. Every element of the model counts once: a rank sums the squares of its owned, reduced gradients per module (fp64 on the host over
- * one device scalar per parameter), leaving out replicas of tensor-parallel rank > 0; one sum over all ranks of the grid gives the module's value;
- * one MAX over the world gives it to everybody. A MAX hides a NaN, so finiteness travels as a flag of its own (0 finite, 1 infinite, 2 NaN)
- * and the value is replaced by 0.
+ * Norm. Every element of the model counts once: a rank sums the squares of its owned, reduced gradients per module (fp64 over one scalar per
+ * parameter), leaving out replicas of tensor-parallel rank > 0. One exchange over the world brings every rank's sums and its part of the loss
+ * to all of them, and each comes to the same decision (backend.h's decide_update): a rank outside a grid has zeros there, so the sum over the
+ * world in the order of the ranks is that over the grid.
  * Clip: c = min(1, clip/(norm + 1e-6)), one coefficient for all modules.
+ * Nothing of this waits for the host: what AdamW multiplies gradients with lies on the device, and is negative where the update is left out.
  */
 #include <math.h>
+#include <stdio.h>
+#include <string.h>
 #include "ddp.h"
 #include "optim.h"
-
-/* What the world agrees on, MAX over ranks; a rank without a module sends the neutral value. */
-enum { SQUARES, NON_FINITE = MODEL_MODULES, ZEROS = 2 * MODEL_MODULES, SUMMARY = 3 * MODEL_MODULES };
 
 static bool is_language(const struct param *p)
 {
@@ -60,6 +60,12 @@ void optim_plan(struct optim *o, struct arenas *arenas)
     }
     o->scalar = arena_1d(a, "squares of each parameter", m->acc, n);
     o->zeros = arena_1d(a, "zeros of each module", DTYPE_I64, MODEL_MODULES);
+    o->numbers = arena_2d(&arenas->a[ARENA_COMM], "loss and squares of each rank", DTYPE_F64, o->topo->size, 1 + MODEL_MODULES);
+    o->result = arena_1d(&arenas->a[ARENA_COMM], "what becomes of the update", DTYPE_F64, MODEL_MODULES + 3);
+    o->masters = arena_1d(&arenas->a[ARENA_COMM], "squares of the masters", DTYPE_F64, MODEL_MODULES);
+    o->host_result = arena_1d(&arenas->a[ARENA_DATA], "update on the host", DTYPE_F64, MODEL_MODULES + 3);
+    o->host_zeros = arena_1d(&arenas->a[ARENA_DATA], "zeros on the host", DTYPE_I64, MODEL_MODULES);
+    o->host_masters = arena_1d(&arenas->a[ARENA_DATA], "squares of the masters on the host", DTYPE_F64, MODEL_MODULES);
     if (o->topo->language.tp_size == 1) replicated = 0;
     o->replicated = arena_1d(&arenas->a[ARENA_COMM], "gradients summed over tp", m->acc, replicated);
 }
@@ -141,38 +147,30 @@ static void sum_over_grids(const struct optim *o, double v[MODEL_MODULES])
     if (l->member && l->all.size > 1) comm_host_reduce_f64(l->all.comm, &v[MODEL_LANGUAGE], 1, COMM_SUM);
 }
 
-/* Sum of squares per module of every trainable parameter's gradient or master, on the host: one device scalar per parameter, read in
- * pieces through a buffer on the stack because nothing is allocated inside a step. */
-static void module_squares(struct optim *o, bool of_gradients, double *squares)
+/* F64 [M]: sums of squares per module of every trainable parameter's gradient or master, of this rank: one device scalar per parameter,
+ * a module's side by side in the order of the table, added up in fp64. */
+static void module_squares(struct optim *o, bool of_gradients, const struct tensor *squares)
 {
     struct model *m = o->model;
-    union { float f32[512]; double f64[512]; } piece;
-    const int piece_max = 512;
+    int64_t at = 0;
 
     o->be->fill(o->stream, &o->scalar, 0.0);
-    for (int i = 0; i < m->n_params; i++) {
-        const struct param *p = &m->param[i];
-        if (!counts(o, p)) continue;
-        struct tensor into = range(&o->scalar, i, 1), x = of_gradients ? owned(p, &p->grad) : p->master;
-        o->be->sum_squares(o->stream, &x, &into);
+    for (int k = 0; k < MODEL_MODULES; k++) {
+        const struct tensor total = range(squares, k, 1);
+        const int64_t first = at;
+        for (int i = 0; i < m->n_params; i++) {
+            const struct param *p = &m->param[i];
+            if (p->module != (enum model_module)k) continue;
+            struct tensor into = range(&o->scalar, at++, 1), x = of_gradients ? owned(p, &p->grad) : p->master;
+            if (counts(o, p)) o->be->sum_squares(o->stream, &x, &into);
+        }
+        const struct tensor all = range(&o->scalar, first, at - first);
+        o->be->sum_wide(o->stream, &all, &total);
     }
-    for (int i = 0; i < MODEL_MODULES; i++) squares[i] = 0.0;
-    for (int first = 0; first < m->n_params; first += piece_max) {
-        int n = m->n_params - first < piece_max ? m->n_params - first : piece_max;
-        struct tensor from = range(&o->scalar, first, n), to = tensor_1d(&piece, m->acc, PLACE_HOST, n);
-        o->be->copy(o->stream, &from, &to);
-        o->be->stream_sync(o->stream);
-        for (int i = 0; i < n; i++)
-            squares[m->param[first + i].module] += m->acc == DTYPE_F64 ? piece.f64[i] : (double)piece.f32[i];
-    }
-    sum_over_grids(o, squares);
 }
 
-static void module_zeros(struct optim *o, double *zeros)
+static void module_zeros(struct optim *o)
 {
-    int64_t count[MODEL_MODULES];
-    struct tensor host = tensor_1d(count, DTYPE_I64, PLACE_HOST, MODEL_MODULES);
-
     o->be->fill(o->stream, &o->zeros, 0.0);
     for (int i = 0; i < o->model->n_params; i++) {
         const struct param *p = &o->model->param[i];
@@ -180,86 +178,125 @@ static void module_zeros(struct optim *o, double *zeros)
         struct tensor into = range(&o->zeros, p->module, 1), x = owned(p, &p->grad);
         o->be->count_zeros(o->stream, &x, &into);
     }
-    o->be->copy(o->stream, &o->zeros, &host);
-    o->be->stream_sync(o->stream);
-    for (int i = 0; i < MODEL_MODULES; i++) zeros[i] = (double)count[i];
-    sum_over_grids(o, zeros);
 }
 
-/* Gradients of all modules as the world sees them; returns the norm after the factors and names a module that is not finite. */
-static double global_norm(struct optim *o, const double factor[MODEL_MODULES], int64_t *num_zeros, int *bad_module)
+/* What every rank has to say about the loss and its gradients, to every rank; then one decision, the same everywhere. */
+static void decide(struct optim *o, const struct tensor *loss_sum, double n_tokens, double encoder_factor)
 {
-    double v[SUMMARY] = {0}, sum = 0.0;
-    int worst = 0;
+    const struct deck_optimizer *k = &o->deck->optimizer;
+    const double inverse = 1.0 / (n_tokens > 1.0 ? n_tokens : 1.0);
+    const double factor[MODEL_MODULES] = {inverse * encoder_factor, inverse * encoder_factor, inverse};
+    const struct tensor mine = tensor_row_range(&o->numbers, o->topo->rank, 1), loss = tensor_col_range(&mine, 0, 1),
+                        squares = tensor_col_range(&mine, 1, MODEL_MODULES);
 
-    module_squares(o, true, v + SQUARES);
-    if (o->deck->log.log_num_zeros_in_grad) module_zeros(o, v + ZEROS);
-    for (int i = 0; i < MODEL_MODULES; i++) {
-        double square = v[SQUARES + i] * factor[i] * factor[i];
-        v[NON_FINITE + i] = isnan(square) ? 2.0 : isinf(square) ? 1.0 : 0.0;
-        v[SQUARES + i] = isfinite(square) ? square : 0.0;
-    }
-    comm_host_reduce_f64(o->topo->world, v, SUMMARY, COMM_MAX);
-    *num_zeros = o->deck->log.log_num_zeros_in_grad ? 0 : -1;
-    *bad_module = -1;
-    for (int i = 0; i < MODEL_MODULES; i++) {
-        sum += v[SQUARES + i];
-        if (*num_zeros >= 0) *num_zeros += (int64_t)v[ZEROS + i];
-        if ((int)v[NON_FINITE + i] > worst) {
-            worst = (int)v[NON_FINITE + i];
-            *bad_module = i;
-        }
-    }
-    return worst == 2 ? NAN : worst == 1 ? INFINITY : sqrt(sum);
+    if (loss_sum) o->be->sum_wide(o->stream, loss_sum, &loss);
+    else o->be->fill(o->stream, &loss, 0.0);
+    module_squares(o, true, &squares);
+    if (o->deck->log.log_num_zeros_in_grad) module_zeros(o);
+    if (o->topo->size > 1) o->comm->all_gather(o->topo->world, &mine, &o->numbers, o->stream);
+    o->be->decide_update(o->stream, &o->numbers, n_tokens, factor, k->clip_grad, k->grad_norm_skip_threshold, &o->result);
 }
 
-/* Of all trainable parameters, from the masters. */
-static double params_norm(struct optim *o)
-{
-    double v[MODEL_MODULES], sum = 0.0;
-
-    module_squares(o, false, v);
-    comm_host_reduce_f64(o->topo->world, v, MODEL_MODULES, COMM_MAX);
-    for (int i = 0; i < MODEL_MODULES; i++) sum += v[i];
-    return sqrt(sum);
-}
-
-static void update(struct optim *o, const double factor[MODEL_MODULES], double clip, double lr, double weight_decay)
+static void update(struct optim *o, double lr, double weight_decay)
 {
     const struct deck_optimizer *k = &o->deck->optimizer;
 
     for (int i = 0; i < o->model->n_params; i++) {
         struct param *p = &o->model->param[i];
         if (!p->trainable || tensor_numel(&p->master) == 0) continue;
-        struct tensor grad = owned(p, &p->grad), value = owned(p, &p->value);
-        o->be->adamw(o->stream, &grad, factor[p->module] * clip, lr, k->adam_beta1, k->adam_beta2, k->adam_eps,
-                     p->decay ? weight_decay : 0.0, o->step, &p->master, &p->m, &p->v, &value);
+        struct tensor grad = owned(p, &p->grad), value = owned(p, &p->value), factor = range(&o->result, p->module, 1);
+        o->be->adamw(o->stream, &grad, &factor, lr, k->adam_beta1, k->adam_beta2, k->adam_eps, p->decay ? weight_decay : 0.0,
+                     o->step + 1, &p->master, &p->m, &p->v, &value);
     }
+}
+
+void optim_begin(struct optim *o, const struct tensor *loss_sum, double n_tokens, double encoder_factor, double lr,
+                 double weight_decay)
+{
+    decide(o, loss_sum, n_tokens, encoder_factor);
+    o->be->copy(o->stream, &o->result, &o->host_result);
+    if (o->deck->log.log_num_zeros_in_grad) o->be->copy(o->stream, &o->zeros, &o->host_zeros);
+    update(o, lr, weight_decay);
+    ddp_gather(o->model->ddp);
+    if (!o->deck->log.log_params_norm) return;
+    module_squares(o, false, &o->masters);
+    o->be->copy(o->stream, &o->masters, &o->host_masters);
+}
+
+/* Sum over the ranks of each module's grid, the same on all ranks of the world. */
+static double agreed_sum(struct optim *o, double v[MODEL_MODULES])
+{
+    double sum = 0.0;
+
+    sum_over_grids(o, v);
+    comm_host_reduce_f64(o->topo->world, v, MODEL_MODULES, COMM_MAX);
+    for (int i = 0; i < MODEL_MODULES; i++) sum += v[i];
+    return sum;
+}
+
+static int64_t num_zeros(struct optim *o)
+{
+    const int64_t *count = o->host_zeros.data;
+    double v[MODEL_MODULES];
+
+    for (int i = 0; i < MODEL_MODULES; i++) v[i] = (double)count[i];
+    return (int64_t)agreed_sum(o, v);
+}
+
+/* Of all trainable parameters, from the masters. */
+static double params_norm(struct optim *o)
+{
+    double v[MODEL_MODULES];
+
+    memcpy(v, o->host_masters.data, sizeof v);
+    return sqrt(agreed_sum(o, v));
+}
+
+/* Of the many numbers that are none, the one that the host writes. */
+static double plain(double x)
+{
+    return isnan(x) ? NAN : x;
+}
+
+static const char *spell(double x)
+{
+    return isnan(x) ? "nan" : x > 0.0 ? "inf" : "-inf";
+}
+
+static _Noreturn void abort_on(const struct optim *o, const char *what, double value)
+{
+    /* One rank speaks; the others wait to be ended, so that exactly one line names the cause. */
+    if (o->topo->rank != 0) comm_host_barrier(o->topo->world);
+    fatal(EXIT_NUMERICS, __FILE__, __LINE__,
+          "optimizer.non_finite_policy = 'skip' goes on without this update; a lower lr.lr or a longer warm-up may cure it",
+          "%s is %s", what, spell(value));
+}
+
+struct optim_result optim_finish(struct optim *o)
+{
+    const struct deck_optimizer *k = &o->deck->optimizer;
+    const double *v = o->host_result.data;
+    const int bad_module = (int)v[MODEL_MODULES + 2];
+    struct optim_result r = {.applied = v[0] >= 0.0, .loss = plain(v[MODEL_MODULES]), .grad_norm = NAN, .params_norm = NAN, .num_zeros = -1};
+    char what[64];
+
+    r.finite = isfinite(r.loss);
+    if (!r.finite && k->non_finite_policy == DECK_NON_FINITE_ABORT) abort_on(o, "lm loss", r.loss);
+    if (!r.finite) return r;
+    r.grad_norm = plain(v[MODEL_MODULES + 1]);
+    if (bad_module >= 0 && k->non_finite_policy == DECK_NON_FINITE_ABORT) {
+        snprintf(what, sizeof what, "gradient norm of the %s module", model_module_names[bad_module]);
+        abort_on(o, what, r.grad_norm);
+    }
+    o->step += r.applied;
+    if (o->deck->log.log_num_zeros_in_grad) r.num_zeros = num_zeros(o);
+    if (o->deck->log.log_params_norm) r.params_norm = params_norm(o);
+    return r;
 }
 
 struct optim_result optim_step(struct optim *o, double n_tokens, double encoder_factor, double lr, double weight_decay)
 {
-    const struct deck_optimizer *k = &o->deck->optimizer;
-    double inverse = 1.0 / (n_tokens > 1.0 ? n_tokens : 1.0), clip = 1.0;
-    double factor[MODEL_MODULES] = {inverse * encoder_factor, inverse * encoder_factor, inverse};
-    struct optim_result r = {.params_norm = NAN};
-    int bad_module;
-
-    r.grad_norm = global_norm(o, factor, &r.num_zeros, &bad_module);
-    if (bad_module >= 0 && k->non_finite_policy == DECK_NON_FINITE_ABORT) {
-        /* One rank speaks; the others wait to be ended, so that exactly one line names the cause. */
-        if (o->topo->rank != 0) comm_host_barrier(o->topo->world);
-        fatal(EXIT_NUMERICS, __FILE__, __LINE__,
-              "optimizer.non_finite_policy = 'skip' goes on without this update; a lower lr.lr or a longer warm-up may cure it",
-              "gradient norm of the %s module is %s", model_module_names[bad_module], isnan(r.grad_norm) ? "nan" : "inf");
-    }
-    r.applied = bad_module < 0 && !(k->grad_norm_skip_threshold > 0.0 && r.grad_norm > k->grad_norm_skip_threshold);
-    if (r.applied) {
-        if (k->clip_grad > 0.0 && k->clip_grad < r.grad_norm + 1e-6) clip = k->clip_grad / (r.grad_norm + 1e-6);
-        o->step++;
-        update(o, factor, clip, lr, weight_decay);
-        ddp_gather(o->model->ddp);
-    }
-    if (o->deck->log.log_params_norm) r.params_norm = params_norm(o);
-    return r;
+    optim_begin(o, NULL, n_tokens, encoder_factor, lr, weight_decay);
+    o->be->stream_sync(o->stream);
+    return optim_finish(o);
 }

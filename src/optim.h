@@ -21,12 +21,18 @@ struct optim {
     struct tensor scalar;        /* acc [n_params] sums of squares */
     struct tensor zeros;         /* I64 [MODEL_MODULES] */
     struct tensor replicated;    /* acc, owned gradients that are summed over language tp, one after the other; numel 0 when tp = 1 */
+    struct tensor numbers;       /* F64 [ranks, 1+MODEL_MODULES] of backend.h's decide_update; this rank fills its row */
+    struct tensor result;        /* F64 [MODEL_MODULES+3], its result: the factors that AdamW takes */
+    struct tensor masters;       /* F64 [MODEL_MODULES] sums of squares of the masters */
+    struct tensor host_result, host_zeros, host_masters;   /* copies on the host, there when the stream has passed optim_begin */
     int64_t step;                /* AdamW's t of the last applied update */
 };
 
 struct optim_result {
     bool applied;                /* false: skipped (non-finite or above the threshold) on every rank */
-    double grad_norm;            /* of both modules, after 1/N; may be non-finite */
+    bool finite;                 /* the loss is */
+    double loss;                 /* mean per token of the global batch */
+    double grad_norm;            /* of both modules, after 1/N; may be non-finite; NaN when the loss is not finite */
     double params_norm;          /* NaN when not asked */
     int64_t num_zeros;           /* -1 when not asked */
 };
@@ -44,9 +50,16 @@ void optim_grad_sync(struct optim *o, bool language);
 void optim_expert_bias(struct optim *o);
 /* Participation correction (parallel.md 6.7): all/seen where 0 < seen < all encoder ranks saw a picture in the iteration, else 1. Local. */
 double optim_participation(double all, double seen);
-/* Norm, policy, clip, AdamW on the owned elements, then the new values to all replicas (at once, or while the next forward runs: ddp_use_all
- * before values are read elsewhere). n_tokens = loss tokens of the global batch; encoder_factor = participation correction (1 normally).
- * Collective over the world. A non-finite norm under policy 'abort' is fatal (EXIT_NUMERICS) naming module and iteration. */
+/* Enqueues the update of an iteration and returns: norm, decision and clip coefficient stay on the device; AdamW on the owned elements, then
+ * the new values to all replicas (at once, or while the next forward runs: ddp_use_all before values are read elsewhere). loss_sum acc [1] is
+ * this rank's part of the global batch's, NULL = none; n_tokens = loss tokens of the global batch; encoder_factor = participation correction
+ * (1 normally). A loss or norm that is not finite changes no parameter, under either policy. Collective over the world. */
+void optim_begin(struct optim *o, const struct tensor *loss_sum, double n_tokens, double encoder_factor, double lr,
+                 double weight_decay);
+/* What became of it, once the host has waited for an event recorded after it; before the next optim_begin, whose AdamW counts from o->step. A loss or
+ * norm that is not finite under policy 'abort' is fatal (EXIT_NUMERICS) naming module and iteration. Collective over the world. */
+struct optim_result optim_finish(struct optim *o);
+/* Both, waiting in between. Collective over the world. */
 struct optim_result optim_step(struct optim *o, double n_tokens, double encoder_factor, double lr, double weight_decay);
 
 #endif

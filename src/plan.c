@@ -10,6 +10,7 @@
 #include "moe.h"
 #include "optim.h"
 #include "schedule.h"
+#include "step.h"
 
 enum { SCHEDULE_LINES = 6, ROLES_MAX = 64 };
 
@@ -51,10 +52,11 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
     model_init(&model, deck, t, be, &stream);
     optim_init(&optim, deck, t, &model, be, comm_select(deck), &stream);
     if (t->encoder.present) bridge = bridge_init(deck, t, comm_select(deck), be, &stream);
+    struct step step = {.deck = deck, .model = &model, .bridge = bridge};
     arenas_init(&arenas);
     model_plan(&model, &arenas);
     optim_plan(&optim, &arenas);
-    if (bridge) bridge_plan(bridge, &arenas);
+    step_plan(&step, &arenas);
     fprintf(out, "  %-10s %5d", topology_role(t), t->rank);
     for (int i = 0; i < ARENA_COUNT; i++) {
         double mib = (double)arenas.a[i].high / 0x1p20;

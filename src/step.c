@@ -11,9 +11,10 @@
 #include "step.h"
 #include "timer.h"
 
-/* What the world adds up; the expert counts follow. */
-enum { SUM_LOSS, SUM_TOKENS, SUM_BALANCE, SUM_IMAGES, SUM_PATCHES, SUM_ROWS, SUM_ENCODER_FLOPS, SUM_PARTICIPANTS, SUM_REQUESTS,
-       SUM_EXPERTS = SUM_REQUESTS + STEP_REQUESTS };
+/* What the world adds up before the update; and after it: the balancing metric, then the expert counts. */
+enum { SUM_TOKENS, SUM_IMAGES, SUM_PATCHES, SUM_ROWS, SUM_ENCODER_FLOPS, SUM_PARTICIPANTS, SUM_REQUESTS,
+       SUMS = SUM_REQUESTS + STEP_REQUESTS };
+enum { LATE_BALANCE, LATE_EXPERTS };
 
 /* A timer section of training; an evaluation books all of its time as its own. */
 static void enter(const struct step *s, enum timer_section section)
@@ -53,6 +54,19 @@ static void find_senders(struct step *s)
     }
 }
 
+static int64_t expert_layers(const struct deck *deck)
+{
+    int64_t n = 0;
+
+    for (const char *c = deck->derived.pattern; *c; c++) n += *c == 'E';
+    return n;
+}
+
+static int64_t expert_counts(const struct step *s)
+{
+    return s->n_moe * s->deck->moe.num_experts;
+}
+
 static bool encoder_trains(const struct deck *deck)
 {
     return !deck->derived.freeze_encoder || !deck->derived.freeze_projector;
@@ -79,18 +93,21 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
     s->text = xcalloc((size_t)s->n_text, sizeof *s->text);
     s->text_loaded = xcalloc((size_t)s->n_text, sizeof *s->text_loaded);
     for (int i = 0; i < s->n_text; i++) text_batch_init(&s->text[i], &limits, deck->batch.micro_batch_size);
-    s->n_sum = SUM_EXPERTS;
-    for (const char *c = deck->derived.pattern; *c; c++)
-        s->n_moe += *c == 'E';
-    s->n_sum += (int)(s->n_moe * deck->moe.num_experts);
-    s->sum = xcalloc((size_t)s->n_sum, sizeof *s->sum);
-    s->expert_count = xcalloc((size_t)(s->n_sum - SUM_EXPERTS), sizeof *s->expert_count);
+    s->n_moe = expert_layers(deck);
+    s->sum = xcalloc(SUMS, sizeof *s->sum);
+    s->pending.sum = xcalloc(SUMS, sizeof *s->pending.sum);
+    be->event_create(&s->pending.done);
+    s->late = xcalloc((size_t)(LATE_EXPERTS + expert_counts(s)), sizeof *s->late);
+    s->expert_count = xcalloc((size_t)expert_counts(s), sizeof *s->expert_count);
     find_senders(s);
 }
 
 void step_plan(struct step *s, struct arenas *arenas)
 {
     if (s->bridge) bridge_plan(s->bridge, arenas);
+    s->host_balance = arena_1d(&arenas->a[ARENA_DATA], "step.balance", s->model->acc, 1);
+    s->host_count = arena_2d(&arenas->a[ARENA_DATA], "step.expert_counts", DTYPE_I64, expert_layers(s->deck),
+                             s->deck->moe.num_experts);
 }
 
 void step_free(struct step *s)
@@ -102,7 +119,10 @@ void step_free(struct step *s)
     free(s->text);
     free(s->text_loaded);
     free(s->sum);
+    free(s->pending.sum);
+    free(s->late);
     free(s->expert_count);
+    s->be->event_destroy(&s->pending.done);
     free(s->sender);
     bridge_free(s->bridge);
     schedule_free(&s->train);
@@ -374,7 +394,7 @@ static void run_schedule(struct step *s, const struct schedule *list)
 
     s->picture_seen = false;
     for (int i = 0; i < s->n_text; i++) s->text_loaded[i] = -1;
-    for (int i = 0; i < s->n_sum; i++) s->sum[i] = 0.0;
+    for (int i = 0; i < SUMS; i++) s->sum[i] = 0.0;
     model_zero_accumulators(s->model);
     schedule_run(list, &calls);
 }
@@ -393,35 +413,42 @@ static double read_scalar(struct step *s, struct tensor t)
     return t.dtype == DTYPE_F64 ? f64 : (double)f32;
 }
 
-static void read_expert_counts(struct step *s)
+/* What the host knows: after it every rank has the global batch's sums. */
+static void add_up(struct step *s, bool *request)
 {
-    int64_t n = s->deck->moe.num_experts;
-
-    for (int i = 0; i < s->model->n_moe; i++) {
-        struct tensor count = model_tokens_per_expert(s->model, i);
-        struct tensor host = tensor_1d(s->expert_count + i * n, DTYPE_I64, PLACE_HOST, n);
-        s->be->copy(s->stream, &count, &host);
-    }
-    s->be->stream_sync(s->stream);
-    for (int i = 0; i < s->n_sum - SUM_EXPERTS; i++) s->sum[SUM_EXPERTS + i] = (double)s->expert_count[i];
-}
-
-/* After it every rank knows the global batch's sums. */
-static void add_up(struct step *s)
-{
-    bool request[STEP_REQUESTS] = {false};
-
+    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
     if (s->poll.poll) s->poll.poll(s->poll.ctx, request);
-    if (counts_tokens(s)) {
-        s->sum[SUM_LOSS] = read_scalar(s, model_loss_sum(s->model));
-    }
-    /* Each tensor-parallel rank routes its own rows: parts of the metric and of the counts. */
-    if (s->topo->language.member && s->model->n_moe > 0) s->sum[SUM_BALANCE] = read_scalar(s, model_balance_metric(s->model));
-    if (s->topo->language.member) read_expert_counts(s);
     s->sum[SUM_PARTICIPANTS] = s->picture_seen ? 1.0 : 0.0;
     for (int i = 0; i < STEP_REQUESTS; i++) s->sum[SUM_REQUESTS + i] = request[i] ? 1.0 : 0.0;
-    comm_host_reduce_f64(s->topo->world, s->sum, s->n_sum, COMM_SUM);
-    for (int i = 0; i < s->n_sum - SUM_EXPERTS; i++) s->expert_count[i] = (int64_t)s->sum[SUM_EXPERTS + i];
+    comm_host_reduce_f64(s->topo->world, s->sum, SUMS, COMM_SUM);
+    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = s->sum[SUM_REQUESTS + i] > 0.0;
+}
+
+/* The numbers of the micro-batches start for the host, before the update resets them. */
+static void fetch_numbers(struct step *s)
+{
+    if (!s->topo->language.member) return;
+    for (int i = 0; i < s->model->n_moe; i++) {
+        const struct tensor count = model_tokens_per_expert(s->model, i), host = tensor_row_range(&s->host_count, i, 1);
+        s->be->copy(s->stream, &count, &host);
+    }
+    const struct tensor metric = model_balance_metric(s->model);
+    if (s->model->n_moe > 0) s->be->copy(s->stream, &metric, &s->host_balance);
+}
+
+/* Each tensor-parallel rank routes its own rows: parts of the metric and of the counts. */
+static void add_up_late(struct step *s)
+{
+    const int64_t n = expert_counts(s), *count = s->host_count.data;
+    const void *balance = s->host_balance.data;
+
+    for (int64_t i = 0; i < LATE_EXPERTS + n; i++) s->late[i] = 0.0;
+    if (s->topo->language.member && n > 0) {
+        s->late[LATE_BALANCE] = s->model->acc == DTYPE_F64 ? *(const double *)balance : (double)*(const float *)balance;
+        for (int64_t i = 0; i < n; i++) s->late[LATE_EXPERTS + i] = (double)count[i];
+    }
+    comm_host_reduce_f64(s->topo->world, s->late, (int)(LATE_EXPERTS + n), COMM_SUM);
+    for (int64_t i = 0; i < n; i++) s->expert_count[i] = (int64_t)s->late[LATE_EXPERTS + i];
 }
 
 /* parallel.md 6.7: D/k when k of the D encoder replicas saw a picture in the iteration. */
@@ -433,17 +460,7 @@ static double participation(const struct step *s)
     return optim_participation(all, seen);
 }
 
-static void stop_on_loss(const struct step *s, double loss)
-{
-    if (isfinite(loss) || s->deck->optimizer.non_finite_policy != DECK_NON_FINITE_ABORT) return;
-    /* One rank speaks; the others wait to be ended. */
-    if (s->topo->rank != 0) comm_host_barrier(s->topo->world);
-    fatal(EXIT_NUMERICS, __FILE__, __LINE__,
-          "optimizer.non_finite_policy = 'skip' goes on without this update; a lower lr.lr or a longer warm-up may cure it",
-          "lm loss is %s", isnan(loss) ? "nan" : loss > 0.0 ? "inf" : "-inf");
-}
-
-static void fill_row(struct step *s, const struct optim_result *o, double loss, struct trace_row *row)
+static void fill_row(struct step *s, const struct optim_result *o, struct trace_row *row)
 {
     int64_t lanes = s->topo->language.dp_size;
     static const enum timer_section section[TRACE_SECTIONS] = {
@@ -452,23 +469,25 @@ static void fill_row(struct step *s, const struct optim_result *o, double loss, 
     double seconds[TIMER_SECTIONS];
     struct rusage usage;
 
-    row->iteration = s->iteration + 1;
-    row->num_tokens = (int64_t)s->sum[SUM_TOKENS];
-    row->images = (int64_t)s->sum[SUM_IMAGES];
-    row->patches = (int64_t)s->sum[SUM_PATCHES];
-    row->lm_loss = loss;
+    const struct step_pending *p = &s->pending;
+
+    *row = (struct trace_row){.learning_rate = p->lr, .weight_decay = p->weight_decay};
+    row->iteration = p->iteration + 1;
+    row->num_tokens = (int64_t)p->sum[SUM_TOKENS];
+    row->images = (int64_t)p->sum[SUM_IMAGES];
+    row->patches = (int64_t)p->sum[SUM_PATCHES];
+    row->lm_loss = o->loss;
     row->grad_norm = o->grad_norm;
     row->num_zeros = o->num_zeros;
     row->params_norm = o->params_norm;
     row->skipped = (int8_t)!o->applied;
     row->seq_load_balancing_loss =
-        s->n_moe > 0 ? s->sum[SUM_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
+        s->n_moe > 0 ? s->late[LATE_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
     row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;
     row->iteration_seconds = timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
     for (int i = 0; i < TRACE_SECTIONS; i++) row->section_seconds[i] = (float)seconds[section[i]];
-    row->gemm_flops = model_take_gemm_flops(s->model);
-    row->sent_bytes = 0;
-    for (int i = 0; i < s->n_senders; i++) row->sent_bytes += comm_take_sent_bytes(s->sender[i]);
+    row->gemm_flops = p->gemm_flops;
+    row->sent_bytes = p->sent_bytes;
     getrusage(RUSAGE_SELF, &usage);
     row->peak_bytes = (int64_t)usage.ru_maxrss * 1024;
 }
@@ -481,8 +500,8 @@ static void fill_rates(const struct step *s, struct trace_row *row)
     double tokens = (double)(deck->batch.global_batch_size * deck->language.seq_length);
     double sum_len2 = tokens * (double)deck->language.seq_length;
     double language = model_flops_language_exact(deck, tokens, sum_len2) * (deck->derived.freeze_language ? 2.0 : 3.0);
-    double encoder = s->sum[SUM_ENCODER_FLOPS] * (deck->derived.freeze_encoder ? 1.0 : 3.0);
-    double projector = s->sum[SUM_ROWS] * model_flops_projector_row(deck) * (deck->derived.freeze_encoder ? 2.0 : 3.0);
+    double encoder = s->pending.sum[SUM_ENCODER_FLOPS] * (deck->derived.freeze_encoder ? 1.0 : 3.0);
+    double projector = s->pending.sum[SUM_ROWS] * model_flops_projector_row(deck) * (deck->derived.freeze_encoder ? 2.0 : 3.0);
 
     row->tokens_per_second = tokens / seconds;
     row->tflops_per_gpu =
@@ -490,13 +509,8 @@ static void fill_rates(const struct step *s, struct trace_row *row)
     row->model_tflops_per_gpu = (language + encoder + projector) / (seconds * 1e12 * (double)s->topo->size);
 }
 
-struct step_result step_train(struct step *s, struct data *data, int64_t iteration, double lr, double weight_decay,
-                              struct trace_row *row)
+void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request)
 {
-    struct optim_result o = {.grad_norm = NAN, .params_norm = NAN, .num_zeros = -1};
-    struct step_result r = {.applied = false};
-    double loss;
-
     s->data = data;
     s->change = NULL;
     s->iteration = iteration;
@@ -506,22 +520,42 @@ struct step_result step_train(struct step *s, struct data *data, int64_t iterati
     timer_stop(TIMER_OPTIMIZER);
     run_schedule(s, &s->train);
     timer_start(TIMER_GRAD_SYNC);
-    add_up(s);
+    add_up(s, request);
     timer_stop(TIMER_GRAD_SYNC);
-    loss = s->sum[SUM_LOSS] / (s->sum[SUM_TOKENS] > 0.0 ? s->sum[SUM_TOKENS] : 1.0);
-    r.finite = isfinite(loss);
-    stop_on_loss(s, loss);
+}
+
+void step_update(struct step *s, double lr, double weight_decay)
+{
+    struct step_pending *p = &s->pending;
+    const struct tensor loss = counts_tokens(s) ? model_loss_sum(s->model) : (struct tensor){0};
+
     timer_start(TIMER_OPTIMIZER);
+    memcpy(p->sum, s->sum, SUMS * sizeof *p->sum);
+    p->iteration = s->iteration;
+    p->lr = lr;
+    p->weight_decay = weight_decay;
+    fetch_numbers(s);
     optim_expert_bias(s->optim);
-    if (r.finite) o = optim_step(s->optim, s->sum[SUM_TOKENS], participation(s), lr, weight_decay);
-    s->be->stream_sync(s->stream);
+    optim_begin(s->optim, counts_tokens(s) ? &loss : NULL, s->sum[SUM_TOKENS], participation(s), lr, weight_decay);
+    s->be->event_record(&p->done, s->stream);
+    p->gemm_flops = model_take_gemm_flops(s->model);
+    p->sent_bytes = 0;
+    for (int i = 0; i < s->n_senders; i++) p->sent_bytes += comm_take_sent_bytes(s->sender[i]);
     timer_stop(TIMER_OPTIMIZER);
-    r.applied = o.applied;
-    for (int i = 0; i < STEP_REQUESTS; i++) r.request[i] = s->sum[SUM_REQUESTS + i] > 0.0;
-    *row = (struct trace_row){.learning_rate = lr, .weight_decay = weight_decay};
-    fill_row(s, &o, loss, row);
+}
+
+struct step_result step_finish(struct step *s, struct trace_row *row)
+{
+    struct optim_result o;
+
+    timer_start(TIMER_GRAD_SYNC);
+    s->be->event_sync(&s->pending.done);
+    o = optim_finish(s->optim);
+    add_up_late(s);
+    timer_stop(TIMER_GRAD_SYNC);
+    fill_row(s, &o, row);
     fill_rates(s, row);
-    return r;
+    return (struct step_result){.applied = o.applied, .finite = o.finite};
 }
 
 void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,

@@ -1,7 +1,9 @@
 /* step.h - one training step of one rank: data, the action list, gradient sync, the sums of the iteration, optimizer, row of numbers.
  *
- * Everything that ranks must agree on in an iteration travels in one host sum (loss, tokens, pictures, expert counts, requests to stop)
- * before the optimizer and one host maximum inside it. Device scalars are read once, after the schedule has run.
+ * What ranks must agree on before the update and the host knows (tokens, pictures, requests to stop) travels in one host sum; loss and norm
+ * are agreed on by the device (optim.h). Numbers of the device come to the host behind everything else of the iteration and are read by
+ * step_finish, on an asynchronous backend while the next iteration's schedule is under way, so that the device never waits for the host. The
+ * host waits for the device nowhere else in an iteration, but for the row counts of expert parallelism (dispatch.h) and for batches.h5.
  * The same action table runs the forward-only list of an evaluation.
  */
 #ifndef MIMO_STEP_H
@@ -48,10 +50,19 @@ struct step {
     const struct step_pictures *change;
     int64_t iteration;                   /* 0-based */
     bool training, picture_seen;
-    double *sum;                         /* [n_sum] what the world adds up */
-    int n_sum;
+    double *sum;                         /* what the world adds up of the iteration in work */
     int64_t n_moe;                       /* E layers of the pattern */
-    int64_t *expert_count;               /* [n_moe, E] of the global batch after the step */
+    /* of the iteration between step_update and step_finish */
+    struct step_pending {
+        int64_t iteration, gemm_flops, sent_bytes;
+        double lr, weight_decay;
+        double *sum;                     /* the world's */
+        struct event done;               /* its numbers are on the host */
+    } pending;
+    struct tensor host_balance;          /* acc [1] */
+    struct tensor host_count;            /* I64 [n_moe, E] of this rank */
+    double *late;                        /* [1 + n_moe*E] what the world adds up of these */
+    int64_t *expert_count;               /* [n_moe, E] of the global batch after step_finish */
     int64_t *text_loaded;                /* [language slots] micro-batch in the buffer, -1 = none */
     struct comm **sender;                /* [n_senders] every communicator whose bytes are counted */
     int n_senders;
@@ -60,18 +71,21 @@ struct step {
 struct step_result {
     bool applied;                        /* false: the update was skipped on every rank */
     bool finite;                         /* the loss was */
-    bool request[STEP_REQUESTS];         /* agreed by all ranks */
 };
 
 /* Schedules (built and verified for this rank's job), batch buffers, bridge. `stream` orders everything. Local. */
 void step_init(struct step *s, const struct deck *deck, const struct topology *topo, struct model *model, struct optim *optim,
                const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream);
-void step_plan(struct step *s, struct arenas *arenas);       /* Local. */
-/* Iteration `iteration` (0-based) with this learning rate and weight decay.
- * Fills `row` but for consumed_samples; iteration_seconds is the time since the last call without saving and evaluation.
- * Collective over the world. */
-struct step_result step_train(struct step *s, struct data *data, int64_t iteration, double lr, double weight_decay,
-                              struct trace_row *row);
+/* Needs deck, model and bridge of *s alone. Local. */
+void step_plan(struct step *s, struct arenas *arenas);
+/* An iteration is three calls, in this order; a second one may begin before the first is finished, but not be updated.
+ * step_begin: all micro-batches of iteration `iteration` (0-based); request [STEP_REQUESTS] = what any rank asked for.
+ * step_update: its update, with this learning rate and weight decay.
+ * step_finish: waits for its numbers and fills `row` but for consumed_samples; iteration_seconds is the time since the last call without saving
+ * and evaluation. Collective over the world. */
+void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request);
+void step_update(struct step *s, double lr, double weight_decay);
+struct step_result step_finish(struct step *s, struct trace_row *row);
 /* Forward passes of one iteration of `data`; adds this rank's share to *loss_sum and *tokens (sum over ranks = the global batch).
  * Collective over the world. */
 void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,

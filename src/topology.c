@@ -143,11 +143,11 @@ void topology_connect(struct topology *t, struct comm *world)
             make_comm(t, b->dest_lane.rank >= 0 ? t->language.dp_rank : -1, "bridge", "dest_lane");
 }
 
-static void attach(struct topology *t, const struct group *group)
+static void attach(struct topology *t, struct comm *comm)
 {
     const struct storage *storage = t->storage;
-    if (group->comm && !group->comm->device)
-        storage->device->attach(group->comm);
+    if (comm && !comm->device)
+        storage->device->attach(comm);
 }
 
 void topology_attach(struct topology *t, const struct comm_ops *ops)
@@ -156,14 +156,17 @@ void topology_attach(struct topology *t, const struct comm_ops *ops)
     storage->device = ops;
     /* One order for all ranks; families that share a communicator attach it once. */
     for (const struct grid *g = &t->encoder; g; g = g == &t->encoder ? &t->language : NULL) {
-        attach(t, &g->tp);
-        attach(t, &g->dp_cp);
-        attach(t, &g->tp_cp);
-        attach(t, &g->tp_dp_cp);
-        attach(t, &g->ep);
-        attach(t, &g->expt_dp);
+        attach(t, g->tp.comm);
+        attach(t, g->dp_cp.comm);
+        attach(t, g->tp_cp.comm);
+        attach(t, g->tp_dp_cp.comm);
+        attach(t, g->ep.comm);
+        attach(t, g->expt_dp.comm);
     }
-    attach(t, &t->bridge.leaders);
+    attach(t, t->bridge.leaders.comm);
+    attach(t, t->bridge.source_lane.comm);
+    if (t->size > 1)
+        attach(t, t->world);
 }
 
 static void print_grid(const struct grid *g, FILE *out)
@@ -254,6 +257,8 @@ void topology_free(struct topology *t)
 {
     struct storage *storage = t->storage;
     if (storage) {
+        if (storage->device && t->world)
+            storage->device->detach(t->world);
         for (int i = storage->n_owned - 1; i >= 0; i--) {
             if (storage->device)
                 storage->device->detach(storage->owned[i]);

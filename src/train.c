@@ -78,6 +78,7 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
     if (errors->count == 0) eval_init(&t->eval, deck, topo, errors);
     if (errors->count > 0) return;
     t->be = backend_select(deck);
+    t->late = t->be->asynchronous;
     t->be->stream_create(&t->stream, "compute");
     model_init(&t->model, deck, topo, t->be, &t->stream);
     optim_init(&t->optim, deck, topo, &t->model, t->be, t->comm, &t->stream);
@@ -406,7 +407,7 @@ void train_begin(struct train *t)
 
 bool train_goes_on(const struct train *t)
 {
-    return t->has_data && !t->stop && t->state.iteration < t->deck->derived.train_iterations;
+    return t->has_data && !t->stop && t->state.iteration + t->pending < t->deck->derived.train_iterations;
 }
 
 static bool to_skip(const struct deck *deck, int64_t iteration)
@@ -442,42 +443,54 @@ static void stop(struct train *t, const char *why)
     t->why = why;
 }
 
-static void save_and_decide(struct train *t, const struct step_result *r)
+static bool at_interval(int64_t interval, int64_t iteration)
+{
+    return interval > 0 && iteration % interval == 0;
+}
+
+static void save_and_decide(struct train *t, const bool *request)
 {
     const struct deck *deck = t->deck;
     int64_t i = t->state.iteration;
 
-    if (r->request[STEP_STOP_SIGNAL]) stop(t, "stopped by a signal");
-    if (r->request[STEP_STOP_FILE]) stop(t, "stopped by the file STOP");
-    if (deck->checkpoint.save_interval > 0 && i % deck->checkpoint.save_interval == 0) save(t);
-    if (r->request[STEP_SAVE_FILE]) {
+    if (request[STEP_STOP_SIGNAL]) stop(t, "stopped by a signal");
+    if (request[STEP_STOP_FILE]) stop(t, "stopped by the file STOP");
+    if (at_interval(deck->checkpoint.save_interval, i)) save(t);
+    if (request[STEP_SAVE_FILE]) {
         save(t);
         run_save_served(t->run);
     }
-    if (r->request[STEP_STOP_TIME]) stop(t, "stopped by run.exit_duration_in_mins");
-    if (deck->run.exit_interval > 0 && i % deck->run.exit_interval == 0) stop(t, "stopped by run.exit_interval");
+    if (request[STEP_STOP_TIME]) stop(t, "stopped by run.exit_duration_in_mins");
+    if (at_interval(deck->run.exit_interval, i)) stop(t, "stopped by run.exit_interval");
 }
 
-void train_iterate(struct train *t)
+/* Whether the iteration must be settled before the next one begins. */
+static bool settles_at_once(const struct train *t, int64_t iteration, const bool *request)
 {
-    int64_t gbs = t->deck->batch.global_batch_size, n = t->state.lr.n;
+    const struct deck *deck = t->deck;
+
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        if (request[i]) return true;
+    return !t->late || t->step.dump || eval_due(&t->eval, iteration) || at_interval(deck->checkpoint.save_interval, iteration)
+           || at_interval(deck->run.exit_interval, iteration) || iteration >= deck->derived.train_iterations;
+}
+
+/* The iteration that was updated last: its numbers are waited for, counted, written and printed. */
+static void settle(struct train *t)
+{
+    int64_t gbs = t->deck->batch.global_batch_size;
     struct trace_row row;
 
+    if (!t->pending) return;
     check_step((long)t->state.iteration + 1);
-    if (to_skip(t->deck, t->state.iteration + 1)) {
-        skip_iteration(t);
-        return;
-    }
-    t->step.dump = t->state.iteration < t->deck->log.dump_batches ? t->dump : NULL;
-    struct step_result r = step_train(&t->step, &t->data, t->state.iteration, lr_at(&t->state.lr, (double)n),
-                                      lr_weight_decay_at(&t->state.lr, (double)n), &row);
+    struct step_result r = step_finish(&t->step, &row);
+    t->pending = false;
     t->state.iteration++;
     t->state.consumed_train_samples += gbs;
     if (r.applied) t->state.lr.n += gbs;
     row.consumed_samples = t->state.consumed_train_samples;
     timer_start(TIMER_LOG);
     trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
-    if (t->step.dump) batch_dump_write(t->step.dump, t->state.iteration);
     timer_stop(TIMER_LOG);
     t->advanced += r.applied;
     t->skipped += !r.applied;
@@ -488,8 +501,30 @@ void train_iterate(struct train *t)
         t->balance_sum += row.seq_load_balancing_loss;
     }
     report_iteration(t, &row);
+}
+
+void train_iterate(struct train *t)
+{
+    const int64_t next = t->state.iteration + t->pending;
+    bool request[STEP_REQUESTS];
+
+    check_step((long)next + 1);
+    if (to_skip(t->deck, next + 1)) {
+        settle(t);
+        skip_iteration(t);
+        return;
+    }
+    t->step.dump = next < t->deck->log.dump_batches ? t->dump : NULL;
+    step_begin(&t->step, &t->data, next, request);
+    settle(t);                                     /* learning rate and AdamW's step depend on whether it was applied */
+    check_step((long)next + 1);
+    step_update(&t->step, lr_at(&t->state.lr, (double)t->state.lr.n), lr_weight_decay_at(&t->state.lr, (double)t->state.lr.n));
+    t->pending = true;
+    if (!settles_at_once(t, next + 1, request)) return;
+    settle(t);
+    if (t->step.dump) batch_dump_write(t->step.dump, t->state.iteration);
     if (eval_due(&t->eval, t->state.iteration)) validate(t, "");
-    if (!t->stop) save_and_decide(t, &r);
+    if (!t->stop) save_and_decide(t, request);
 }
 
 int train_end(struct train *t)

@@ -1,7 +1,10 @@
 /* train.h - the state of a training and its loop: build, restore, iterate, save, report (order of training.md 1.2 and 1.9).
  *
  * Owns everything between the topology and the run directory. Iterations count from 1 in what is printed; state.iteration is the
- * number of completed ones. Learning rate and weight decay of an iteration are those at the samples of successful updates
+ * number of settled ones: those whose numbers are known, printed and written. On an asynchronous backend an iteration is settled while the
+ * next one's micro-batches compute, except where something depends on it being complete: a checkpoint, a validation, the end, a dump of its
+ * batches. So the row of an iteration is written once the next is under way, and an iteration that ends the job on a number that is not
+ * finite does so before the next update. Learning rate and weight decay of an iteration are those at the samples of successful updates
  * before it; a skipped update counts its samples as consumed but does not advance the schedule.
  */
 #ifndef MIMO_TRAIN_H
@@ -29,6 +32,8 @@ struct train {
     struct batch_dump *dump;
     struct tensorboard *board;          /* NULL: none, or not rank 0 */
     struct train_state state;
+    bool late;                          /* settle iterations one late; follows the backend, set by train_init */
+    bool pending;                       /* iteration state.iteration + 1 was updated and not settled */
     int64_t last_saved, last_validated; /* iterations, -1 = none */
     bool stop;                          /* leave the loop before the last iteration */
     const char *why;                    /* text of the EXIT line */

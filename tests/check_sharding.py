@@ -154,8 +154,13 @@ def bias_sent(size):
     return E_LAYERS * 2 * ring(8 * EXPERTS, size)
 
 
+def numbers_sent(ranks):
+    """The loss and three modules' squares, from every rank to every other."""
+    return 4 * 8 * (ranks - 1)
+
+
 def data_parallel_sent(tensors, layout):
-    return gradients_sent(tensors, layout, ("encoder", "language")) + bias_sent(layout.ranks)
+    return gradients_sent(tensors, layout, ("encoder", "language")) + bias_sent(layout.ranks) + numbers_sent(layout.ranks)
 
 
 def tensor_parallel_sent(tensors, layout):
@@ -169,7 +174,7 @@ def tensor_parallel_sent(tensors, layout):
     balance = E_LAYERS * 2 * ring(layout.mbs * EXPERTS * 8, tp)
     whole = sum(t.numel for t in tensors if t.grid == "language" and t.trains(layout) and not t.cut and not t.expert)
     return (BATCH // layout.mbs * (regions + loss + balance) + 2 * ring(whole * ITEM, tp)
-            + gradients_sent(tensors, layout, ("language",)) + bias_sent(tp))
+            + gradients_sent(tensors, layout, ("language",)) + bias_sent(tp) + numbers_sent(layout.ranks))
 
 
 def expert_parallel_sent(tensors, layout):

@@ -400,7 +400,9 @@ static void p12_79_the_update_is_bitwise_independent_of_sharding(void **state)
                 int64_t n = tensor_numel(&p->grad);
                 struct tensor grad = tensor_1d(p->grad.data, DTYPE_F64, PLACE_DEVICE, n);
                 struct tensor value = tensor_1d(p->value.data, DTYPE_F64, PLACE_DEVICE, n);
-                backend_ref_f64.adamw(&one.stream, &grad, 1.0 / 37.0, 1e-3, 0.9, 0.95, 1e-8, p->decay ? 0.1 : 0.0, s + 1, &p->master,
+                double inverse = 1.0 / 37.0;
+                struct tensor factor = tensor_1d(&inverse, DTYPE_F64, PLACE_DEVICE, 1);
+                backend_ref_f64.adamw(&one.stream, &grad, &factor, 1e-3, 0.9, 0.95, 1e-8, p->decay ? 0.1 : 0.0, s + 1, &p->master,
                                       &p->m, &p->v, &value);
             }
         for (int k = 0; k < many.model.n_params; k++) {

@@ -52,6 +52,12 @@ static void count_zeros_adds(void **state)
     }
 }
 
+/* A factor as adamw reads it. */
+static struct tensor factor_of(double *value)
+{
+    return tensor_1d(value, DTYPE_F64, PLACE_DEVICE, 1);
+}
+
 struct state {
     struct tensor grad, master, m, v, param;
 };
@@ -77,13 +83,15 @@ static void state_free(struct state *s)
 static void adamw_first_step_by_hand(void **state)
 {
     /* g = 4*0.5 = 2; after bias correction m = 2, v = 4: p -= 0.1*(2/(2+1) + 0.01*10) */
+    double half = 0.5;
+    const struct tensor factor = factor_of(&half);
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct state s = state_new(fp64, 1, 1);
         double tolerance = fp64 ? 1e-14 : 5e-7;
         ref_check_fill(&s.grad, 4);
         ref_check_fill(&s.master, 10);
         REF_CHECK_OP(fp64, adamw)(
-            NULL, &s.grad, 0.5, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
+            NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
         ref_check_value(ref_check_get(&s.master, 0, 0), 10 - 0.1 * (2.0 / 3 + 0.1), tolerance,
                         "master");
         ref_check_value(ref_check_get(&s.m, 0, 0), 0.2, tolerance, "m");
@@ -97,7 +105,9 @@ static void adamw_first_step_by_hand(void **state)
 static void adamw_follows_the_formula(void **state)
 {
     enum { ROWS = 3, COLS = 41, STEPS = 7 };
-    const double b1 = 0.9, b2 = 0.95, eps = 1e-8, wd = 0.1, factor = 0.25;
+    const double b1 = 0.9, b2 = 0.95, eps = 1e-8, wd = 0.1;
+    double quarter = 0.25;
+    const struct tensor factor = factor_of(&quarter);
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct ref_check_random rng = { 2 };
         struct state s = state_new(fp64, ROWS, COLS);
@@ -112,9 +122,9 @@ static void adamw_follows_the_formula(void **state)
             ref_check_fill_random(&s.grad, &rng, -1, 1);
             ref_check_set(&s.grad, 1, 1, 0); /* never a gradient: only the decay moves it */
             REF_CHECK_OP(fp64, adamw)(
-                NULL, &s.grad, factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
+                NULL, &s.grad, &factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
             REF_CHECK_EACH(&s.master, r, c) {
-                double g = ref_check_get(&s.grad, r, c) * factor;
+                double g = ref_check_get(&s.grad, r, c) * quarter;
                 m[r][c] = b1 * m[r][c] + (1 - b1) * g;
                 v[r][c] = b2 * v[r][c] + (1 - b2) * g * g;
                 double mh = m[r][c] / (1 - pow(b1, step)), vh = v[r][c] / (1 - pow(b2, step));
@@ -140,6 +150,8 @@ static void adamw_follows_the_formula(void **state)
 static void adamw_of_shards_equals_whole_bitwise(void **state)
 {
     enum { N = 53, CUT = 20 };
+    double scale = 0.3;
+    const struct tensor factor = factor_of(&scale);
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct ref_check_random rng = { 3 };
         struct state a = state_new(fp64, N, 1), b = state_new(fp64, N, 1);
@@ -149,7 +161,7 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
         ref_check_convert(&a.master, &b.master);
         for (int step = 1; step <= 3; step++) {
             REF_CHECK_OP(fp64, adamw)(
-                NULL, &a.grad, 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v,
+                NULL, &a.grad, &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v,
                 &a.param);
             for (int part = 0; part < 2; part++) {
                 struct tensor t[5] = { b.grad, b.master, b.m, b.v, b.param };
@@ -159,7 +171,7 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
                     t[i].shape[0] = part == 0 ? CUT : N - CUT;
                 }
                 REF_CHECK_OP(fp64, adamw)(
-                    NULL, &t[0], 0.3, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3], &t[4]);
+                    NULL, &t[0], &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3], &t[4]);
             }
         }
         ref_check_same(&a.master, &b.master, "master");
@@ -170,12 +182,99 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
     }
 }
 
+/* A negative factor is no update: not even the moments move, whatever the gradient holds. */
+static void adamw_with_a_negative_factor_changes_nothing(void **state)
+{
+    double none = -1;
+    const struct tensor factor = factor_of(&none);
+    for (int fp64 = 0; fp64 < 2; fp64++) {
+        struct ref_check_random rng = { 5 };
+        struct state s = state_new(fp64, 5, 9), before = state_new(fp64, 5, 9);
+        ref_check_fill_random(&s.grad, &rng, -1, 1);
+        ref_check_set(&s.grad, 2, 3, NAN);
+        ref_check_fill_random(&s.master, &rng, -1, 1);
+        ref_check_fill_random(&s.m, &rng, -1, 1);
+        ref_check_fill_random(&s.v, &rng, 0, 1);
+        ref_check_fill_random(&s.param, &rng, -1, 1);
+        ref_check_convert(&s.master, &before.master);
+        ref_check_convert(&s.m, &before.m);
+        ref_check_convert(&s.v, &before.v);
+        ref_check_convert(&s.param, &before.param);
+        REF_CHECK_OP(fp64, adamw)(
+            NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1e-8, 0.1, 3, &s.master, &s.m, &s.v, &s.param);
+        ref_check_same(&s.master, &before.master, "master");
+        ref_check_same(&s.m, &before.m, "m");
+        ref_check_same(&s.v, &before.v, "v");
+        ref_check_same(&s.param, &before.param, "param");
+        state_free(&s);
+        state_free(&before);
+    }
+}
+
+static void sum_wide_adds_in_order_in_double(void **state)
+{
+    for (int fp64 = 0; fp64 < 2; fp64++) {
+        struct tensor x = ref_check_vector(real_dtype[fp64], 1000), total = ref_check_vector(DTYPE_F64, 1),
+                      none = ref_check_vector(real_dtype[fp64], 0);
+        struct ref_check_random rng = { 6 };
+        double expected = 0;
+        ref_check_fill_random(&x, &rng, -1, 1);
+        ref_check_set(&x, 0, 0, 1e16);
+        ref_check_set(&x, 0, 999, -1e16);
+        for (int64_t i = 0; i < 1000; i++)
+            expected += ref_check_get(&x, 0, i);
+        ref_check_fill(&total, 77);
+        REF_CHECK_OP(fp64, sum_wide)(NULL, &x, &total);
+        ref_check_value(ref_check_get(&total, 0, 0), expected, 0, "sum");
+        REF_CHECK_OP(fp64, sum_wide)(NULL, &none, &total);
+        ref_check_value(ref_check_get(&total, 0, 0), 0, 0, "sum of nothing");
+        ref_check_free(&x);
+        ref_check_free(&none);
+        ref_check_free(&total);
+    }
+}
+
+/* Three ranks, two modules: {loss sum, squares of module 0, of module 1}. */
+struct decision { double clip, threshold, tokens, rows[3][3], expected[5]; };
+
+static void decide_update_cases(void **state)
+{
+    /* factors 1/2 and 1/4: squares 36/4 + 112/16 = 16, norm 4; loss 12/6 */
+    const double factor[2] = { 0.5, 0.25 };
+    const struct decision c[] = {
+        { 0, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
+        { 8, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
+        { 1, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5 * (1 / (4 + 1e-6)), 0.25 * (1 / (4 + 1e-6)), 2, 4, -1 } },
+        { 0, 4, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
+        { 0, 3.9, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { -1, -1, 2, 4, -1 } },
+        { 0, 0, 0, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 12, 4, -1 } },
+        { 1, 0, 6, { { NAN, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { -1, -1, NAN, 4, -1 } },
+        { 1, 0, 6, { { 3, 4, 0 }, { INFINITY, 32, 100 }, { 0, 0, 12 } }, { -1, -1, INFINITY, 4, -1 } },
+        { 1, 0, 6, { { 3, 4, 0 }, { 9, INFINITY, 100 }, { 0, 0, 12 } }, { -1, -1, 2, INFINITY, 0 } },
+        { 1, 0, 6, { { 3, 4, 0 }, { 9, INFINITY, 100 }, { 0, 0, NAN } }, { -1, -1, 2, NAN, 1 } },
+        { 1, 0, 6, { { 3, NAN, 0 }, { 9, 32, 100 }, { 0, 0, NAN } }, { -1, -1, 2, NAN, 0 } },
+    };
+    for (int fp64 = 0; fp64 < 2; fp64++)
+        for (size_t i = 0; i < sizeof c / sizeof c[0]; i++) {
+            double rows[3][3], got[5] = { 7, 7, 7, 7, 7 };
+            memcpy(rows, c[i].rows, sizeof rows);
+            const struct tensor numbers = tensor_2d(rows, DTYPE_F64, PLACE_DEVICE, 3, 3),
+                                result = tensor_1d(got, DTYPE_F64, PLACE_DEVICE, 5);
+            REF_CHECK_OP(fp64, decide_update)(NULL, &numbers, c[i].tokens, factor, c[i].clip, c[i].threshold, &result);
+            for (int k = 0; k < 5; k++)
+                if (!(got[k] == c[i].expected[k] || (isnan(got[k]) && isnan(c[i].expected[k]))))
+                    fail_msg("case %zu, result %d: %.17g instead of %.17g", i, k, got[k], c[i].expected[k]);
+        }
+}
+
 static void adamw_of_nothing(void **state)
 {
+    double one = 1;
+    const struct tensor factor = factor_of(&one);
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct tensor none = ref_check_vector(real_dtype[fp64], 0);
         REF_CHECK_OP(fp64, adamw)(
-            NULL, &none, 1, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
+            NULL, &none, &factor, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
         ref_check_free(&none);
     }
 }
@@ -188,6 +287,9 @@ int main(void)
         cmocka_unit_test(adamw_first_step_by_hand),
         cmocka_unit_test(adamw_follows_the_formula),
         cmocka_unit_test(adamw_of_shards_equals_whole_bitwise),
+        cmocka_unit_test(adamw_with_a_negative_factor_changes_nothing),
+        cmocka_unit_test(sum_wide_adds_in_order_in_double),
+        cmocka_unit_test(decide_update_cases),
         cmocka_unit_test(adamw_of_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -79,6 +79,18 @@ static void cuda_release(void *p)
     CHECK_CUDA(cudaFree(p));
 }
 
+static void *cuda_alloc_host(size_t bytes)
+{
+    void *p = NULL;
+    CHECK_CUDA(cudaHostAlloc(&p, bytes ? bytes : 256, cudaHostAllocDefault));
+    return p;
+}
+
+static void cuda_release_host(void *p)
+{
+    CHECK_CUDA(cudaFreeHost(p));
+}
+
 /* ---- streams ---- */
 
 static void cuda_stream_create(struct stream *s, const char *name)
@@ -138,12 +150,17 @@ static void cuda_stream_wait(struct stream *s, const struct event *e)
     CHECK_CUDA(cudaStreamWaitEvent(cuda_stream_of(s), e->native, 0));
 }
 
+static void cuda_event_sync(const struct event *e)
+{
+    CHECK_CUDA(cudaEventSynchronize(e->native));
+}
+
 #define COMMON                                                                                                          \
     .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release, .memory = cuda_memory,      \
     .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
     .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
-    .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .attention_work = cuda_attention_work,          \
-    .ssd_work = cuda_ssd_work,
+    .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync, .asynchronous = true,  \
+    .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .attention_work = cuda_attention_work, .ssd_work = cuda_ssd_work,
 
 #define X(op) .op = cuda_##op,
 const struct backend_ops backend_cuda_bf16 = { COMMON .act = DTYPE_BF16, CUDA_OPS(X) };

@@ -18,7 +18,7 @@ extern "C" {
     X(ssd_forward) X(ssd_backward) X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
     X(router_balance_loss) X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
     X(grouped_act_forward) X(grouped_act_backward) X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) \
-    X(sum_squares) X(count_zeros) X(adamw)
+    X(sum_squares) X(count_zeros) X(sum_wide) X(decide_update) X(adamw)
 
 #define X(op) extern __typeof__(*((struct backend_ops *)0)->op) cuda_##op;
 CUDA_OPS(X)

@@ -113,13 +113,91 @@ extern "C" void cuda_count_zeros(struct stream *s, in_t x, out_t total)
     CHECK_LAUNCH();
 }
 
-struct adam { float factor, lr, b1, c1, b2, c2, correct1, correct2, eps, wd; };
+/* One thread adds, in ascending order: the same bits as on the host. The others fetch. */
+static __global__ void __launch_bounds__(THREADS) sum_wide_kernel(const float *x, int64_t n, double *total)
+{
+    __shared__ float piece[THREADS];
+    double sum = 0;
+    for (int64_t first = 0; first < n; first += THREADS) {
+        const int count = n - first < THREADS ? (int)(n - first) : THREADS;
+        if ((int)threadIdx.x < count)
+            piece[threadIdx.x] = x[first + threadIdx.x];
+        __syncthreads();
+        for (int i = 0; i < count && threadIdx.x == 0; i++)
+            sum += piece[i];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0)
+        *total = sum;
+}
+
+extern "C" void cuda_sum_wide(struct stream *s, in_t x, out_t total)
+{
+    ASSERT(x->dtype == DTYPE_F32 && total->dtype == DTYPE_F64 && all_dense({ x }));
+    sum_wide_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((const float *)x->data, tensor_numel(x), (double *)total->data);
+    CHECK_LAUNCH();
+}
+
+enum { MOST_MODULES = 8 };
+struct module_factors { double v[MOST_MODULES]; };
+
+/* One thread; every operation is rounded by itself, as the reference's is. */
+static __global__ void decide_kernel(const double *rows, int64_t ranks, int modules, double tokens, module_factors factor, double clip,
+                                     double threshold, double *out)
+{
+    const int64_t n = modules + 1;
+    double loss = 0, norm = 0, scale = 1;
+    int worst = 0, bad = -1;
+    for (int64_t r = 0; r < ranks; r++)
+        loss += rows[r * n];
+    loss = __ddiv_rn(loss, tokens > 1 ? tokens : 1);
+    for (int i = 0; i < modules; i++) {
+        double square = 0;
+        for (int64_t r = 0; r < ranks; r++)
+            square += rows[r * n + 1 + i];
+        square = __dmul_rn(__dmul_rn(square, factor.v[i]), factor.v[i]);
+        const int state = isnan(square) ? 2 : isinf(square) ? 1 : 0;
+        if (state > worst) {
+            worst = state;
+            bad = i;
+        }
+        norm = __dadd_rn(norm, state ? 0 : square);
+    }
+    norm = worst == 2 ? NAN : worst == 1 ? INFINITY : __dsqrt_rn(norm);
+    if (clip > 0 && clip < norm + 1e-6)
+        scale = __ddiv_rn(clip, norm + 1e-6);
+    const bool update = isfinite(loss) && bad < 0 && !(threshold > 0 && norm > threshold);
+    for (int i = 0; i < modules; i++)
+        out[i] = update ? __dmul_rn(factor.v[i], scale) : -1;
+    out[modules] = loss;
+    out[modules + 1] = norm;
+    out[modules + 2] = bad;
+}
+
+extern "C" void cuda_decide_update(struct stream *s, in_t numbers, double tokens, const double *factor, double clip, double threshold,
+                                   out_t result)
+{
+    const int modules = (int)tensor_cols(numbers) - 1;
+    module_factors f;
+    ASSERT(numbers->dtype == DTYPE_F64 && all_dense({ numbers }) && modules > 0 && modules <= MOST_MODULES);
+    ASSERT(result->dtype == DTYPE_F64 && tensor_numel(result) == modules + 3);
+    for (int i = 0; i < modules; i++)
+        f.v[i] = factor[i];
+    decide_kernel<<<1, 1, 0, cuda_stream_of(s)>>>((const double *)numbers->data, tensor_rows(numbers), modules, tokens, f, clip, threshold,
+                                                  (double *)result->data);
+    CHECK_LAUNCH();
+}
+
+struct adam { float lr, b1, c1, b2, c2, correct1, correct2, eps, wd; };
 
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(adam o, matrix<const float> grad, matrix<float> master, matrix<float> m, matrix<float> v, matrix<T> param)
+    adamw_kernel(adam o, const double *wide_factor, matrix<const float> grad, matrix<float> master, matrix<float> m, matrix<float> v, matrix<T> param)
 {
     const int64_t per_row = (grad.cols + CHUNK - 1) / CHUNK, n = grad.rows * per_row;
+    const float factor = (float)*wide_factor;
+    if (factor < 0)
+        return;
     for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
         const int64_t r = i / per_row, c = i % per_row * CHUNK;
         const int size = chunk_size(grad.cols, c);
@@ -130,7 +208,7 @@ static __global__ void __launch_bounds__(THREADS)
         load_chunk<VEC>(v.row(r) + c, size, second);
 #pragma unroll
         for (int j = 0; j < CHUNK; j++) {
-            const float x = g[j] * o.factor;
+            const float x = g[j] * factor;
             first[j] = o.b1 * first[j] + o.c1 * x;
             second[j] = o.b2 * second[j] + o.c2 * x * x;
             p[j] -= o.lr * (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
@@ -142,20 +220,20 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" void cuda_adamw(struct stream *s, in_t grad, double factor, double lr, double beta1, double beta2, double eps, double wd, int64_t step,
+extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1, double beta2, double eps, double wd, int64_t step,
                            out_t master, out_t m, out_t v, out_t param)
 {
     const int64_t n = tensor_numel(grad);
-    ASSERT(step >= 1 && tensor_numel(master) == n && tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
+    ASSERT(factor->dtype == DTYPE_F64 && step >= 1 && tensor_numel(master) == n && tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
     if (n == 0)
         return;
-    const adam o = { (float)factor, (float)lr, (float)beta1, (float)(1 - beta1), (float)beta2, (float)(1 - beta2),
+    const adam o = { (float)lr, (float)beta1, (float)(1 - beta1), (float)beta2, (float)(1 - beta2),
                      (float)(1 / (1 - pow(beta1, (double)step))), (float)(1 / (1 - pow(beta2, (double)step))), (float)eps, (float)wd };
     by_type(param, [&](auto zero) {
         using T = decltype(zero);
         by_flag(chunks_aligned({ grad, master, m, v, param }), [&](auto vec) {
-            adamw_kernel<decltype(vec)::value, T><<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(o, flat<const float>(grad), flat<float>(master), flat<float>(m), flat<float>(v),
-                                                                        flat<T>(param));
+            adamw_kernel<decltype(vec)::value, T><<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(o, (const double *)factor->data, flat<const float>(grad), flat<float>(master), flat<float>(m),
+                                                                        flat<float>(v), flat<T>(param));
         });
     });
     CHECK_LAUNCH();

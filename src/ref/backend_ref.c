@@ -137,13 +137,14 @@ static void ref_event_create(struct event *e)
 static void ref_event_destroy(struct event *e) {}
 static void ref_event_record(struct event *e, struct stream *s) {}
 static void ref_stream_wait(struct stream *s, const struct event *e) {}
+static void ref_event_sync(const struct event *e) {}
 
 #define COMMON                                                                                     \
     .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, \
     .cast = ref_cast, .initialise = ref_initialise, .memory = ref_memory, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
     .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
     .event_destroy = ref_event_destroy, .event_record = ref_event_record,                          \
-    .stream_wait = ref_stream_wait,
+    .stream_wait = ref_stream_wait, .event_sync = ref_event_sync, .alloc_host = ref_alloc, .release_host = ref_release,
 
 /* clang-format off */
 const struct backend_ops backend_ref_f32 = {

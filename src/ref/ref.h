@@ -25,7 +25,8 @@
     X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) X(ssd_backward) \
     X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
     X(router_balance_loss) X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
-    X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(adamw)
+    X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(sum_wide) \
+    X(decide_update) X(adamw)
 
 /* The prototypes are those of the table's members. */
 #define X(op) extern __typeof__(*((struct backend_ops *)0)->op) ref_##op##_f32, ref_##op##_f64;

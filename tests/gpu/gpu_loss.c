@@ -1,5 +1,7 @@
 /* gpu_loss.c - cross entropy, optimizer and the encoder's token rows against the reference. */
+#include <math.h>
 #include <stdlib.h>
+#include <string.h>
 #include "gpu_check.h"
 
 static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols, int64_t first)
@@ -94,21 +96,84 @@ static void adamw_case(struct gpu_check *g, enum dtype dtype, int64_t n, int64_t
     if (!gpu_case(g, "adamw", "%lld step %lld %s offset %d", (long long)n, (long long)step, dtype_name(dtype), g->offset))
         return;
     struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n), *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
-                      *out = gpu_vector(g, dtype, n);
+                      *out = gpu_vector(g, dtype, n), *factor = gpu_vector(g, DTYPE_F64, 1);
     gpu_normal(g, grad, 1);
+    *(double *)factor->host.data = 0.25;
+    gpu_upload(g, factor);
     gpu_normal(g, p, 1);
     gpu_normal(g, m, 0.1);
     gpu_uniform(g, v, 0, 0.1);
     gpu_inout(p);
     gpu_inout(m);
     gpu_inout(v);
-    gpu_run(g) cuda_adamw(g->stream, &grad->dev, 0.25, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->dev, &m->dev, &v->dev, &out->dev);
-    backend_ref_f32.adamw(g->cpu, &grad->host, 0.25, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->host, &m->host, &v->host, &out->host);
+    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->dev, &m->dev, &v->dev, &out->dev);
+    backend_ref_f32.adamw(g->cpu, &grad->host, &factor->host, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->host, &m->host, &v->host, &out->host);
     gpu_close(g, p, "master", gpu_rounding(DTYPE_F32));
     gpu_close(g, m, "m", gpu_rounding(DTYPE_F32));
     gpu_close(g, v, "v", gpu_rounding(DTYPE_F32));
     gpu_close(g, out, "param", dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 4.2e-3 } : gpu_rounding(dtype));
     gpu_report(g, (double)n * (28.0 + (double)dtype_bytes(dtype)), 0);
+}
+
+/* Bit by bit as on the host: the decision must not depend on who takes it. */
+static void decision_case(struct gpu_check *g, int64_t ranks, double clip, double threshold, double odd)
+{
+    static const double factor[3] = { 0.0625 / 3, 0.0625 / 7, 1.0 / 4099 };
+    if (!gpu_case(g, "decide_update", "%lld ranks, clip %g, threshold %g, one number %g", (long long)ranks, clip, threshold, odd))
+        return;
+    struct gpu_tensor *numbers = gpu_tensor(g, DTYPE_F64, 2, (int64_t[]){ ranks, 4 }), *result = gpu_vector(g, DTYPE_F64, 6);
+    for (int64_t i = 0; i < 4 * ranks; i++)
+        ((double *)numbers->host.data)[i] = 1e-9 * (double)(gpu_random(g) >> 12);
+    if (odd != 0.0)
+        ((double *)numbers->host.data)[gpu_random(g) % (uint64_t)(4 * ranks)] = odd;
+    gpu_upload(g, numbers);
+    gpu_run(g) cuda_decide_update(g->stream, &numbers->dev, 4099, factor, clip, threshold, &result->dev);
+    backend_ref_f32.decide_update(g->cpu, &numbers->host, 4099, factor, clip, threshold, &result->host);
+    for (int i = 0; i < 6; i++) {     /* not a number has many patterns */
+        double got, *want = (double *)result->host.data + i;
+        memcpy(&got, result->got + result->begin + (size_t)i * sizeof got, sizeof got);
+        if (isnan(got) && isnan(*want))
+            *want = got;
+    }
+    gpu_equal(g, result, "result");
+    gpu_report(g, 0, 0);
+}
+
+static void sum_wide_case(struct gpu_check *g, int64_t n)
+{
+    if (!gpu_case(g, "sum_wide", "%lld", (long long)n))
+        return;
+    struct gpu_tensor *x = gpu_vector(g, DTYPE_F32, n), *total = gpu_vector(g, DTYPE_F64, 1);
+    gpu_normal(g, x, 1e3);
+    gpu_run(g) cuda_sum_wide(g->stream, &x->dev, &total->dev);
+    backend_ref_f32.sum_wide(g->cpu, &x->host, &total->host);
+    gpu_equal(g, total, "total");
+    gpu_report(g, 0, 0);
+}
+
+static void skipped_case(struct gpu_check *g, enum dtype dtype, int64_t n)
+{
+    if (!gpu_case(g, "adamw", "%lld, no update, %s", (long long)n, dtype_name(dtype)))
+        return;
+    struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n), *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
+                      *out = gpu_vector(g, dtype, n), *factor = gpu_vector(g, DTYPE_F64, 1);
+    *(double *)factor->host.data = -1;
+    gpu_upload(g, factor);
+    gpu_normal(g, grad, 1);
+    gpu_normal(g, p, 1);
+    gpu_normal(g, m, 0.1);
+    gpu_uniform(g, v, 0, 0.1);
+    gpu_normal(g, out, 1);
+    gpu_inout(p);
+    gpu_inout(m);
+    gpu_inout(v);
+    gpu_inout(out);
+    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, 3, &p->dev, &m->dev, &v->dev, &out->dev);
+    gpu_close(g, p, "master", (struct gpu_bound){ 0, 0 });
+    gpu_close(g, m, "m", (struct gpu_bound){ 0, 0 });
+    gpu_close(g, v, "v", (struct gpu_bound){ 0, 0 });
+    gpu_close(g, out, "param", (struct gpu_bound){ 0, 0 });
+    gpu_report(g, 0, 0);
 }
 
 static void bias_case(struct gpu_check *g, int64_t experts)
@@ -201,6 +266,19 @@ int main(int argc, char **argv)
         statistics_case(g, 0, 8);
         finish_case(g, 1);
         finish_case(g, 8191);
+        for (int t = 0; t < 2; t++)
+            skipped_case(g, type[t], 10007);
+        for (int64_t ranks = 1; ranks <= 300; ranks = 7 * ranks + 1) {
+            decision_case(g, ranks, 0, 0, 0);
+            decision_case(g, ranks, 1, 0, 0);
+            decision_case(g, ranks, 1, 1e-3, 0);
+            decision_case(g, ranks, 1, 0, INFINITY);
+            decision_case(g, ranks, 1, 0, NAN);
+        }
+        sum_wide_case(g, 0);
+        sum_wide_case(g, 1);
+        sum_wide_case(g, 300);
+        sum_wide_case(g, 1025);
         bias_case(g, 8);
         bias_case(g, 509);
     }
