@@ -1,7 +1,7 @@
 /* mamba.cu - the short convolution and the gated norm of the Mamba-2 layer (model.md 1.6.2, 1.6.6); the scan is in ssd.cu.
  *
- * Convolution: a thread walks a run of rows of eight channels with the taps' inputs in registers, so each row is read once.
- * Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
+ * Convolution: a thread walks a run of rows of eight channels (backward four) with the taps' inputs in registers, so each row
+ * is read once. Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
  * as one partial sum a run. Gated norm: a warp has one group of one row in registers; the weight's gradient is summed in
  * registers over the rows of a warp, then over warps and blocks in their order.
  */
@@ -120,66 +120,144 @@ static __global__ void __launch_bounds__(CONV_THREADS)
     }
 }
 
-/* partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
+/* Four neighbouring channels as they lie in memory; backward has twice the registers a channel, so half the channels a thread. */
+enum { FOUR = 4 };
+template <class T> struct four;
+template <> struct four<bf16> { uint2 raw; };
+template <> struct four<float> { float4 raw; };
+
+template <bool VEC, class T> __device__ __forceinline__ four<T> read_four(const T *p, int n)
+{
+    four<T> c = {};
+    if (VEC && n == FOUR)
+        return *(const four<T> *)p;
+#pragma unroll
+    for (int i = 0; i < FOUR; i++)
+        if (i < n)
+            ((T *)&c)[i] = p[i];
+    return c;
+}
+
+__device__ __forceinline__ void widen_four(const four<bf16> &c, float (&v)[FOUR])
+{
+    v[0] = __uint_as_float(c.raw.x << 16), v[1] = __uint_as_float(c.raw.x & 0xffff0000u);
+    v[2] = __uint_as_float(c.raw.y << 16), v[3] = __uint_as_float(c.raw.y & 0xffff0000u);
+}
+
+__device__ __forceinline__ void widen_four(const four<float> &c, float (&v)[FOUR])
+{
+    v[0] = c.raw.x, v[1] = c.raw.y, v[2] = c.raw.z, v[3] = c.raw.w;
+}
+
+template <bool VEC, class T> __device__ __forceinline__ void store_four(T *p, int n, const float (&v)[FOUR])
+{
+    four<T> c;
+#pragma unroll
+    for (int i = 0; i < FOUR; i++)
+        ((T *)&c)[i] = from_float<T>(v[i]);
+    if (VEC && n == FOUR) {
+        *(four<T> *)p = c;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < FOUR; i++)
+        if (i < n)
+            p[i] = ((const T *)&c)[i];
+}
+
+/* A turn of W rows is read while the one before it is worked on; row s of a turn's row u has slot u of the rings in and due,
+ * row s-(W-1)+w slot (u+1+w) % W. partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
 template <bool VEC, int W, class T>
-static __global__ void __launch_bounds__(CONV_THREADS)
+static __global__ void __launch_bounds__(CONV_THREADS, 4)
     conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<const T> dy,
                          matrix<T> dx, float *partial)
 {
-    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * CHUNK;
-    const int n = chunk_size(dx.cols, c);
+    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * FOUR;
+    const int n = c >= dx.cols ? 0 : dx.cols - c < FOUR ? (int)(dx.cols - c) : FOUR;
     const int64_t first = blockIdx.y * (int64_t)run, last = first + run < dx.rows ? first + run : dx.rows;
+    const int64_t known = last + W - 1 < dx.rows ? last + W - 1 : dx.rows;   /* rows from here on have dv = 0 */
     if (n == 0)
         return;
-    float k[W][CHUNK], bias[CHUNK], in[W][CHUNK], v[CHUNK], dv[CHUNK], due[W][CHUNK] = {}, dw[W][CHUNK] = {}, db[CHUNK] = {};
+    float k[W][FOUR], bias[FOUR], in[W][FOUR] = {}, due[W][FOUR] = {}, dw[W][FOUR] = {}, db[FOUR] = {};
+    four<T> next_x[W], next_dy[W];
     walker at(cu, segments, first);
-    load_taps<W>(weight, bias_of, c, n, k, bias);
-    load_before<VEC, W>(x, first, at.start, c, n, in);
-    /* due[i] collects dx of row s-(W-1)+i; rows beyond the last have dv = 0 and only push out what is due. */
-    for (int64_t s = first; s < last + W - 1; s++) {
-        if (s < dx.rows) {
-            if (at.moves(s))
 #pragma unroll
-                for (int w = 0; w < W; w++)
+    for (int i = 0; i < FOUR; i++) {
+        bias[i] = i < n ? to_float(bias_of[c + i]) : 0.0f;
 #pragma unroll
-                    for (int i = 0; i < CHUNK; i++)
-                        in[w][i] = 0;
-            load_chunk<VEC>(x.row(s) + c, n, in[W - 1]);
-            load_chunk<VEC>(dy.row(s) + c, n, dv);
-            taps_sum<W>(k, bias, in, v);
+        for (int w = 0; w < W; w++)
+            k[w][i] = i < n ? to_float(weight[(c + i) * W + w]) : 0.0f;
+    }
 #pragma unroll
-            for (int i = 0; i < CHUNK; i++) {
-                const float gate = sigmoid<T>(v[i]);
-                dv[i] *= gate * (1 + v[i] * (1 - gate));
-            }
-            if (partial && s < last)
+    for (int u = 1; u < W; u++)
+        if (first - W + u >= at.start)
+            widen_four(read_four<VEC>(x.row(first - W + u) + c, n), in[u]);
+    const auto read_turn = [&](int64_t base) {
 #pragma unroll
-                for (int i = 0; i < CHUNK; i++) {
-                    db[i] += dv[i];
+        for (int u = 0; u < W; u++) {
+            const int64_t s = base + u < known ? base + u : known - 1;
+            next_x[u] = read_four<VEC>(x.row(s) + c, n);
+            next_dy[u] = read_four<VEC>(dy.row(s) + c, n);
+        }
+    };
+    read_turn(first);
+    for (int64_t base = first; base < last + W - 1; base += W) {
+        four<T> row_x[W], row_dy[W];
+#pragma unroll
+        for (int u = 0; u < W; u++) {
+            row_x[u] = next_x[u];
+            row_dy[u] = next_dy[u];
+        }
+        read_turn(base + W);
+#pragma unroll
+        for (int u = 0; u < W; u++) {
+            const int64_t s = base + u;
+            if (s < known) {
+                if (at.moves(s))
 #pragma unroll
                     for (int w = 0; w < W; w++)
-                        dw[w][i] += dv[i] * in[w][i];
+#pragma unroll
+                        for (int i = 0; i < FOUR; i++)
+                            in[w][i] = 0;
+                float dv[FOUR];
+                widen_four(row_x[u], in[u]);
+                widen_four(row_dy[u], dv);
+#pragma unroll
+                for (int i = 0; i < FOUR; i++) {
+                    float v = bias[i];
+#pragma unroll
+                    for (int w = 0; w < W; w++)
+                        v += k[w][i] * in[(u + 1 + w) % W][i];
+                    const float gate = sigmoid<T>(v);
+                    dv[i] *= gate * (1 + v * (1 - gate));
                 }
+                if (partial && s < last)
 #pragma unroll
-            for (int w = 0; w < W; w++)
-                if (s - (W - 1) + w >= at.start)
+                    for (int i = 0; i < FOUR; i++) {
+                        db[i] += dv[i];
 #pragma unroll
-                    for (int i = 0; i < CHUNK; i++)
-                        due[w][i] += k[w][i] * dv[i];
-            shift<W>(in);
+                        for (int w = 0; w < W; w++)
+                            dw[w][i] += dv[i] * in[(u + 1 + w) % W][i];
+                    }
+#pragma unroll
+                for (int w = 0; w < W; w++)
+                    if (s - (W - 1) + w >= at.start)
+#pragma unroll
+                        for (int i = 0; i < FOUR; i++)
+                            due[(u + 1 + w) % W][i] += k[w][i] * dv[i];
+            }
+            if (s - (W - 1) >= first && s - (W - 1) < last)
+                store_four<VEC>(dx.row(s - (W - 1)) + c, n, due[(u + 1) % W]);
+#pragma unroll
+            for (int i = 0; i < FOUR; i++)
+                due[(u + 1) % W][i] = 0;
         }
-        if (s - (W - 1) >= first)
-            store_chunk<VEC>(dx.row(s - (W - 1)) + c, n, due[0]);
-        shift<W>(due);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            due[W - 1][i] = 0;
     }
     if (!partial)
         return;
     float *own = partial + blockIdx.y * dx.cols * (W + 1);
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++)
+    for (int i = 0; i < FOUR; i++)
         if (i < n) {
 #pragma unroll
             for (int w = 0; w < W; w++)
@@ -321,7 +399,7 @@ extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_
             return;
         }
         float *partial = dw ? (float *)cuda_scratch(s, (size_t)(runs * cols * (FAST_TAPS + 1)) * sizeof(float)) : NULL;
-        const dim3 grid(blocks_for(cols, CONV_THREADS * CHUNK), (unsigned)runs);
+        const dim3 grid(blocks_for(cols, CONV_THREADS * FOUR), (unsigned)runs);
         by_flag(chunks_aligned({ x, dy, dx }), [&](auto vec) {
             conv_backward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, st>>>(
                 as_matrix<const T>(x), weight, bias, starts, segments, run, as_matrix<const T>(dy), as_matrix<T>(dx), partial);
@@ -338,6 +416,19 @@ extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_
 
 /* ---- gated norm ---- */
 
+/* A row of a group as it lies in memory. */
+template <bool VEC, int PER, class T> struct group_raw {
+    chunk<T> c[PER];
+    __device__ __forceinline__ void read(const T *p, int64_t width)
+    {
+#pragma unroll
+        for (int i = 0; i < PER; i++) {
+            const int64_t at = (int64_t)(i * WARP + threadIdx.x % WARP) * CHUNK;
+            c[i] = read_chunk<VEC>(p + (at < width ? at : 0), chunk_size(width, at));
+        }
+    }
+};
+
 /* A lane has chunks lane, lane+32, ... of its group: PER of them at most. */
 template <bool VEC, int PER, class T> struct group_row {
     float v[PER][CHUNK];
@@ -348,6 +439,12 @@ template <bool VEC, int PER, class T> struct group_row {
             const int64_t c = (int64_t)(i * WARP + threadIdx.x % WARP) * CHUNK;
             load_chunk<VEC>(p + (c < width ? c : 0), chunk_size(width, c), v[i]);
         }
+    }
+    __device__ __forceinline__ void widen(const group_raw<VEC, PER, T> &raw)
+    {
+#pragma unroll
+        for (int i = 0; i < PER; i++)
+            widen_chunk(raw.c[i], v[i]);
     }
     __device__ __forceinline__ void store(T *p, int64_t width) const
     {
@@ -392,9 +489,10 @@ static __global__ void __launch_bounds__(NORM_WARPS *WARP)
         rs.row(r)[g] = scale;
 }
 
-/* Block (b, g): rows b*NORM_WARPS + warp, + gridDim.x*NORM_WARPS, ... of group g. partial [blocks][cols] or NULL. */
+/* Block (b, g): rows b*NORM_WARPS + warp, + gridDim.x*NORM_WARPS, ... of group g; a warp's next row is read while it works on
+ * one. partial [blocks][cols] or NULL. */
 template <bool VEC, int PER, class T>
-static __global__ void __launch_bounds__(NORM_WARPS *WARP)
+static __global__ void __launch_bounds__(NORM_WARPS *WARP, PER *sizeof(T) <= 4 ? 2 : 1)
     gated_backward_kernel(matrix<const T> y, matrix<const T> z, const T *w, matrix<const float> rs, matrix<const T> d_o, matrix<T> dy, matrix<T> dz,
                           float *partial)
 {
@@ -404,11 +502,29 @@ static __global__ void __launch_bounds__(NORM_WARPS *WARP)
     group_row<VEC, PER, T> weight, value, gate, from;
     float dw[PER][CHUNK] = {};
     weight.load(w + first, width);
-    for (int64_t r = blockIdx.x * (int64_t)NORM_WARPS + warp; r < dy.rows; r += (int64_t)gridDim.x * NORM_WARPS) {
-        value.load(y.row(r) + first, width);
-        gate.load(z.row(r) + first, width);
-        from.load(d_o.row(r) + first, width);
-        const float scale = rs.row(r)[g];
+    constexpr bool AHEAD = PER <= 2;   /* the registers allow it */
+    const int64_t own = blockIdx.x * (int64_t)NORM_WARPS + warp, step = (int64_t)gridDim.x * NORM_WARPS;
+    group_raw<VEC, PER, T> next[3];
+    float next_scale = 0;
+    const auto read = [&](int64_t r) {
+        if (r >= dy.rows)
+            return;
+        next[0].read(y.row(r) + first, width);
+        next[1].read(z.row(r) + first, width);
+        next[2].read(d_o.row(r) + first, width);
+        next_scale = rs.row(r)[g];
+    };
+    if (AHEAD)
+        read(own);
+    for (int64_t r = own; r < dy.rows; r += step) {
+        if (!AHEAD)
+            read(r);
+        value.widen(next[0]);
+        gate.widen(next[1]);
+        from.widen(next[2]);
+        const float scale = next_scale;
+        if (AHEAD)
+            read(r + step);
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < PER; i++)
@@ -503,7 +619,7 @@ extern "C" void cuda_gated_norm_backward(struct stream *s, in_t y, in_t z, in_t 
     ASSERT(tensor_rows(do_) == rows && tensor_cols(do_) == cols && tensor_rows(dz) == rows && tensor_cols(dz) == cols);
     if (rows * width == 0)
         return;
-    const int64_t most = (rows + NORM_WARPS - 1) / NORM_WARPS, wanted = NORM_BLOCKS * 8 / groups > 1 ? NORM_BLOCKS * 8 / groups : 1;
+    const int64_t most = (rows + NORM_WARPS - 1) / NORM_WARPS, wanted = NORM_BLOCKS / groups > 1 ? NORM_BLOCKS / groups : 1;
     const int blocks = (int)(most < wanted ? most : wanted);
     float *partial = dw ? (float *)cuda_scratch(s, (size_t)(blocks * cols) * sizeof(float)) : NULL;
     by_type(dy, [&](auto zero) {
