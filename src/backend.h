@@ -67,7 +67,7 @@ struct backend_ops {
 
     /* ---- dense ----------------------------------------------------------------------------------------------- */
     /* d[m,n] = alpha * op(a) op(b) + beta * c, op = transpose if ta/tb; c may be d, NULL when beta = 0; accumulation in acc.
-     * a, b act (or acc both: router backward); c, d act or acc. Rows of any ld. m, n or k = 0 is legal. */
+     * a, b act, or a acc (the router's gradient; as if b were widened); c, d act or acc. Rows of any ld. m, n or k = 0 is legal. */
     void (*gemm)(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d);
     /* Experts e = 0..E-1 own rows offsets[e]..offsets[e+1] (I32 [E+1], device) of the row matrices; w [E, out, in].
      * NT: c[rows, out] = a[rows, in] w_e^T     NN: c[rows, in] = a[rows, out] w_e

@@ -54,7 +54,6 @@ struct moe {
     struct tensor yp, dreceived_prob;      /* [R,H], acc [R] temporaries: expert outputs or gradients; dispatch only for the second */
     struct tensor a, da;                   /* [R,F] temporaries */
     struct tensor shared_a, shared_da;     /* [T,Fs] temporaries */
-    struct tensor hn_acc, router_acc;      /* acc [t,H], [E,H]: fp32 copies where act is narrower */
     struct tensor host_choice;             /* I32 [t,K] on the host; forced only */
 };
 
@@ -165,20 +164,7 @@ void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens,
     l->da = arena_2d(work, "moe.da", m->act, rows, l->width);
     l->shared_a = arena_2d(work, "moe.shared_a", m->act, tokens, l->shared_width);
     l->shared_da = arena_2d(work, "moe.shared_da", m->act, tokens, l->shared_width);
-    if (m->act != m->acc) {
-        l->hn_acc = arena_2d(work, "moe.hn_acc", m->acc, local, h);
-        l->router_acc = arena_2d(work, "moe.router_acc", m->acc, e, h);
-    }
     arena_rewind(work, mark);
-}
-
-/* The tensor itself, or its copy in acc where act is narrower. */
-static const struct tensor *in_acc(struct model *m, const struct tensor *t, const struct tensor *copy)
-{
-    if (t->dtype == m->acc)
-        return t;
-    m->be->cast(m->compute, t, copy);
-    return copy;
 }
 
 static struct tensor column(const struct tensor *vector)
@@ -455,10 +441,10 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
     be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling, l->balance ? &l->balance_count : NULL,
                         l->coeff, first_row(m, p->b), p->b->max_len, &l->logits);
     if (router->trainable) {
-        be->gemm(s, true, false, 1.0, &l->logits, in_acc(m, &l->hn, &l->hn_acc), 1.0, &router->grad, &router->grad);
+        be->gemm(s, true, false, 1.0, &l->logits, &l->hn, 1.0, &router->grad, &router->grad);
         m->gemm_flops += router_flops;
     }
-    be->gemm(s, false, false, 1.0, &l->logits, in_acc(m, &router->value, &l->router_acc), 1.0, &l->dhn, &l->dhn);
+    be->gemm(s, false, false, 1.0, &l->logits, &router->value, 1.0, &l->dhn, &l->dhn);
     m->gemm_flops += router_flops;
     if (l->shared_fc1 >= 0)
         be->add(s, &l->dshared, &l->dhn);

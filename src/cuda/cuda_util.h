@@ -31,6 +31,9 @@ struct cuda_context {
 void cuda_gemm_free(struct cuda_gemm *g);
 /* dense.cu, for gemm.c: d = product + beta*c in fp32, rounded once; product dense, of d's shape, NULL = 0; c NULL when beta is 0. */
 void cuda_gemm_finish(struct stream *s, const float *product, double beta, in_t c, out_t d);
+/* dense.cu, for gemm.c: three BF16 matrices like t at `to`, `apart` elements from each other, rows `ld` apart: of F32 numbers the
+ * three terms whose sum they are, BF16 numbers three times. */
+void cuda_gemm_terms(struct stream *s, in_t t, void *to, int64_t apart, int64_t ld);
 void cuda_attention_free(struct cuda_attention *a);
 
 #define CHECK_CUDA(call) cuda_check((call), #call, __FILE__, __LINE__)

@@ -103,6 +103,43 @@ extern "C" void cuda_gemm_finish(struct stream *s, const float *product, double 
     });
 }
 
+/* What bf16 leaves of a number has as many digits again, twice. */
+__device__ __forceinline__ void terms_of(float x, bf16 (&term)[3])
+{
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        term[i] = from_float<bf16>(x);
+        x -= to_float(term[i]);
+    }
+}
+
+__device__ __forceinline__ void terms_of(bf16 x, bf16 (&term)[3])
+{
+    term[0] = term[1] = term[2] = x;
+}
+
+template <class T> static __global__ void __launch_bounds__(THREADS) terms_kernel(matrix<const T> t, bf16 *to, int64_t apart, int64_t ld)
+{
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < t.rows * t.cols; i += (int64_t)gridDim.x * THREADS) {
+        const int64_t r = i / t.cols, c = i % t.cols;
+        bf16 term[3];
+        terms_of(t.row(r)[c], term);
+#pragma unroll
+        for (int k = 0; k < 3; k++)
+            to[k * apart + r * ld + c] = term[k];
+    }
+}
+
+/* Declared in cuda_util.h. */
+extern "C" void cuda_gemm_terms(struct stream *s, in_t t, void *to, int64_t apart, int64_t ld)
+{
+    by_type(t, [&](auto zero) {
+        using T = decltype(zero);
+        terms_kernel<T><<<blocks_for(tensor_numel(t), THREADS), THREADS, 0, cuda_stream_of(s)>>>(as_matrix<const T>(t), (bf16 *)to, apart, ld);
+    });
+    CHECK_LAUNCH();
+}
+
 /* ---- activations ---- */
 
 /* fgelu of model.md 2.5 through exp(-2u), u the argument of its tanh: (1+tanh u)/2 = 1/(1+exp(-2u)) and (1-tanh u)/2 =

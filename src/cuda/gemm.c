@@ -3,7 +3,8 @@
  * Row-major matrices are the column-major transposes of themselves, so D = op(A) op(B) is asked for as
  * D^T = op(B)^T op(A)^T: the operands change places and keep their transposition.
  *
- * Inputs are both BF16 or both F32 (true fp32: no TF32), accumulation is fp32. What cuBLASLt cannot do - F32 inputs with a
+ * Inputs are both BF16 or both F32 (true fp32: no TF32), accumulation is fp32. F32 times BF16 is a product of BF16 matrices as
+ * well: three terms of BF16 hold all digits of an F32 number (multiply_terms). What cuBLASLt cannot do - F32 inputs with a
  * BF16 result, c and d of different types, no inner dimension - goes through an fp32 product in scratch, rows at a time, and
  * one pass that adds beta*c and rounds (cuda_gemm_finish).
  *
@@ -46,6 +47,7 @@ struct cuda_gemm {
 static void check_cublas(cublasStatus_t status, const char *call, const char *file, int line);
 static void multiply(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d);
 static void multiply_in_scratch(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d);
+static void multiply_terms(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d);
 static struct plan *plan_of(struct cuda_context *context, const struct form *form);
 
 void cuda_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
@@ -53,7 +55,7 @@ void cuda_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
     const int64_t m = tensor_rows(d), n = tensor_cols(d), k = ta ? tensor_rows(a) : tensor_cols(a);
     ASSERT(tensor_rows(a) == (ta ? k : m) && tensor_cols(a) == (ta ? m : k));
     ASSERT(tensor_rows(b) == (tb ? n : k) && tensor_cols(b) == (tb ? k : n));
-    ASSERT(a->dtype == b->dtype && (a->dtype == DTYPE_BF16 || a->dtype == DTYPE_F32));
+    ASSERT((a->dtype == b->dtype || a->dtype == DTYPE_F32) && (b->dtype == DTYPE_BF16 || b->dtype == DTYPE_F32));
     ASSERT(d->dtype == DTYPE_BF16 || d->dtype == DTYPE_F32);
     ASSERT(beta == 0.0 || (c && tensor_rows(c) == m && tensor_cols(c) == n));
     if (beta == 0.0)
@@ -62,6 +64,8 @@ void cuda_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
         return;
     if (k == 0)
         cuda_gemm_finish(s, NULL, beta, c, d);
+    else if (a->dtype != b->dtype)
+        multiply_terms(s, ta, tb, alpha, a, b, beta, c, d);
     else if ((a->dtype == DTYPE_F32 && d->dtype == DTYPE_BF16) || (c && c->dtype != d->dtype))
         multiply_in_scratch(s, ta, tb, alpha, a, b, beta, c, d);
     else
@@ -113,6 +117,12 @@ static void multiply(struct stream *s, bool ta, bool tb, double alpha, in_t a, i
                                 CUDA_GEMM_WORKSPACE, context->stream));
 }
 
+/* Rows first..first+n-1 of op(t), t as it lies. */
+static struct tensor part_of(in_t t, bool transposed, int64_t first, int64_t n)
+{
+    return transposed ? tensor_col_range(t, first, n) : tensor_row_range(t, first, n);
+}
+
 /* The fp32 product lies behind the library's workspace. */
 static void multiply_in_scratch(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
 {
@@ -124,14 +134,57 @@ static void multiply_in_scratch(struct stream *s, bool ta, bool tb, double alpha
     for (int64_t first = 0; first < m; first += step) {
         const int64_t rows = m - first < step ? m - first : step;
         const struct tensor product = tensor_2d(memory, DTYPE_F32, PLACE_DEVICE, rows, n);
-        const struct tensor part = ta ? tensor_col_range(a, first, rows) : tensor_row_range(a, first, rows),
-                            to = tensor_row_range(d, first, rows);
+        const struct tensor part = part_of(a, ta, first, rows), to = tensor_row_range(d, first, rows);
         multiply(s, ta, tb, alpha, &part, b, 0.0, &product, &product);
         if (c) {
             const struct tensor from = tensor_row_range(c, first, rows);
             cuda_gemm_finish(s, product.data, beta, &from, &to);
         } else
             cuda_gemm_finish(s, product.data, 0.0, NULL, &to);
+    }
+}
+
+/* The largest multiple of 8 (any number below 8) of pieces of `each` bytes that fit the scratch, at most n. */
+static int64_t pieces_that_fit(int64_t n, int64_t each, int64_t taken)
+{
+    const int64_t room = (CUDA_SCRATCH - CUDA_GEMM_WORKSPACE - taken) / each, fit = room < 8 ? room : room / 8 * 8;
+    if (fit < 1)
+        FATAL(EXIT_INTERNAL, "a product of fp32 and bf16 with rows of %lld bytes is too wide for the scratch", (long long)(each / 6));
+    return fit < n ? fit : n;
+}
+
+/* d in fp32 takes the products of the three terms one after the other, pieces of the inner dimension at a time. In BF16 that
+ * would round three times: there terms and copies of b lie behind each other along the inner dimension, rows of d at a time. */
+static void multiply_terms(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
+{
+    const int64_t m = tensor_rows(d), n = tensor_cols(d), k = ta ? tensor_rows(a) : tensor_cols(a);
+    char *memory = (char *)cuda_scratch(s, CUDA_SCRATCH) + CUDA_GEMM_WORKSPACE;
+    ASSERT(!c || c->dtype == d->dtype);
+    if (d->dtype == DTYPE_F32) {
+        const int64_t step = pieces_that_fit(k, 3 * 2 * m, 0);
+        for (int64_t first = 0; first < k; first += step) {
+            const int64_t depth = k - first < step ? k - first : step, size = depth * m;
+            const struct tensor from = part_of(a, !ta, first, depth), right = part_of(b, tb, first, depth);
+            cuda_gemm_terms(s, &from, memory, size, tensor_cols(&from));
+            for (int i = 0; i < 3; i++) {
+                const struct tensor term = tensor_2d(memory + 2 * i * size, DTYPE_BF16, PLACE_DEVICE, tensor_rows(&from), tensor_cols(&from));
+                const bool more = first > 0 || i > 0;
+                multiply(s, ta, tb, alpha, &term, &right, more ? 1.0 : beta, more || !c ? d : c, d);
+            }
+        }
+        return;
+    }
+    const struct tensor right = tb ? tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, n, 3 * k) : tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, 3 * k, n);
+    const int64_t taken = (2 * 3 * n * k + 255) / 256 * 256, step = pieces_that_fit(m, 3 * 2 * k, taken);
+    cuda_gemm_terms(s, b, memory, tb ? k : n * k, tensor_cols(&right));
+    for (int64_t first = 0; first < m; first += step) {
+        const int64_t rows = m - first < step ? m - first : step;
+        const struct tensor from = part_of(a, ta, first, rows), to = tensor_row_range(d, first, rows);
+        const struct tensor left = ta ? tensor_2d(memory + taken, DTYPE_BF16, PLACE_DEVICE, 3 * k, rows)
+                                      : tensor_2d(memory + taken, DTYPE_BF16, PLACE_DEVICE, rows, 3 * k);
+        const struct tensor addend = c ? tensor_row_range(c, first, rows) : to;
+        cuda_gemm_terms(s, &from, memory + taken, ta ? k * rows : k, tensor_cols(&left));
+        multiply(s, ta, tb, alpha, &left, &right, beta, &addend, &to);
     }
 }
 

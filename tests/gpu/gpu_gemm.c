@@ -13,7 +13,7 @@ enum addend { NONE, IN_PLACE, APART, APART_OTHER_TYPE };   /* beta 0; c is d; c 
 
 struct shape {
     bool ta, tb;
-    enum dtype in, out;
+    enum dtype in, right, out;   /* of a, b, d */
     enum addend c;
     int64_t m, n, k;
 };
@@ -37,7 +37,7 @@ static void take(const struct tensor *t, bool columns, const int64_t *row, int64
 static struct gpu_bound bound_of(const struct shape *z)
 {
     struct gpu_bound b = gpu_summing(z->out, z->k);
-    if (z->in == DTYPE_BF16) {
+    if (z->right == DTYPE_BF16) {
         b.frobenius += 3e-8 * (double)z->k / 16;
         b.element += 2e-7 * (double)z->k / 16;
     }
@@ -51,12 +51,12 @@ static struct gpu_bound bound_of(const struct shape *z)
 static void gemm_case(struct gpu_check *g, struct shape z, double alpha, double beta)
 {
     static const char *const what[] = { "", " += in place", " + c", " + c of the other type" };
-    if (!gpu_case(g, "gemm", "%c%c %lldx%lldx%lld %s to %s%s", z.ta ? 'T' : 'N', z.tb ? 'T' : 'N', (long long)z.m,
-                  (long long)z.n, (long long)z.k, dtype_name(z.in), dtype_name(z.out), what[z.c]))
+    if (!gpu_case(g, "gemm", "%c%c %lldx%lldx%lld %s %s to %s%s", z.ta ? 'T' : 'N', z.tb ? 'T' : 'N', (long long)z.m,
+                  (long long)z.n, (long long)z.k, dtype_name(z.in), dtype_name(z.right), dtype_name(z.out), what[z.c]))
         return;
     const enum dtype other = z.out == DTYPE_BF16 ? DTYPE_F32 : DTYPE_BF16;
     struct gpu_tensor *a = gpu_matrix(g, z.in, z.ta ? z.k : z.m, z.ta ? z.m : z.k);
-    struct gpu_tensor *b = gpu_matrix(g, z.in, z.tb ? z.n : z.k, z.tb ? z.k : z.n);
+    struct gpu_tensor *b = gpu_matrix(g, z.right, z.tb ? z.n : z.k, z.tb ? z.k : z.n);
     struct gpu_tensor *d = gpu_matrix(g, z.out, z.m, z.n);
     struct gpu_tensor *c = z.c >= APART ? gpu_matrix(g, z.c == APART ? z.out : other, z.m, z.n) : d;
     gpu_normal(g, a, 1);
@@ -81,21 +81,22 @@ static void gemm_case(struct gpu_check *g, struct shape z, double alpha, double 
     gpu_close_rows(g, d, "d", row, n, &want, bound_of(&z));
     free(part.data);
     free(want.data);
-    const double in = (double)dtype_bytes(z.in), out = (double)dtype_bytes(z.out);
-    gpu_report(g, in * (double)(z.m * z.k + z.k * z.n) + out * (double)(z.m * z.n) * (z.c == NONE ? 1 : 2),
+    const double left = (double)dtype_bytes(z.in), right = (double)dtype_bytes(z.right), out = (double)dtype_bytes(z.out);
+    gpu_report(g, left * (double)(z.m * z.k) + right * (double)(z.k * z.n) + out * (double)(z.m * z.n) * (z.c == NONE ? 1 : 2),
                2.0 * (double)z.m * (double)z.n * (double)z.k);
 }
 
 /* Every combination of transposition, types and addend. */
 static void all_of(struct gpu_check *g, int64_t m, int64_t n, int64_t k)
 {
-    static const enum dtype type[][2] = {
-        { DTYPE_BF16, DTYPE_BF16 }, { DTYPE_BF16, DTYPE_F32 }, { DTYPE_F32, DTYPE_F32 }, { DTYPE_F32, DTYPE_BF16 }
+    static const enum dtype type[][3] = {
+        { DTYPE_BF16, DTYPE_BF16, DTYPE_BF16 }, { DTYPE_BF16, DTYPE_BF16, DTYPE_F32 }, { DTYPE_F32, DTYPE_F32, DTYPE_F32 },
+        { DTYPE_F32, DTYPE_F32, DTYPE_BF16 },   { DTYPE_F32, DTYPE_BF16, DTYPE_F32 },  { DTYPE_F32, DTYPE_BF16, DTYPE_BF16 },
     };
     for (int t = 0; t < 4; t++)
-        for (int i = 0; i < 4; i++)
-            for (int c = NONE; c <= APART_OTHER_TYPE; c++)
-                gemm_case(g, (struct shape){ t & 1, t >> 1, type[i][0], type[i][1], (enum addend)c, m, n, k }, c & 1 ? 1 : 0.75,
+        for (int i = 0; i < 6; i++)
+            for (int c = NONE; c <= (i < 4 ? APART_OTHER_TYPE : APART); c++)
+                gemm_case(g, (struct shape){ t & 1, t >> 1, type[i][0], type[i][1], type[i][2], (enum addend)c, m, n, k }, c & 1 ? 1 : 0.75,
                           c == IN_PLACE ? 1 : -0.5);
 }
 
@@ -108,26 +109,26 @@ int main(int argc, char **argv)
     static const int layout[][2] = { { 0, 0 }, { 8, 8 }, { 3, 1 }, { 2, 0 } };
     const enum dtype h = DTYPE_BF16, f = DTYPE_F32;
     const struct shape production[] = {
-        { false, true, h, h, NONE, 8192, 10304, 2688 },      /* Mamba in_proj: forward, dgrad, wgrad */
-        { false, false, h, h, NONE, 8192, 2688, 10304 },
-        { true, false, h, f, IN_PLACE, 10304, 2688, 8192 },
-        { false, true, h, h, APART, 8192, 2688, 4096 },      /* out_proj with the residual stream */
-        { false, true, h, h, NONE, 8192, 6144, 2688 },       /* qkv */
-        { true, false, h, f, IN_PLACE, 6144, 2688, 8192 },
-        { false, true, h, h, NONE, 8192, 3712, 2688 },       /* shared expert */
-        { false, false, h, h, IN_PLACE, 8192, 2688, 3712 },
-        { false, true, h, h, NONE, 8192, 131072, 2688 },     /* head */
-        { false, false, h, h, NONE, 8192, 2688, 32768 },
-        { true, false, h, f, IN_PLACE, 32768, 2688, 8192 },
-        { false, true, h, f, NONE, 8192, 128, 2688 },        /* router: logits, weight gradient, input gradient */
-        { true, false, f, f, IN_PLACE, 128, 2688, 8192 },
-        { false, false, f, h, IN_PLACE, 8192, 2688, 128 },
-        { false, true, h, h, NONE, 16392, 3840, 1280 },      /* RADIO */
-        { false, true, h, h, NONE, 16392, 5120, 1280 },
-        { false, true, h, h, APART, 16392, 1280, 5120 },
-        { true, false, h, f, IN_PLACE, 5120, 1280, 16392 },
-        { false, true, h, h, NONE, 16392, 1280, 768 },       /* patch embedding */
-        { false, true, h, h, NONE, 4099, 2688, 1031 },       /* nothing a multiple of anything */
+        { false, true, h, h, h, NONE, 8192, 10304, 2688 },      /* Mamba in_proj: forward, dgrad, wgrad */
+        { false, false, h, h, h, NONE, 8192, 2688, 10304 },
+        { true, false, h, h, f, IN_PLACE, 10304, 2688, 8192 },
+        { false, true, h, h, h, APART, 8192, 2688, 4096 },      /* out_proj with the residual stream */
+        { false, true, h, h, h, NONE, 8192, 6144, 2688 },       /* qkv */
+        { true, false, h, h, f, IN_PLACE, 6144, 2688, 8192 },
+        { false, true, h, h, h, NONE, 8192, 3712, 2688 },       /* shared expert */
+        { false, false, h, h, h, IN_PLACE, 8192, 2688, 3712 },
+        { false, true, h, h, h, NONE, 8192, 131072, 2688 },     /* head */
+        { false, false, h, h, h, NONE, 8192, 2688, 32768 },
+        { true, false, h, h, f, IN_PLACE, 32768, 2688, 8192 },
+        { false, true, h, h, f, NONE, 8192, 128, 2688 },        /* router: logits, weight gradient, input gradient */
+        { true, false, f, h, f, IN_PLACE, 128, 2688, 8192 },
+        { false, false, f, h, h, IN_PLACE, 8192, 2688, 128 },
+        { false, true, h, h, h, NONE, 16392, 3840, 1280 },      /* RADIO */
+        { false, true, h, h, h, NONE, 16392, 5120, 1280 },
+        { false, true, h, h, h, APART, 16392, 1280, 5120 },
+        { true, false, h, h, f, IN_PLACE, 5120, 1280, 16392 },
+        { false, true, h, h, h, NONE, 16392, 1280, 768 },       /* patch embedding */
+        { false, true, h, h, h, NONE, 4099, 2688, 1031 },       /* nothing a multiple of anything */
     };
     struct gpu_check *g = gpu_check_start(argc, argv);
     for (size_t l = 0; l < sizeof layout / sizeof *layout; l++) {
