@@ -1,7 +1,7 @@
 /* mamba.cu - the short convolution and the gated norm of the Mamba-2 layer (model.md 1.6.2, 1.6.6); the scan is in ssd.cu.
  *
- * Convolution: a thread walks a run of rows of eight channels (backward four) with the taps' inputs in registers, so each row
- * is read once. Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
+ * Convolution: a thread walks a run of rows of four channels with the taps' inputs in registers, so each row is read once, a few
+ * rows ahead. Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
  * as one partial sum a run. Gated norm: a warp has one group of one row in registers; the weight's gradient is summed in
  * registers over the rows of a warp, then over warps and blocks in their order.
  */
@@ -46,81 +46,7 @@ struct walker {
     }
 };
 
-/* v = bias + sum over taps in ascending order. */
-template <int W> __device__ __forceinline__ void taps_sum(const float (&k)[W][CHUNK], const float (&bias)[CHUNK], const float (&in)[W][CHUNK],
-                                                          float (&v)[CHUNK])
-{
-#pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        v[i] = bias[i];
-#pragma unroll
-        for (int w = 0; w < W; w++)
-            v[i] += k[w][i] * in[w][i];
-    }
-}
-
-template <int W> __device__ __forceinline__ void shift(float (&in)[W][CHUNK])
-{
-#pragma unroll
-    for (int w = 0; w + 1 < W; w++)
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            in[w][i] = in[w + 1][i];
-}
-
-/* in[0..W-2] become the W-1 rows before `row`, zero outside its segment. */
-template <bool VEC, int W, class T>
-__device__ __forceinline__ void load_before(const matrix<const T> &x, int64_t row, int64_t start, int64_t c, int n, float (&in)[W][CHUNK])
-{
-#pragma unroll
-    for (int w = 0; w + 1 < W; w++) {
-        const int64_t r = row - (W - 1) + w;
-        load_chunk<VEC>(x.row(r < start ? row : r) + c, r < start ? 0 : n, in[w]);
-    }
-}
-
-template <int W, class T> __device__ __forceinline__ void load_taps(const T *w, const T *b, int64_t c, int n, float (&k)[W][CHUNK], float (&bias)[CHUNK])
-{
-#pragma unroll
-    for (int i = 0; i < CHUNK; i++) {
-        bias[i] = i < n ? to_float(b[c + i]) : 0.0f;
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            k[j][i] = i < n ? to_float(w[(c + i) * W + j]) : 0.0f;
-    }
-}
-
-template <bool VEC, int W, class T>
-static __global__ void __launch_bounds__(CONV_THREADS)
-    conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<T> y)
-{
-    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * CHUNK;
-    const int n = chunk_size(y.cols, c);
-    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < y.rows ? first + run : y.rows;
-    if (n == 0)
-        return;
-    float k[W][CHUNK], bias[CHUNK], in[W][CHUNK], v[CHUNK];
-    walker at(cu, segments, first);
-    load_taps<W>(weight, bias_of, c, n, k, bias);
-    load_before<VEC, W>(x, first, at.start, c, n, in);
-    for (int64_t r = first; r < last; r++) {
-        if (at.moves(r))
-#pragma unroll
-            for (int w = 0; w < W; w++)
-#pragma unroll
-                for (int i = 0; i < CHUNK; i++)
-                    in[w][i] = 0;
-        load_chunk<VEC>(x.row(r) + c, n, in[W - 1]);
-        taps_sum<W>(k, bias, in, v);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            v[i] *= sigmoid<T>(v[i]);
-        store_chunk<VEC>(y.row(r) + c, n, v);
-        shift<W>(in);
-    }
-}
-
-/* Four neighbouring channels as they lie in memory; backward has twice the registers a channel, so half the channels a thread. */
+/* Four neighbouring channels as they lie in memory. */
 enum { FOUR = 4 };
 template <class T> struct four;
 template <> struct four<bf16> { uint2 raw; };
@@ -165,33 +91,113 @@ template <bool VEC, class T> __device__ __forceinline__ void store_four(T *p, in
             p[i] = ((const T *)&c)[i];
 }
 
+__device__ __forceinline__ int four_size(int64_t cols, int64_t c)
+{
+    return cols - c < FOUR ? (cols > c ? (int)(cols - c) : 0) : FOUR;
+}
+
+/* A thread's channels: weights, and the W last inputs, row r in slot r - first mod W. */
+template <int W> struct taps {
+    float k[W][FOUR], bias[FOUR], in[W][FOUR];
+    /* The W-1 rows before `first`, zero outside its segment, which begins at `start`. */
+    template <bool VEC, class T>
+    __device__ __forceinline__ void begin(const matrix<const T> &x, const T *weight, const T *bias_of, int64_t first, int64_t start, int64_t c, int n)
+    {
+#pragma unroll
+        for (int i = 0; i < FOUR; i++) {
+            bias[i] = i < n ? to_float(bias_of[c + i]) : 0.0f;
+#pragma unroll
+            for (int w = 0; w < W; w++)
+                k[w][i] = i < n ? to_float(weight[(c + i) * W + w]) : 0.0f;
+        }
+        clear();
+#pragma unroll
+        for (int u = 1; u < W; u++)
+            if (first - W + u >= start)
+                widen_four(read_four<VEC>(x.row(first - W + u) + c, n), in[u]);
+    }
+    __device__ __forceinline__ void clear()
+    {
+#pragma unroll
+        for (int w = 0; w < W; w++)
+#pragma unroll
+            for (int i = 0; i < FOUR; i++)
+                in[w][i] = 0;
+    }
+    /* Of channel i when slot u is the last row: bias + sum over taps in ascending order. */
+    __device__ __forceinline__ float sum(int u, int i) const
+    {
+        float v = bias[i];
+#pragma unroll
+        for (int w = 0; w < W; w++)
+            v += k[w][i] * in[(u + 1 + w) % W][i];
+        return v;
+    }
+};
+
+/* A turn of rows is read while the one before it is worked on. */
+template <bool VEC, int W, class T>
+static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 6 : 1)
+    conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<T> y)
+{
+    enum { TURN = 2 * W };
+    const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * FOUR;
+    const int n = four_size(y.cols, c);
+    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < y.rows ? first + run : y.rows;
+    if (n == 0)
+        return;
+    taps<W> a;
+    four<T> next[TURN];
+    walker at(cu, segments, first);
+    a.template begin<VEC>(x, weight, bias_of, first, at.start, c, n);
+    const auto read_turn = [&](int64_t base) {
+#pragma unroll
+        for (int u = 0; u < TURN; u++)
+            next[u] = read_four<VEC>(x.row(base + u < last ? base + u : last - 1) + c, n);
+    };
+    read_turn(first);
+    for (int64_t base = first; base < last; base += TURN) {
+        four<T> row[TURN];
+#pragma unroll
+        for (int u = 0; u < TURN; u++)
+            row[u] = next[u];
+        read_turn(base + TURN);
+#pragma unroll
+        for (int u = 0; u < TURN; u++) {
+            if (base + u >= last)
+                break;
+            if (at.moves(base + u))
+                a.clear();
+            widen_four(row[u], a.in[u % W]);
+            float v[FOUR];
+#pragma unroll
+            for (int i = 0; i < FOUR; i++) {
+                v[i] = a.sum(u, i);
+                v[i] *= sigmoid<T>(v[i]);
+            }
+            store_four<VEC>(y.row(base + u) + c, n, v);
+        }
+    }
+}
+
 /* A turn of W rows is read while the one before it is worked on; row s of a turn's row u has slot u of the rings in and due,
  * row s-(W-1)+w slot (u+1+w) % W. partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
 template <bool VEC, int W, class T>
-static __global__ void __launch_bounds__(CONV_THREADS, 4)
+static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
     conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<const T> dy,
                          matrix<T> dx, float *partial)
 {
     const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * FOUR;
-    const int n = c >= dx.cols ? 0 : dx.cols - c < FOUR ? (int)(dx.cols - c) : FOUR;
+    const int n = four_size(dx.cols, c);
     const int64_t first = blockIdx.y * (int64_t)run, last = first + run < dx.rows ? first + run : dx.rows;
     const int64_t known = last + W - 1 < dx.rows ? last + W - 1 : dx.rows;   /* rows from here on have dv = 0 */
     if (n == 0)
         return;
-    float k[W][FOUR], bias[FOUR], in[W][FOUR] = {}, due[W][FOUR] = {}, dw[W][FOUR] = {}, db[FOUR] = {};
+    float due[W][FOUR] = {}, dw[W][FOUR] = {}, db[FOUR] = {};
+    taps<W> a;
     four<T> next_x[W], next_dy[W];
     walker at(cu, segments, first);
-#pragma unroll
-    for (int i = 0; i < FOUR; i++) {
-        bias[i] = i < n ? to_float(bias_of[c + i]) : 0.0f;
-#pragma unroll
-        for (int w = 0; w < W; w++)
-            k[w][i] = i < n ? to_float(weight[(c + i) * W + w]) : 0.0f;
-    }
-#pragma unroll
-    for (int u = 1; u < W; u++)
-        if (first - W + u >= at.start)
-            widen_four(read_four<VEC>(x.row(first - W + u) + c, n), in[u]);
+    a.template begin<VEC>(x, weight, bias_of, first, at.start, c, n);
     const auto read_turn = [&](int64_t base) {
 #pragma unroll
         for (int u = 0; u < W; u++) {
@@ -214,21 +220,13 @@ static __global__ void __launch_bounds__(CONV_THREADS, 4)
             const int64_t s = base + u;
             if (s < known) {
                 if (at.moves(s))
-#pragma unroll
-                    for (int w = 0; w < W; w++)
-#pragma unroll
-                        for (int i = 0; i < FOUR; i++)
-                            in[w][i] = 0;
+                    a.clear();
                 float dv[FOUR];
-                widen_four(row_x[u], in[u]);
+                widen_four(row_x[u], a.in[u]);
                 widen_four(row_dy[u], dv);
 #pragma unroll
                 for (int i = 0; i < FOUR; i++) {
-                    float v = bias[i];
-#pragma unroll
-                    for (int w = 0; w < W; w++)
-                        v += k[w][i] * in[(u + 1 + w) % W][i];
-                    const float gate = sigmoid<T>(v);
+                    const float v = a.sum(u, i), gate = sigmoid<T>(v);
                     dv[i] *= gate * (1 + v * (1 - gate));
                 }
                 if (partial && s < last)
@@ -237,14 +235,14 @@ static __global__ void __launch_bounds__(CONV_THREADS, 4)
                         db[i] += dv[i];
 #pragma unroll
                         for (int w = 0; w < W; w++)
-                            dw[w][i] += dv[i] * in[(u + 1 + w) % W][i];
+                            dw[w][i] += dv[i] * a.in[(u + 1 + w) % W][i];
                     }
 #pragma unroll
                 for (int w = 0; w < W; w++)
                     if (s - (W - 1) + w >= at.start)
 #pragma unroll
                         for (int i = 0; i < FOUR; i++)
-                            due[(u + 1 + w) % W][i] += k[w][i] * dv[i];
+                            due[(u + 1 + w) % W][i] += a.k[w][i] * dv[i];
             }
             if (s - (W - 1) >= first && s - (W - 1) < last)
                 store_four<VEC>(dx.row(s - (W - 1)) + c, n, due[(u + 1) % W]);
@@ -365,7 +363,7 @@ extern "C" void cuda_conv_forward(struct stream *s, in_t x, in_t w, in_t b, in_t
                 as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, taps, (const int32_t *)cu->data, segments, as_matrix<T>(y));
             return;
         }
-        const dim3 grid(blocks_for(cols, CONV_THREADS * CHUNK), (unsigned)((rows + run - 1) / run));
+        const dim3 grid(blocks_for(cols, CONV_THREADS * FOUR), (unsigned)((rows + run - 1) / run));
         by_flag(chunks_aligned({ x, y }), [&](auto vec) {
             conv_forward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, cuda_stream_of(s)>>>(
                 as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, (const int32_t *)cu->data, segments, run, as_matrix<T>(y));
