@@ -50,49 +50,76 @@ __device__ __forceinline__ float pair_dot(unsigned pair, float low, float high) 
 
 /* ---- states ---- */
 
-enum { WALK_COLS = 64, WALK_LD = WALK_COLS + PAD, WALK_THREADS = 256, WALK_STAGES = 3, WALK_NT = WALK_COLS / 2 / 8 };
+enum { WALK_COLS = 64, WALK_LD = WALK_COLS + PAD, WALK_THREADS = 256, WALK_STAGES = 3, WALK_NT = WALK_COLS / 2 / 8,
+       WALK_PIECES = Q * P / 8 / WALK_THREADS };
 
 struct walk_stage {
     bf16 left[Q * LD_P], right[Q * WALK_LD];
-    float scale[Q];
-    float carry[4];                                  /* of the chunk's last rows: [3] is keep */
 };
 
-/* x and B scaled by push, or gy and C scaled by carry. */
+/* x and B, or gy and C. */
 __device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, int c, int h, int n0, bool adjoint)
 {
     const ssd_chunk k = a.chunks[c];
     const int g = a.group_of(h);
     copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld, k.rows);
     copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
-    copy_rates(s.scale, (adjoint ? a.carry : a.push) + a.rates_at(c, h), 0);
-    if (threadIdx.x == WALK_THREADS - 1)
-        copy_async(s.carry, a.carry + a.rates_at(c, h) + Q - 4, true);
 }
 
+/* What a thread needs of a chunk's rates: the factors of the rows of which copy_rows has it copy a piece, and keep. */
+struct walk_rates {
+    float row[WALK_PIECES], keep;
+    __device__ __forceinline__ void read(const ssd_args<bf16> &a, int c, int h, bool adjoint)
+    {
+        const float *from = (adjoint ? a.carry : a.push) + a.rates_at(c, h);
+#pragma unroll
+        for (int i = 0; i < WALK_PIECES; i++)
+            row[i] = from[(threadIdx.x + i * WALK_THREADS) / (P / 8)];
+        keep = a.carry[a.rates_at(c, h) + Q - 1];
+    }
+    /* A thread's own pieces of left, before anyone else reads them. */
+    __device__ __forceinline__ void scale(bf16 *left) const
+    {
+#pragma unroll
+        for (int i = 0; i < WALK_PIECES; i++) {
+            const int piece = threadIdx.x + i * WALK_THREADS;
+            uint4 &v = *(uint4 *)(left + piece / (P / 8) * LD_P + piece % (P / 8) * 8);
+            const uint4 w = v;
+            v = make_uint4(scaled(w.x, row[i], row[i]), scaled(w.y, row[i], row[i]), scaled(w.z, row[i], row[i]), scaled(w.w, row[i], row[i]));
+        }
+    }
+};
+
 /* Warps: four times sixteen rows of the state, twice 32 columns. gridDim.z 2: the adjoint too. */
-static __global__ void __launch_bounds__(WALK_THREADS) walk_kernel(ssd_args<bf16> a)
+static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<bf16> a)
 {
     extern __shared__ __align__(16) char memory[];
     walk_stage *stages = (walk_stage *)memory;
     const int h = blockIdx.x, n0 = blockIdx.y * WALK_COLS, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, count = *a.count;
     const bool adjoint = blockIdx.z;
-    const int p0 = warp % 4 * TILE, own = warp / 4 * (WALK_COLS / 2), g = lane / 4, t = lane % 4;
+    const int p0 = warp % 4 * TILE, own = warp / 4 * (WALK_COLS / 2), g = lane / 4;
     const auto chunk_of = [&](int step) { return adjoint ? count - 1 - step : step; };
+    if (count == 0)
+        return;
     float state[WALK_NT][4] = {};
+    walk_rates next;
+    next.read(a, chunk_of(0), h, adjoint);
     for (int step = 0; step < WALK_STAGES - 1; step++) {
         if (step < count)
             copy_stage(stages[step], a, chunk_of(step), h, n0, adjoint);
         copies_end();
     }
     for (int step = 0; step < count; step++) {
-        const int c = chunk_of(step), next = step + WALK_STAGES - 1;
+        const int c = chunk_of(step), ahead = step + WALK_STAGES - 1;
         const bool fresh = adjoint ? a.chunks[c].closes : a.chunks[c].opens;
-        const walk_stage &s = stages[step % WALK_STAGES];
+        walk_stage &s = stages[step % WALK_STAGES];
+        const walk_rates rates = next;
         copies_wait<WALK_STAGES - 2>();
+        rates.scale(s.left);
         __syncthreads();
-        if (next < count)
-            copy_stage(stages[next % WALK_STAGES], a, chunk_of(next), h, n0, adjoint);
+        next.read(a, chunk_of(step + 1 < count ? step + 1 : step), h, adjoint);
+        if (ahead < count)
+            copy_stage(stages[ahead % WALK_STAGES], a, chunk_of(ahead), h, n0, adjoint);
         copies_end();
         bf16 *to = stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
 #pragma unroll
@@ -110,17 +137,12 @@ static __global__ void __launch_bounds__(WALK_THREADS) walk_kernel(ssd_args<bf16
         for (int i = 0; i < WALK_NT; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                state[i][e] *= s.carry[3];
+                state[i][e] *= rates.keep;
         const unsigned left = down<LD_P>(s.left) + 2 * p0, right = across<WALK_LD>(s.right) + 2 * own;
 #pragma unroll
         for (int k = 0; k < Q; k += 16) {
             unsigned f[4];
             load_matrices_transposed(f, left + 2 * k * LD_P);
-            const float2 low = *(const float2 *)(s.scale + k + 2 * t), high = *(const float2 *)(s.scale + k + 8 + 2 * t);
-            f[0] = scaled(f[0], low.x, low.y);
-            f[1] = scaled(f[1], low.x, low.y);
-            f[2] = scaled(f[2], high.x, high.y);
-            f[3] = scaled(f[3], high.x, high.y);
             multiply_row<WALK_NT / 2>(state, f, right + 2 * k * WALK_LD);
         }
     }
