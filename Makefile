@@ -25,7 +25,7 @@ TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wil
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 
-.PHONY: FORCE all help cuda gpu-tests gpu-programs fuzz fuzzers check regression oracle oracle-hf mutants demo data lint format clean tests bench-cpu man install
+.PHONY: FORCE all help cuda bundle check-gpu bench gpu-tests gpu-programs fuzz fuzzers check regression oracle oracle-hf mutants demo data lint format clean tests bench-cpu man install
 .SECONDARY:
 all: $(BIN)                        ## build ./mimo (the default)
 
@@ -77,8 +77,16 @@ data/demo/train: tools/make_shards.py
 cuda:                              ## build build/gpu/mimo with CUDA's libraries from .cuda
 	$(MAKE) BUILD=build/gpu $(CUDA_HERE) build/gpu/mimo
 
-bundle: cuda                       ## build/bundle: a tree that runs on a GPU host without MPI and HDF5
-	tools/bundle.sh build/gpu/mimo build/bundle
+bundle: cuda gpu-tests             ## build/bundle: a tree that runs on a GPU host without MPI and HDF5
+	tools/bundle.sh build/gpu/mimo build/bundle $(patsubst tests/gpu/%.c,build/gpu/tests/%,$(filter-out %gpu_check.c,$(wildcard tests/gpu/gpu_*.c)))
+
+GPUS = 1
+OUT  = run/gpu
+check-gpu: bundle                  ## on a GPU host: every test there; GPUS=1,2,4 counts of GPUs, results into OUT=run/gpu
+	build/bundle/check_gpu --gpus $(GPUS) --out $(OUT)
+
+bench: bundle                      ## on a GPU host: measure operations and runs; GPUS=1,2,4, OUT=run/gpu
+	build/bundle/bench_gpu --gpus $(GPUS) --out $(OUT)
 
 gpu-tests:                         ## build the tests that run on a GPU host: build/gpu/tests/gpu_*
 	$(MAKE) BUILD=build/gpu $(CUDA_HERE) gpu-programs

@@ -30,7 +30,7 @@ class Section:
     """Tolerances {quantity: (atol, rtol, source)} and where in reference.h5 their values are."""
 
     def __init__(self, group=""):
-        self.group, self.tolerance, self.until_flip = group, {}, False
+        self.group, self.tolerance, self.until_flip, self.within = group, {}, False, []
 
     def quantities(self):
         return [q for q in DATASETS + MORE if q in self.tolerance]
@@ -45,13 +45,17 @@ class Case:
     Lines of `expect` (# starts a comment):
         <quantity> <atol> <rtol> <source...>      one per dataset of DATASETS, perhaps of MORE and TENSORS
         until_flip                                rows from the first flip of a discrete choice on do not count
+        within <quantity> <i> <j> <low> <high> <source...>   besides: its values in the iterations i to j, whatever the reference says
         reference <group>                         what follows has its own tolerances, for this group of reference.h5
         oracle                                    reference.h5 comes from `make oracle`
         shards <samples> <pictures>               make such a data set and train on it
         limit <seconds>                           per launch; 600 if not given
         needs <feature>=<value>                   of `mimo --features`; otherwise every launch is a SKIP
+        backend cuda                              of every launch that names no run.backend
+        memory <share>                            what a launch takes of its GPUs' memory differs from --check's table by no larger share
         identity <kind> [n]                       in every launch, besides the reference, bit for bit: the launch again (repeat), stopped
-                                                  after n iterations and resumed (resume), or begun with other initial weights, but then
+                                                  after n iterations and resumed (resume; restart: the trace alone, which leaves out two
+                                                  large checkpoints), or begun with other initial weights, but then
                                                   with its first ones loaded (finetune) or exported and imported (import)
         ranks <n>                                 of the launches that follow
         launch <name> [group.key=value ...]
@@ -66,6 +70,7 @@ class Case:
         self.deck, self.reference = os.path.join(folder, "deck.nml"), os.path.join(folder, "reference.h5")
         self.sections, self.launches, self.needs = [Section()], [], []
         self.limit, self.identity, self.stop, self.oracle, self.shards = 600.0, "", 0, False, None
+        self.backend, self.memory = "", 0.0
         ranks, place = None, ""
         try:
             with open(os.path.join(folder, "expect")) as f:
@@ -100,6 +105,8 @@ class Case:
             section.tolerance[key] = (float(words[1]), float(words[2]), " ".join(words[3:]))
         elif key == "until_flip":
             section.until_flip = True
+        elif key == "within" and words[1] in section.tolerance:
+            section.within.append((words[1], int(words[2]), int(words[3]), float(words[4]), float(words[5]), " ".join(words[6:])))
         elif key == "reference":
             self.sections.append(Section(words[1]))
         elif key == "oracle":
@@ -110,8 +117,12 @@ class Case:
             self.limit = float(words[1])
         elif key == "needs":
             self.needs.append(words[1])
-        elif key == "identity" and words[1] in ("resume", "repeat", "import", "finetune"):
-            self.identity, self.stop = words[1], int(words[2]) if words[1] == "resume" else 0
+        elif key == "backend" and words[1] == "cuda":
+            self.backend = words[1]
+        elif key == "memory":
+            self.memory = float(words[1])
+        elif key == "identity" and words[1] in ("resume", "restart", "repeat", "import", "finetune"):
+            self.identity, self.stop = words[1], int(words[2]) if words[1] in ("resume", "restart") else 0
         elif key == "ranks":
             return int(words[1])
         elif key == "launch":

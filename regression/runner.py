@@ -1,4 +1,6 @@
 """Launches of regression cases and the comparison of what they leave behind."""
+import contextlib
+import copy
 import os
 import re
 import shutil
@@ -6,12 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import h5py
 import numpy as np
 
 import cases as c
+import gpu
 from cases import EXPERTS, read_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -31,15 +35,24 @@ NOT_RESUMED = re.compile(NOT_BITWISE.pattern + r"|sent_bytes")
 
 
 class Runner:
+    """arg: mimo, mpiexec, record and bitwise as regression/run has them; its backend, gpus, share and traces may be absent."""
+
     def __init__(self, arg, scratch):
         self.arg, self.scratch = arg, os.path.join(scratch, "run")
-        self.data = os.path.join(scratch, "data")
+        self.data, self.data_lock = os.path.join(scratch, "data"), threading.Lock()
         for folder in (self.scratch, self.data):
             os.mkdir(folder)
         self.mimo = os.path.abspath(arg.mimo)
         self.serial = 0
         self.env = {}   # added to the environment of every launch
         self.features = {}
+        self.devices = gpu.Devices(getattr(arg, "gpus", ()), getattr(arg, "share", 1))
+
+    def beside(self):
+        """A runner that shares what can be shared, to launch something at the same time."""
+        other = copy.copy(self)
+        other.scratch, other.serial = tempfile.mkdtemp(dir=self.scratch), 0
+        return other
 
     def probe(self):
         """Features of the program, or '' and why there are none."""
@@ -55,9 +68,10 @@ class Runner:
         if not case.shards:
             return []
         data = os.path.join(self.data, case.name)
-        if not os.path.exists(data):
-            harness.write_shards(data, case.shards[0], pictures=case.shards[1])
-            harness.write_tokenizer(os.path.join(data, "tokenizer.json"))
+        with self.data_lock:
+            if not os.path.exists(data):
+                harness.write_shards(data, case.shards[0], pictures=case.shards[1])
+                harness.write_tokenizer(os.path.join(data, "tokenizer.json"))
         return ["data.dataset_provider=webdataset", "data.train_data_path=" + data, "data.tokenizer=" + os.path.join(data, "tokenizer.json")]
 
     def program(self, case, launch):
@@ -127,8 +141,25 @@ class Runner:
         for n in os.listdir(self.scratch):
             shutil.rmtree(os.path.join(self.scratch, n), ignore_errors=True)
 
-    def skip(self, case, ranks):
+    def placed(self, case, launch):
+        """(the launch with the backend it is to run on, ''), or (it, the reason to skip it)."""
+        asked, overrides = getattr(self.arg, "backend", ""), launch.overrides
+        if asked == "cuda" and not case.backend:
+            adapted, reason = gpu.adapt(case, launch)
+            return adapted or launch, reason
+        if asked == "ref":
+            overrides = [w for w in overrides if not w.startswith(("run.backend=", "run.precision=bf16"))] + ["run.backend=ref"]
+        elif case.backend and not any(w.startswith("run.backend=") for w in overrides):
+            overrides = overrides + ["run.backend=" + case.backend]
+        return (launch if launch.program else c.Launch(launch.name, launch.ranks, overrides, launch.section)), ""
+
+    def skip(self, case, launch):
         """The reason to skip, or ''."""
+        ranks = launch.ranks
+        if on_gpus(launch) and self.features.get("cuda", "no") == "no":
+            return "for GPUs, and this program was built without CUDA"
+        if on_gpus(launch) and len(self.devices.load) < ranks:
+            return "needs %d GPUs, here are %d" % (ranks, len(self.devices.load))
         for need in case.needs:
             feature = need.partition("=")[0]
             if "%s=%s" % (feature, self.features.get(feature, "")) != need:
@@ -139,19 +170,34 @@ class Runner:
 
     def check(self, case, launch):
         """The outcome of one launch: 'OK ...', 'WRONG ...', 'CRASH ...', 'TIMEOUT ...' or 'SKIP ...'."""
-        ranks, overrides = launch.ranks, launch.overrides
-        reason = self.skip(case, ranks)
+        launch, reason = self.placed(case, launch)
+        reason = reason or self.skip(case, launch)
         if reason:
             return "SKIP " + reason
         if launch.program:
             return self.program(case, launch)
+        if not on_gpus(launch):
+            return self.verdict(case, launch)
+        with self.devices.lend(launch.ranks, alone=bool(case.memory)) as lent:
+            self.env = dict(self.env, CUDA_VISIBLE_DEVICES=",".join(lent), CUDA_DEVICE_ORDER="PCI_BUS_ID")
+            return self.verdict(case, launch, lent)
+
+    def verdict(self, case, launch, lent=()):
+        """As `check`, for a launch that can run; lent: the GPUs of its ranks."""
+        ranks, overrides = launch.ranks, launch.overrides
         if self.arg.record or self.arg.bitwise:
             out, fault = self.launch(case, ranks, overrides, saving=LAST)
             return fault or (self.record if self.arg.record else self.bitwise)(case, launch, out) or "OK"
         if not os.path.exists(case.reference):
             return "WRONG reference.h5 is missing (%s writes it)" % writer(case)
-        out, fault = self.launch(case, ranks, overrides, saving=BOTH if case.identity else LAST if launch.section.tensors() else ())
+        saving = () if case.identity == "restart" else BOTH if case.identity else LAST if launch.section.tensors() else ()
+        with gpu.MemoryWatch() if case.memory and lent else contextlib.nullcontext() as watch:
+            out, fault = self.launch(case, ranks, overrides, saving=saving)
+        if getattr(self.arg, "traces", None) and os.path.exists(os.path.join(out, "trace.h5")):
+            shutil.copy(os.path.join(out, "trace.h5"), os.path.join(self.arg.traces, "%s.%s.h5" % (case.name, launch.name)))
         fault, note = (fault, "") if fault else compare(case, launch, out)
+        if watch and not fault:
+            fault, note = self.memory(case, launch, [watch.most().get(i, 0) for i in lent])
         if not fault and "gradients" in launch.section.tolerance:
             first, fault = self.first_step(case, launch)
             stored = fault or c.read_group(case.reference, launch.section.group)
@@ -159,6 +205,17 @@ class Runner:
         if not fault and case.identity:
             fault = self.identity(case, ranks, overrides, out)
         return fault or "OK" + note
+
+    def memory(self, case, launch, used):
+        """(outcome or '', note): the MiB that each rank's GPU had in use against what --check says."""
+        p = subprocess.run([self.mimo, "--check", "--ranks", str(launch.ranks), case.deck, *launch.overrides], stdin=subprocess.DEVNULL,
+                           capture_output=True, text=True, timeout=case.limit)
+        table = gpu.predicted(p.stdout)
+        if p.returncode != 0 or not table:
+            return "CRASH status %s of --check\n%s" % (p.returncode, tail(p.stderr)), ""
+        note = " memory, GiB used/predicted: " + ", ".join("rank %d %.1f/%.1f" % (r, used[r] / 1024, m / 1024) for r, m in table.items())
+        far = [r for r, m in table.items() if not abs(used[r] - m) <= case.memory * m + gpu.CONTEXT]
+        return ("WRONG memory of rank %d: off by more than %g %%;%s" % (far[0], 100 * case.memory, note), "") if far else ("", note)
 
     def record(self, case, launch, out):
         """Keep what the launch left in the directory of --record."""
@@ -191,13 +248,13 @@ class Runner:
         longer = [w for w in launch.overrides if not w.startswith("run.train_iters=")]
         return self.launch(case, launch.ranks, longer + ["run.train_iters=1"], saving=LAST)
 
-    def other_start(self, case, whole):
-        """(overrides of a run that draws other weights and then takes the first ones of `whole`, '' or the outcome that prevented it)"""
+    def other_start(self, case, whole, kind):
+        """kind: the run's precision. (overrides of a run that draws other weights and then takes the first ones of `whole`, '' or the outcome that prevented it)"""
         other = ["language.init_method_std=0.01"]
         if case.identity == "finetune":
             return other + ["checkpoint.load=" + os.path.join(whole, "ckpt"), "checkpoint.ckpt_step=0", "checkpoint.finetune=T"], ""
         folder = whole + "_exported"
-        p = subprocess.run([self.mimo, "--export", folder, c.checkpoint(whole, 0), "--dtype", "fp64"], stdin=subprocess.DEVNULL,
+        p = subprocess.run([self.mimo, "--export", folder, c.checkpoint(whole, 0), "--dtype", kind], stdin=subprocess.DEVNULL,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=case.limit)
         if p.returncode != 0:
             return [], "CRASH status %s of --export\n%s" % (p.returncode, tail(p.stdout))
@@ -206,15 +263,17 @@ class Runner:
     def identity(self, case, ranks, overrides, whole):
         """Once more, or in two parts, or from other weights: '' when every bit is that of `whole`."""
         rows, again, more = case.rows(overrides), whole + "_again", []
-        if case.identity == "resume":
+        if case.identity in ("resume", "restart"):
             part = overrides + ["run.exit_interval=%d" % case.stop]
             out, fault = self.launch(case, ranks, part, expected=STOPPED, out=again, saving=LAST)
             if not fault and len(read_rows(os.path.join(again, "trace.h5"), ["iteration"])["iteration"]) != case.stop:
                 fault = "WRONG the first part did not stop after %d iterations" % case.stop
             if fault:
                 return fault
+            if case.identity == "restart":
+                return self.restart(case, ranks, overrides, whole, again)
         elif case.identity in ("import", "finetune"):
-            more, fault = self.other_start(case, whole)
+            more, fault = self.other_start(case, whole, gpu.precision(case, c.Launch("", ranks, overrides, None)))
             if fault:
                 return fault
         out, fault = self.launch(case, ranks, overrides + more, out=again, saving=LAST)
@@ -223,41 +282,72 @@ class Runner:
         return same_bits(*((os.path.join(whole, name), os.path.join(again, name)) for name in ("trace.h5", c.checkpoint("", rows))),
                          ignore=(NOT_RESUMED if case.identity == "resume" else NOT_BITWISE).search)
 
+    def restart(self, case, ranks, overrides, whole, part):
+        """Resumes `part` without saving again: '' when the rows that follow are those of `whole`, bit for bit."""
+        out, fault = self.launch(case, ranks, overrides + ["checkpoint.load=" + os.path.join(part, "ckpt")])
+        if fault:
+            return fault
+        a, b = (read_rows(os.path.join(x, "trace.h5"), c.DATASETS) for x in (whole, out))
+        first = int(b["iteration"][0]) if len(b["iteration"]) else 0
+        if first != case.stop + 1 or b["iteration"][-1] != a["iteration"][-1]:
+            return "WRONG the second part has %d rows from iteration %d on" % (len(b["iteration"]), first)
+        for k in c.DATASETS:
+            if a[k][case.stop:].tobytes() != b[k].tobytes():
+                return first_bit(k, a[k][case.stop:], b[k], 1)
+        return ""
+
     def update(self, case):
-        """Write reference.h5 from the case's first launch; '' or the outcome that prevented it."""
-        ranks, overrides = case.launches[0].ranks, case.launches[0].overrides
+        """Write reference.h5, each of its groups from the first launch that is compared with it; '' or the outcome that prevented it."""
         if case.launches[0].program:
             return "SKIP it has no reference"
         if case.oracle:
             return "SKIP its reference is not our own: `make oracle` writes it"
-        reason = self.skip(case, ranks)
-        if reason:
-            return "SKIP " + reason
-        out, fault = self.launch(case, ranks, overrides)
-        if fault:
-            return fault
-        tensors = {}
-        if "gradients" in case.sections[0].tolerance:
-            first, fault = self.first_step(case, case.launches[0])
-            if fault:
-                return fault
-            tensors = c.gradients(first)
-        rows = read_rows(os.path.join(out, "trace.h5"), case.sections[0].quantities())
-        bad = [k for k, v in rows.items() if len(v) != case.rows(overrides) or not np.all(np.isfinite(v))]
-        if bad:
-            return "WRONG %s: rows are missing or not finite, no reference written" % bad[0]
         partial = case.reference + ".new"
         with h5py.File(partial, "w") as f:
-            for k, v in rows.items():
-                f[k] = v
-            for k, v in tensors.items():
-                f["gradients/" + k] = c.sketch(v)
-            command = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
-            f.attrs.update(program="mimo", version=self.features.get("version", ""), git=self.features.get("git", ""),
-                           date=time.strftime("%Y-%m-%d", time.gmtime()),
-                           command=" ".join([*command, "mimo", "regression/%s/deck.nml" % case.name, *overrides]))
+            for section in case.sections:
+                fault = self.update_section(case, section, f.require_group(section.group or "/"))
+                if fault:
+                    break
+        if fault:
+            os.remove(partial)
+            return fault
         os.replace(partial, case.reference)
         return ""
+
+    def update_section(self, case, section, group):
+        """Write what the section is compared with; '' or the outcome that prevented it."""
+        launch, reason = self.placed(case, next(l for l in case.launches if l.section is section))
+        reason = reason or self.skip(case, launch)
+        if reason:
+            return "SKIP " + reason
+        with self.devices.lend(launch.ranks if on_gpus(launch) else 0) as lent:
+            self.env = dict(self.env, CUDA_VISIBLE_DEVICES=",".join(lent)) if lent else self.env
+            out, fault = self.launch(case, launch.ranks, launch.overrides)
+            if fault:
+                return fault
+            tensors = {}
+            if "gradients" in section.tolerance:
+                first, fault = self.first_step(case, launch)
+                if fault:
+                    return fault
+                tensors = c.gradients(first)
+        rows = read_rows(os.path.join(out, "trace.h5"), section.quantities())
+        bad = [k for k, v in rows.items() if len(v) != case.rows(launch.overrides) or not np.all(np.isfinite(v))]
+        if bad:
+            return "WRONG %s: rows are missing or not finite, no reference written" % bad[0]
+        for k, v in rows.items():
+            group.create_dataset(k, data=v, compression="gzip" if v.size > 1000 else None)
+        for k, v in tensors.items():
+            group["gradients/" + k] = c.sketch(v)
+        command = ["mpiexec", "-n", str(launch.ranks)] if launch.ranks > 1 else []
+        group.attrs.update(program="mimo", version=self.features.get("version", ""), git=self.features.get("git", ""),
+                           date=time.strftime("%Y-%m-%d", time.gmtime()),
+                           command=" ".join([*command, "mimo", "regression/%s/deck.nml" % case.name, *launch.overrides]))
+        return ""
+
+
+def on_gpus(launch):
+    return not launch.program and "run.backend=cuda" in launch.overrides
 
 
 def machine():
@@ -324,7 +414,7 @@ def compare(case, launch, out):
     # A choice that differs before any row could be compared proves nothing.
     if n == 0:
         return "WRONG %s: differs at iteration 1, E layer %d, expert %d" % (EXPERTS, layer, expert), ""
-    fault = compare_rows(section, got, reference, n)
+    fault = compare_rows(section, got, reference, n) or look_within(section, got)
     # After a flip, or in fewer iterations, the last parameters are others.
     if not fault and "parameters" in section.tolerance and n == rows == case.iterations:
         stored = c.read_group(case.reference, section.group)
@@ -345,6 +435,15 @@ def compare_rows(section, got, reference, n):
             place = "" if len(i) == 1 else " at [layer, expert] %s" % list(i[1:])
             return "WRONG %s%s: value %.17g, reference %.17g, off by %.2e, tolerance %.2e (atol %g, rtol %g), first iteration %d" % (
                 k, place, x[i], y[i], abs(x[i] - y[i]), atol + rtol * abs(y[i]), atol, rtol, reference["iteration"][i[0]])
+    return ""
+
+
+def look_within(section, got):
+    """The outcome of the ranges that values must lie in, whatever the reference says, or ''."""
+    for k, first, last, low, high, source in section.within:
+        for i, x in zip(got["iteration"], got[k]):
+            if first <= i <= last and not low <= x <= high:   # true for NaN
+                return "WRONG %s: value %.6g in iteration %d, must lie within %g and %g (%s)" % (k, x, i, low, high, source)
     return ""
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install what mimo needs on Debian 12: the demo's packages; with --dev also what the tests need (and f90nml of the Python
-# index, in build/f90nml); with --cuda also NVIDIA's libraries for a CUDA build, unpacked into .cuda/ (no GPU or driver needed
-# to build); with --oracle also transformers and torch in .oracle/ for `make oracle`. Safe to run again.
+# index, in build/f90nml); with --cuda also NVIDIA's libraries for a CUDA build, unpacked into .cuda/, and the compiler where
+# /usr/local/cuda has none (no GPU or driver needed to build); with --oracle also transformers and torch in .oracle/ for `make oracle`. Safe to run again.
 # Without root it prints the command to run as root and ends with status 1. Elsewhere than on Debian it only names the packages.
 set -eu
 cd "$(dirname "$0")/.."
@@ -21,7 +21,7 @@ for option in "$@"; do
     --dev) f90nml=yes; packages="$packages $dev" ;;
     --cuda) cuda=yes; packages="$packages python3-pip" ;;
     --oracle) oracle=yes; packages="$packages python3-venv" ;;
-    -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,6s/^# //p' "$0"; exit 0 ;;
     *) echo "bootstrap.sh: unknown option '$option' (--dev, --cuda, --oracle, --help)" >&2; exit 2 ;;
     esac
 done
@@ -47,11 +47,16 @@ fi
 
 if [ "$cuda" = yes ] && [ ! -d .cuda ]; then
     echo "fetching NVIDIA's libraries into .cuda (about 1 GB)"
+    compiler=
+    [ -x /usr/local/cuda/bin/nvcc ] || compiler="nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88
+        nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85"
     rm -rf .cuda.part   # what an interrupted fetch has left
     mkdir -p .cuda.part/wheels
+    # shellcheck disable=SC2086
     python3 -m pip download -q --no-deps -d .cuda.part/wheels nvidia-cublas==13.1.1.3 nvidia-nccl-cu13==2.28.9 \
-        nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0 nvidia-cuda-nvrtc==13.0.88
+        nvidia-cudnn-cu13==9.19.0.56 nvidia-cutlass==4.2.0.0 nvidia-cudnn-frontend==1.32.0 nvidia-cuda-nvrtc==13.0.88 $compiler
     for w in .cuda.part/wheels/*.whl; do python3 -m zipfile -e "$w" .cuda.part; done
+    if [ -n "$compiler" ]; then chmod +x .cuda.part/nvidia/cu13/bin/* .cuda.part/nvidia/cu13/nvvm/bin/*; fi
     rm -rf .cuda.part/wheels
     mv .cuda.part .cuda
 fi

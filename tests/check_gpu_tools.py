@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""The tools for GPU hosts on a machine without GPUs: how launches of the regression cases are adapted, lent GPUs and judged, and
+tools/check_gpu.py in a bundle of stand-ins: a nvidia-smi that shows two GPUs, tests of operations that print what they are told to, and a mimo
+that runs cuda's launches on the reference backend. It must count what fails, and fail what does not end in time."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+from harness import ROOT, Mimo, Tap
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(ROOT, "regression"))
+import gpu   # noqa: E402
+from cases import cases   # noqa: E402
+
+RUN = os.path.join(ROOT, "regression", "run")
+
+
+def adapted(tap):
+    """Every launch with a number that a GPU can give is run there once, in a precision that exists there."""
+    fault, count = [], 0
+    for case in cases(os.path.join(ROOT, "regression")):
+        for launch in case.launches if not case.backend else ():
+            other, reason = gpu.adapt(case, launch)
+            if launch.program:
+                fault += [launch.name] * (other is not None)
+                continue
+            if other is None:
+                twin = reason.rpartition(" ")[2]
+                if not reason.startswith("fp64") or gpu.precision(case, next(l for l in case.launches if l.name == twin)) != "fp32":
+                    fault.append("%s/%s: %s" % (case.name, launch.name, reason))
+                continue
+            count += 1
+            tolerance = other.section.tolerance["lm_loss"]
+            if gpu.precision(case, other) != "fp32" or "run.backend=cuda" not in other.overrides or not 1e-7 < tolerance[1] <= 2e-5:
+                fault.append("%s/%s: %s %s" % (case.name, launch.name, other.overrides, tolerance))
+    tap.result(count > 80 and not fault, "fp64_launches_run_in_fp32_once_with_its_tolerance", fault)
+
+
+def lent(tap):
+    devices, together, most, lock = gpu.Devices("0123", share=2), {i: 0 for i in "0123"}, {i: 0 for i in "0123"}, threading.Lock()
+    fault = []
+
+    def use(n, alone):
+        with devices.lend(n, alone) as mine:
+            with lock:
+                for i in mine:
+                    together[i] += 1
+                    most[i] = max(most[i], together[i])
+                if len(set(mine)) != n or mine != sorted(mine) or (alone and any(together[i] > 1 for i in mine)):
+                    fault.append(mine)
+            time.sleep(0.002)
+            with lock:
+                for i in mine:
+                    together[i] -= 1
+    threads = [threading.Thread(target=use, args=(1 + k % 4, k % 5 == 0)) for k in range(60)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    tap.result(not fault and max(most.values()) == 2 and not any(t.is_alive() for t in threads) and set(devices.load.values()) == {0},
+               "gpus_are_lent_to_as_many_as_may_share_them", "%s %s" % (fault, most))
+
+
+def predicted(tap, m):
+    text = m.run("--check", "--ranks", "4", os.path.join(ROOT, "input", "v2l2.nml"))[1]
+    rows = {int(r[1]): r for r in (line.split() for line in text.splitlines()) if len(r) == 10 and r[0] in ("encoder", "language") and "." in r[9]}
+    got = gpu.predicted(text)
+    tap.result(sorted(got) == [0, 2] and all(abs(got[r] - (float(rows[r][9]) - float(rows[r][8]))) < 0.01 for r in got) and got[2] > 100e3,
+               "the_memory_table_is_read", "%s %s" % (got, rows))
+
+
+class Folder:
+    """A folder with one case of family 600 and a run of it on the reference backend."""
+
+    def __init__(self, m, name):
+        self.m, self.folder, self.name = m, m.path("cases_" + name), name
+        shutil.copytree(os.path.join(ROOT, "regression", name), os.path.join(self.folder, name))
+        self.expect = os.path.join(self.folder, name, "expect")
+
+    def run(self, *more):
+        p = subprocess.run([RUN, "--mimo", self.m.binary, "--mpiexec", self.m.arg.mpiexec, "--cases", self.folder, *more], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+        return p.returncode, p.stdout
+
+    def edit(self, old, new):
+        with open(self.expect) as f:
+            text = f.read()
+        assert old in text
+        with open(self.expect, "w") as f:
+            f.write(text.replace(old, new, 1))
+
+
+def launches(tap, m):
+    c = Folder(m, "601_gpu_resume")
+    code, text = c.run("-k", "/one")
+    tap.result(code == 0 and re.search(r"^SKIP .*/one .*: for GPUs, and this program was built without CUDA$", text, re.M), "without_cuda_a_launch_for_gpus_is_skipped", text)
+    code, text = c.run("--backend", "ref", "--ranks", "1", "--ranks", "2", "--jobs", "3")
+    tap.result(code == 0 and text.endswith("3 passed, 0 failed, 0 skipped\n"), "launches_run_at_the_same_time", text)
+    c.edit("identity resume 6", "identity restart 5\nwithin lm_loss 2 4 6.0 6.5 wide")
+    code, text = c.run("--backend", "ref", "-k", "/one")
+    tap.result(code == 0, "a_restart_without_a_second_checkpoint_is_bitwise_too", text)
+    c.edit("within lm_loss 2 4 6.0 6.5 wide", "within lm_loss 2 4 6.0 6.1 narrow")
+    code, text = c.run("--backend", "ref", "-k", "/one")
+    tap.result(code == 1 and re.search(r"^WRONG .*: lm_loss: value 6\.\d+ in iteration 2, must lie within 6 and 6\.1 \(narrow\)$", text, re.M),
+               "a_value_outside_its_range_is_wrong", text)
+    c.edit("within lm_loss", "within lr")
+    code, text = c.run("--list")
+    tap.result(code == 1 and "unknown word 'within'" in text, "a_range_for_what_is_not_compared_is_refused", text)
+
+
+# ---- check_gpu in a bundle of stand-ins -----------------------------------------------------------------------------------------------
+
+def script(path, text):
+    with open(path, "w") as f:
+        f.write("#!/bin/bash\n" + text)
+    os.chmod(path, 0o755)
+
+
+SMI = """case "$*" in
+*-lms*) while :; do echo "0, 1024"; echo "1, 1024"; sleep 0.1; done ;;
+*query-gpu=index*) echo 0; echo 1 ;;
+*) echo "Stand-in, 1.0, 700.00 W, 143771 MiB"; echo "Stand-in, 1.0, 700.00 W, 143771 MiB" ;;
+esac
+"""
+MIMO = """a=(); for x in "$@"; do [ "$x" = run.backend=cuda ] && x=run.backend=ref; a+=("$x"); done
+case "$*" in *--features*) %s --features | sed 's/^cuda=.*/cuda=13.0/'; exit ;; esac
+exec %s "${a[@]}"
+"""
+
+
+class Bundle:
+    def __init__(self, m):
+        self.m, self.root = m, m.path("bundle")
+        for d in ("bin", "tests", "tools", "regression", "path"):
+            os.makedirs(os.path.join(self.root, d))
+        for d, names in (("tools", ("check_gpu.py", "gpu_host.py")), ("regression", ("run", "cases.py", "runner.py", "gpu.py", "503_mlp", "602_gpu_repeat")),
+                         ("tests", ("harness.py",))):
+            for n in names:
+                at = os.path.join(ROOT, d, n)
+                (shutil.copytree if os.path.isdir(at) else shutil.copy)(at, os.path.join(self.root, d, n))
+        shutil.copytree(os.path.join(ROOT, "input"), os.path.join(self.root, "input"))
+        script(os.path.join(self.root, "bin", "mpiexec.hydra"), "exec %s \"$@\"\n" % m.arg.mpiexec)
+        script(os.path.join(self.root, "bin", "mimo"), MIMO % (m.binary, m.binary))
+        script(os.path.join(self.root, "path", "nvidia-smi"), SMI)
+        script(os.path.join(self.root, "path", "compute-sanitizer"), "echo '========= ERROR SUMMARY: 3 errors'; exit 86\n")
+        self.operation("gpu_good", "echo 'ok - add 3x4 bf16 err 1.0e-03 bound 2.0e-03'")
+        self.operation("gpu_bad", "echo 'ok - add 1x1 err 0 bound 1'; echo 'not ok - add 5x6 err 1 bound 0'; echo '#   y[0,1]: got 1, want 0'; exit 1")
+        self.operation("gpu_mute", "true")
+        self.operation("gpu_slow", "echo 'ok - add 1x1 err 0 bound 1'; sleep 60")
+
+    def operation(self, name, text):
+        script(os.path.join(self.root, "tests", name), text + "\n")
+
+    def check(self, *arguments):
+        """(status, lines, what the JSON file holds, seconds)"""
+        start, out = time.monotonic(), os.path.join(self.root, "out")
+        p = subprocess.run([sys.executable, os.path.join(self.root, "tools", "check_gpu.py"), "--out", out, *arguments], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+                           env=dict(os.environ, PATH=os.path.join(self.root, "path") + ":" + os.environ["PATH"]))
+        with open(os.path.join(out, "check_gpu.json")) as f:
+            return p.returncode, p.stdout.splitlines(), json.load(f), time.monotonic() - start
+
+
+def states(lines, word):
+    return {m.group(2): m.group(1) for m in (re.match(r"(not ok|ok) \d+ - \d GPU: %s: (\S+)" % word, x) for x in lines) if m}
+
+
+def bundle(tap, m):
+    b = Bundle(m)
+    code, lines, found, seconds = b.check("--gpus", "1", "-k", "operations", "-k", "sanitizer", "--limit", "6")
+    text = "\n".join(lines)
+    tap.result(code == 1 and states(lines, "operations") == {"gpu_good": "ok", "gpu_bad": "not ok", "gpu_mute": "not ok", "gpu_slow": "not ok"},
+               "an_operation_is_believed_only_when_it_says_so", text)
+    tap.result("#   y[0,1]: got 1, want 0" in lines and any("1 of 2 cases failed" in x for x in lines), "what_is_wrong_is_shown", text)
+    tap.result(seconds < 40 and any("stopped: the time of this count was used up" in x for x in lines), "what_does_not_end_in_time_has_failed", text)
+    tap.result(any("not begun: the time of this count was used up" in x for x in lines) or states(lines, "sanitizer") == dict.fromkeys(
+        ("memcheck", "racecheck", "initcheck"), "not ok"), "what_the_sanitizer_finds_is_a_failure", text)
+    last = re.match(r"(\d+) passed, (\d+) failed, (\d+) skipped$", lines[-1])
+    tap.result(last and [int(x) for x in last.groups()] == [found["passed"], found["failed"], found["skipped"]] and found["devices"] == ["Stand-in"] * 2
+               and len(found["results"]) == sum(int(x) for x in last.groups()) and found["program"]["version"] and found["date"], "the_file_holds_the_same", text)
+    b.operation("gpu_slow", "echo 'ok - add 1x1 err 0 bound 1'")
+    code, lines, found, seconds = b.check("--gpus", "1,2", "-k", "regression", "--limit", "200")
+    runs = [r for r in found["results"] if r["part"] == "regression"]
+    tap.result(code == 0 and {r["name"] for r in runs if r["state"] == "passed"} == {
+        "503_mlp/fp32", "503_mlp/fp64_l2x1", "602_gpu_repeat/reference", "602_gpu_repeat/one", "602_gpu_repeat/e1x1_l1x1", "602_gpu_repeat/e1x2_l1x2_ep2_colocated"}
+               and {(r["name"], r["gpus"]) for r in runs if r["state"] == "skipped"} == {("503_mlp/fp64", 1)}, "the_regression_cases_of_each_count_are_run", "\n".join(lines))
+    code, lines, found, seconds = b.check("--gpus", "4", "-k", "operations", "-k", "sentences")
+    tap.result(code == 1 and any("4 GPUs are asked for, here are 2" in x for x in lines), "gpus_that_are_not_there_are_a_failure", "\n".join(lines))
+    code, lines, found, seconds = b.check("--gpus", "2", "-k", "sentences")
+    killed = [r for r in found["results"] if r["name"] == "a killed rank ends the job"]
+    others = [r for r in found["results"] if r not in killed]
+    tap.result(killed and killed[0]["state"] == "passed", "a_killed_rank_is_seen", "\n".join(lines))
+    tap.result(len(others) == 3 and all(r["state"] == "failed" for r in others), "a_run_that_lacks_no_gpu_is_no_sentence", "\n".join(lines))
+
+
+def main():
+    tap, m = Tap(), Mimo()
+    adapted(tap)
+    lent(tap)
+    predicted(tap, m)
+    launches(tap, m)
+    bundle(tap, m)
+    m.close()
+    tap.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Every test that needs GPUs, from a bundle (tools/bundle.sh) on a host with a driver and CUDA's libraries.
+
+    check_gpu --gpus 1,2,4 --out DIR [--limit SECONDS] [-k WORD ...]
+
+For each count of GPUs, in this order: what a user is told when something is missing; every operation against the reference; the tiny
+model under compute-sanitizer; the regression cases on GPUs (fp32, and family 600 in bf16: restart, repetition, 100 iterations beside the
+reference backend); the cases of family 600 at full width, with their memory. What fits several times on the GPUs here runs at
+the same time. A count must be done within the limit: what is not is failed. One TAP line a test, at the end
+`N passed, N failed, N skipped`, the same in DIR/check_gpu.json with times, device and versions. Exit status 1 on any failure.
+"""
+import argparse
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import gpu_host as host   # noqa: E402
+
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# Library kernels whose shared memory is filled by bulk copies and read by wgmma behind barriers that the tool does not follow.
+NOT_CHECKED = {"racecheck": ("cudnn",)}
+TINY = os.path.join(host.ROOT, "input", "mock_tiny.nml")
+TEXT_TINY = ("topology.layout=language_only", "data.mock_text_only_every=1")
+LAUNCH = re.compile(r"^(OK|WRONG|CRASH|TIMEOUT|SKIP)\s+(\S+) \(\d+ ranks, ([\d.]+) s\)(?:: (.*))?$")
+RANKS = {4: (3, 4)}   # counts of GPUs that also take launches of fewer ranks, for which there is no count of their own
+
+
+class Report:
+    """Results as TAP on standard output and as JSON in a file."""
+
+    def __init__(self, name):
+        self.name, self.results, self.times = name, [], []
+        self.count = {"passed": 0, "failed": 0, "skipped": 0}
+        self.machine, self.lock = host.machine(), threading.Lock()
+        print("# " + ", ".join("%s %s" % x for x in self.machine.items() if x[0] != "program"))
+        print("# " + ", ".join("%s %s" % x for x in self.machine["program"].items()), flush=True)
+
+    def add(self, state, part, name, seconds, note=""):
+        """state: passed, failed or skipped; note: shown below a failure, beside the others."""
+        with self.lock:
+            self.count[state] += 1
+            self.results.append({"state": state, "gpus": part.n, "part": part.name, "name": name, "seconds": round(seconds, 2), "note": note})
+            line = "%s %d - %d GPU: %s: %s" % ("not ok" if state == "failed" else "ok", len(self.results), part.n, part.name, name.replace("#", ""))
+            if state == "skipped":
+                line += " # SKIP " + note
+            else:
+                line += " (%.1f s)" % seconds + ("; " + note if note and state == "passed" else "")
+            print(line)
+            if state == "failed":
+                for x in note.strip().splitlines()[-25:]:
+                    print("#   " + x[:240])
+            sys.stdout.flush()
+
+    def write(self):
+        with open(self.name + ".new", "w") as f:
+            json.dump({**self.machine, **self.count, "seconds": self.times, "results": self.results}, f, indent=1)
+        os.replace(self.name + ".new", self.name)
+
+
+class Part:
+    """One kind of test on n GPUs at a time."""
+
+    def __init__(self, report, name, n, gpus, deadline, scratch):
+        self.report, self.name, self.n, self.gpus, self.deadline = report, name, n, gpus, deadline
+        self.scratch = os.path.join(scratch, "%d_%s" % (n, name.replace(" ", "_")))
+        os.makedirs(self.scratch)
+
+    def add(self, state, name, seconds, note=""):
+        self.report.add(state, self, name, seconds, note)
+
+    def late(self, name, p):
+        """Whether the program was stopped for want of time, then reported as failed."""
+        if p.killed:
+            self.add("failed", name, p.seconds, "stopped: the time of this count was used up\n" + p.text[-1500:])
+        return p.killed
+
+    def mimo(self, ranks, *arguments, visible=None):
+        command = [host.MIMO, *arguments]
+        if ranks > 1:
+            command = [host.MPIEXEC, "-n", str(ranks)] + command
+        return host.Program(command, host.environment(CUDA_VISIBLE_DEVICES=",".join(self.gpus[:self.n] if visible is None else visible)))
+
+
+# ---- what a user is told -------------------------------------------------------------------------------------------------
+
+def status_of(folder):
+    """The exit status that a run has left in its directory, or None."""
+    try:
+        with open(os.path.join(folder, "EXIT")) as f:
+            return int(f.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def told(part, name, ranks, arguments, words, visible=None):
+    """A run that must end with status 3 and one line that holds the words."""
+    out = os.path.join(part.scratch, name.replace(" ", "_"))
+    p = part.mimo(ranks, *arguments, "run.output_dir=" + out, visible=visible).wait(min(part.deadline, time.monotonic() + 60))
+    if not part.late(name, p):
+        lines = [x for x in p.text.splitlines() if "error:" in x]
+        good = status_of(out) == 3 and len(lines) == 1 and all(w in lines[0] for w in words)
+        part.add("passed" if good else "failed", name, p.seconds, lines[0].strip() if good else "EXIT %s, launcher %s\n%s" % (status_of(out), p.status, p.text))
+
+
+def children(pid):
+    """Processes below pid that run mimo."""
+    found, parents = [], {}
+    for stat in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(stat) as f:
+                head, tail = f.read().rsplit(")", 1)
+        except OSError:
+            continue
+        number, name = head.split(" (", 1)
+        parents[int(number)] = (int(tail.split()[1]), name)
+    for x in parents:
+        above = x
+        while above in parents and above != pid:
+            above = parents[above][0]
+        if above == pid and x != pid and parents[x][1] == "mimo":
+            found.append(x)
+    return sorted(found)
+
+
+def killed_rank(part):
+    """SIGKILL to one rank of a running job: everybody is gone within 30 s and the launcher says so."""
+    name, out = "a killed rank ends the job", os.path.join(part.scratch, "killed")
+    p = part.mimo(part.n, TINY, "run.backend=cuda", "run.output_dir=" + out, "run.train_iters=1000000", "log.log_interval=20", "batch.global_batch_size=%d" % (2 * part.n))
+    up = min(part.deadline, time.monotonic() + 60)
+    while "lm loss:" not in p.read() and p.process.poll() is None and time.monotonic() < up:
+        time.sleep(0.1)
+    ranks = children(p.process.pid)
+    start = time.monotonic()
+    if len(ranks) == part.n and p.process.poll() is None:
+        os.kill(ranks[-1], signal.SIGKILL)
+    p.wait(min(part.deadline, start + 30))
+    left = [x for x in ranks if os.path.exists("/proc/%d" % x)]
+    good = len(ranks) == part.n and not p.killed and p.status != 0 and not left
+    part.add("passed" if good else "failed", name, p.seconds, "over after %.1f s, launcher's status %s" % (time.monotonic() - start, p.status) if good
+             else "%d ranks found, launcher's status %s, killed at the deadline: %s, left: %s\n%s" % (len(ranks), p.status, p.killed, left, p.text[-2000:]))
+
+
+def sentences(part):
+    n, batch = part.n, "batch.global_batch_size=%d" % (part.n + 1)
+    cuda = (TINY, "run.backend=cuda", *TEXT_TINY)
+    jobs = [lambda: told(part, "no GPU is visible", n, (*cuda, "batch.global_batch_size=%d" % n), ["no GPU can be used"], visible=()),
+            lambda: told(part, "fewer GPUs than ranks", n + 1, (*cuda, batch), ["%d ranks on this host but %d visible GPU" % (n + 1, n)]),
+            lambda: told(part, "a model larger than the GPU", n, (os.path.join(host.ROOT, "input", "lm10.nml"), "run.train_iters=1", "language.preset=nemotron_54l",
+                                                                  "language.hybrid_layer_pattern=" + "ME" * 27, "batch.global_batch_size=%d" % n),
+                         ["of device memory", "GiB"])]
+    if n > 1:
+        jobs.append(lambda: killed_rank(part))
+    host.together(jobs, len(jobs))
+
+
+# ---- operations -----------------------------------------------------------------------------------------------------------
+
+def operations(part):
+    share = max(1, host.cores() // (6 * len(part.gpus)))
+    pool = host.gpu.Devices(part.gpus, share)
+
+    def one(path):
+        with pool.lend(1) as mine:
+            env = host.environment(CUDA_VISIBLE_DEVICES=mine[0], OPENBLAS_NUM_THREADS=str(max(1, host.cores() // (share * len(part.gpus)))))
+            p = host.Program([path], env).wait(part.deadline)
+        name = os.path.basename(path)
+        if part.late(name, p):
+            return
+        cases = host.operation_lines(p.text)
+        bad = [x for x in cases if not x[0]]
+        if p.status or bad or not cases:
+            part.add("failed", name, p.seconds, "status %s, %d of %d cases failed\n%s" % (p.status, len(bad), len(cases), "\n".join(
+                x[1] + "\n" + x[2] for x in bad) or p.text[-1500:]))
+        else:
+            part.add("passed", name, p.seconds, "%d cases" % len(cases))
+    host.together([lambda path=path: one(path) for path in host.operations()], share * len(part.gpus))
+
+
+# ---- compute-sanitizer ----------------------------------------------------------------------------------------------------
+
+def sanitizer():
+    """(its path or None, its option that leaves kernels out)"""
+    found = shutil.which("compute-sanitizer") or next(iter(sorted(glob.glob("/usr/local/cuda*/bin/compute-sanitizer")
+                                                                  + glob.glob("/opt/nvidia/*/*/compute-sanitizer"))), None)
+    text = host.ask(found, "--help") if found else ""
+    return found, next((o for o in ("--kernel-name-exclude", "--kernel-regex-exclude", "--exclude") if o in text), "--exclude")
+
+
+def sanitize(part):
+    program, leave_out = sanitizer()
+    pool = host.gpu.Devices(part.gpus, len(SANITIZERS))
+
+    def one(tool):
+        if not program:
+            part.add("skipped", tool, 0, "compute-sanitizer is not installed here")
+            return
+        out = os.path.join(part.scratch, tool)
+        with pool.lend(1) as mine:
+            command = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "8",
+                       *(x for word in NOT_CHECKED.get(tool, ()) for x in (leave_out, "kns=" + word)), host.MIMO, TINY, "run.backend=cuda", "run.train_iters=2",
+                       "stage.training_stage=3", "batch.global_batch_size=2", "run.output_dir=" + out]
+            p = host.Program(command, host.environment(CUDA_VISIBLE_DEVICES=mine[0])).wait(part.deadline)
+        if part.late(tool, p):
+            return
+        summary = re.findall(r"={9} (?:ERROR|RACECHECK) SUMMARY: (.*)", p.text)
+        clean = p.status == 0 and status_of(out) == 0 and summary and all(re.match(r"0 (errors|hazards)", x) for x in summary)
+        part.add("passed" if clean else "failed", tool, p.seconds, summary[-1] if clean else "status %s, EXIT %s\n%s" % (
+            p.status, status_of(out), "\n".join(x for x in p.text.splitlines() if x.startswith("=====")) or p.text))
+    host.together([lambda tool=tool: one(tool) for tool in SANITIZERS], len(SANITIZERS))
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------------
+
+def regression(part, words, share):
+    """Launches of the regression cases, as they end."""
+    ranks = [x for r in RANKS.get(part.n, (part.n,)) for x in ("--ranks", str(r))]
+    traces = os.path.join(part.report.out, "traces")
+    command = [sys.executable, os.path.join(host.ROOT, "regression", "run"), "--backend", "cuda", "--mimo", host.MIMO, "--mpiexec", host.MPIEXEC, *ranks,
+               "--share", str(share), "--jobs", str(max(1, share * len(part.gpus) // part.n)), "--traces", traces, *(x for w in words for x in ("-k", w))]
+    seen, last = 0, None
+
+    def look(text):
+        nonlocal seen, last
+        lines = text.split("\n")[:-1]
+        for line in lines[seen:]:
+            m = LAUNCH.match(line)
+            if m or not line.startswith("    |"):
+                emit()
+            if m:
+                last = [m, []]
+            elif last and line.startswith("    |"):
+                last[1].append(line)
+        seen = len(lines)
+
+    def emit():
+        nonlocal last
+        if last:
+            (word, name, seconds, note), more = last[0].groups(), last[1]
+            state = {"OK": "passed", "SKIP": "skipped"}.get(word, "failed")
+            part.add(state, name, float(seconds), note or "" if state != "failed" else "\n".join(["%s %s" % (word, note or "")] + more))
+            last = None
+    p = host.Program(command, host.environment(CUDA_VISIBLE_DEVICES=",".join(part.gpus))).wait(part.deadline, look, 0.5)
+    emit()
+    if not part.late("the other launches", p) and not re.search(r"^\d+ passed, \d+ failed, \d+ skipped$", p.text, re.M):
+        part.add("failed", "regression/run", p.seconds, "status %s\n%s" % (p.status, p.text))
+
+
+def small_runs(part):
+    regression(part, ("^3", "^4", "^5", "^60"), max(1, min(4, host.cores() // (4 * len(part.gpus)))) if part.n == 1 else 2)
+
+
+def large_runs(part):
+    regression(part, ("^61", "^62", "^63"), 1)
+
+
+# name, function, whether it has something to say for more than one GPU
+PARTS = (("sentences", sentences, True), ("operations", operations, False), ("sanitizer", sanitize, False), ("regression", small_runs, True),
+         ("full width", large_runs, True))
+
+
+def main():
+    ap = argparse.ArgumentParser(description="every test that needs GPUs")
+    host.add_options(ap)
+    ap.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="for each count of GPUs (240)")
+    arg = ap.parse_args()
+    wanted, there = host.counts(arg.gpus), host.gpu.visible()
+    os.makedirs(os.path.join(arg.out, "traces"), exist_ok=True)
+    report = Report(os.path.join(arg.out, "check_gpu.json"))
+    report.out = os.path.abspath(arg.out)
+    scratch = tempfile.mkdtemp(prefix="mimo-check-gpu-")
+    try:
+        for n in wanted:
+            start = time.monotonic()
+            for name, run, several in PARTS:
+                if (n > 1 and not several) or (arg.k and not any(w in name for w in arg.k)):
+                    continue
+                begin, part = time.monotonic(), Part(report, name, n, there, start + arg.limit, scratch)
+                if n > len(there):
+                    part.add("failed", "GPUs", 0, "%d GPUs are asked for, here are %d" % (n, len(there)))
+                elif begin > part.deadline:
+                    part.add("failed", "all", 0, "not begun: the time of this count was used up")
+                else:
+                    run(part)
+                report.times.append({"gpus": n, "part": name, "seconds": round(time.monotonic() - begin, 1)})
+                print("# %d GPU: %s took %.1f s, %.1f s of %g since the count began" % (n, name, time.monotonic() - begin, time.monotonic() - start, arg.limit), flush=True)
+                report.write()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print("1..%d" % len(report.results))
+    print("%d passed, %d failed, %d skipped" % tuple(report.count.values()))
+    return 1 if report.count["failed"] or not report.results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
