@@ -117,7 +117,7 @@ static void inspect_checkpoint(struct view *v)
         return;
     }
     if (!io_manifest_get(v->path, v->file, &m, &v->errors)) return;
-    if (H5Ovisit2(v->file, H5_INDEX_NAME, H5_ITER_INC, visit_object, NULL, H5O_INFO_ALL) < 0)
+    if (H5Ovisit2(v->file, H5_INDEX_NAME, H5_ITER_NATIVE, visit_object, NULL, H5O_INFO_ALL) < 0)
         errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is damaged: %s", v->path,
                    io_reason(shown, sizeof shown));
     io_get_attr_i64(v->file, "optimizer", &optimizer);
