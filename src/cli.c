@@ -245,6 +245,10 @@ char *cli_read_deck_text(const struct cli *cli, size_t *length, struct errors *e
     if (n < 0) errors_add(errors, EXIT_DECK, "%s: error: cannot read the deck: %s", name, strerror(errno));
     else if (*length > DECK_FILE_MAX) errors_add(errors, EXIT_DECK, "%s: error: the deck is larger than %d bytes", name, DECK_FILE_MAX);
     if (cli->deck) close(fd);
+    else if (n == 0 && *length == 0) {
+        errors_add(errors, EXIT_DECK, "%s:1:1: error: no deck: standard input is empty; call mimo DECK or mimo < DECK (mimo --help)", name);
+        n = -1;
+    }
     if (n >= 0 && *length <= DECK_FILE_MAX) return text;
     free(text);
     return NULL;

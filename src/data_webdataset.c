@@ -331,7 +331,9 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
     w->tokenizer = tokenizer_open(path, why, sizeof why);
     if (!w->tokenizer) {
         char hint[512];
-        errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '%s': %s%s", where, path, why,
+        const size_t n = strlen(path);
+        const char *rest = strncmp(why, path, n) == 0 && strncmp(why + n, ": ", 2) == 0 ? why + n + 2 : why;
+        errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '%s': %s%s", where, path, rest,
                    path_hint(path, hint, sizeof hint));
         return;
     }

@@ -2,15 +2,18 @@
  * one number alone are listed as one, layers.{0,2-5}. */
 #include "hf_directory.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "bf16.h"
 #include "hf_config.h"
 #include "image.h"
+#include "path_hint.h"
 
 /* ---- lists of names ----------------------------------------------------------------------------
  */
@@ -449,11 +452,28 @@ static void summarise(struct audit *a)
                a->d->s.n_files == 1 ? "" : "s", rest);
 }
 
+/* Nothing by that name: the key that gave it is named. */
+static bool is_there(const struct hf_directory *d, const struct deck *deck, struct errors *errors)
+{
+    char key[32], hint[512];
+    struct stat st;
+    if (stat(d->path, &st) == 0)
+        return true;
+    const int error = errno;
+    for (int m = 0; m < MODEL_MODULES; m++)
+        if (d->want[m]) {
+            snprintf(key, sizeof key, "import_%s", model_module_names[m]);
+            errors_add(errors, EXIT_CHECKPOINT, "%s: error: checkpoint.%s = '%s': %s%s", deck_where(deck, "checkpoint", key), key, d->path,
+                       strerror(error), path_hint(d->path, hint, sizeof hint));
+        }
+    return false;
+}
+
 void hf_directory_audit(struct hf_directory *d, const struct deck *deck, struct errors *errors,
                         struct errors *notes)
 {
     const int before = errors->count;
-    if (!safetensors_open(&d->s, d->path, errors))
+    if (!is_there(d, deck, errors) || !safetensors_open(&d->s, d->path, errors))
         return;
     hf_directory_index(d);
     /* A file of this program's own projector comes without a config.json. */

@@ -85,7 +85,7 @@ static int take_lock(const char *dir, bool *cannot_write, char *why, size_t size
         fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
         if (fd < 0) {
             *cannot_write = true;
-            snprintf(why, size, "%s: %s", path, strerror(errno));
+            snprintf(why, size, "%s: %s; run.output_dir must be a directory that can be written", path, strerror(errno));
             return -1;
         }
         if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {

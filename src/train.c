@@ -21,6 +21,13 @@ static bool same_directory(const char *a, const char *b)
     return strcmp(a, b) == 0 || (stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev && sa.st_ino == sb.st_ino);
 }
 
+static bool is_file(const char *path)
+{
+    struct stat st;
+
+    return stat(path, &st) == 0 && !S_ISDIR(st.st_mode);
+}
+
 void train_find_start(struct train_start *s, const struct run *run, const struct deck *deck, const struct topology *topo,
                       struct errors *errors)
 {
@@ -48,9 +55,12 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
         own = !again && own;
         s->finetune = k->finetune;
         if (found < 0 && topo->rank == 0 && errors->count == 0)
-            log_warn("checkpoint.load = '%s' holds no checkpoint: starting at iteration 0%s", k->load, path_hint(k->load, hint, sizeof hint));
+            log_warn("checkpoint.load = '%s' %s: starting at iteration 0%s", k->load, is_file(k->load) ? "is a file, not a directory of checkpoints" : "holds no checkpoint",
+                     path_hint(k->load, hint, sizeof hint));
     }
     if (comm_host_collect_errors(topo->world, errors) > 0 || found < 0) {
+        if (deck->run.mode == DECK_MODE_EVAL && topo->rank == 0 && errors->count == 0 && !import_wanted(deck))
+            log_warn("run.mode = 'eval' without a checkpoint: what is evaluated are the initial weights; checkpoint.load names a directory of checkpoints");
         s->load = NULL;
         s->finetune = false;
         if (import_wanted(deck)) snprintf(s->text, sizeof s->text, "new, with imported weights");

@@ -70,7 +70,16 @@ def new_user(r):
     mistake("starts_too_many_ranks", 3, (tiny, *PAIR), "needs 2 ranks", "4 are present", "start it with mpiexec -n 2", ranks=4)
     mistake("starts_an_odd_number_of_ranks", 3, (tiny,), "3 ranks are neither 1 nor even; possible: ", ranks=3)
     mistake("starts_one_grid_too_small", 3, (tiny, "topology.layout=language_only", "topology.llm_dp=4"), "start it with mpiexec -n 4", ranks=2)
+    mistake("gives_no_deck", 2, (), "no deck", "call mimo DECK or mimo < DECK")
+    mistake("gives_a_directory_as_deck", 2, ("input",), "Is a directory")
+    mistake("gives_a_picture_as_deck", 2, (os.path.join(ROOT, "docs", "demo.png"),), "is not text")
     # From here on the run directory is made: the directory says how the start ended.
+    got = r.go("noweights", "run.mode=eval")
+    r.ok("new_user_evaluates_nothing", got, 0, "warning: run.mode = 'eval' without a checkpoint: what is evaluated are the initial weights")
+    got = r.go("loadfile", "checkpoint.load=README.md", iterations=1)
+    r.ok("new_user_loads_a_file", got, 0, "warning: checkpoint.load = 'README.md' is a file, not a directory of checkpoints: starting at iteration 0")
+    got = r.go("importnothing", "checkpoint.import_language=" + r.at("new", "inptu"), "topology.layout=language_only")
+    r.one_line("new_user_imports_from_nowhere", got, 5, "checkpoint.import_language = '%s': No such file" % r.at("new", "inptu"), "did you mean %s?" % r.at("new", "input"))
     real = [x for x in r.real() if not x.startswith("data.t")]
     paths = {"train_data_path": r.at("data", "train"), "tokenizer": r.at("data", "tokenizer.json")}
     for key, wrong, right in (("train_data_path", r.at("data", "trian"), r.at("data", "train")), ("tokenizer", r.at("data", "tokeniser.json"), r.at("data", "tokenizer.json"))):

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The demo: install what is missing, build, make the data, train on 8 ranks (4 encoder + 4 language), show the result.
 set -eu
+[ $# -eq 0 ] || { echo "usage: tools/demo.sh (no arguments; like make demo)"; exit 2; }
 cd "$(dirname "$0")/.."
 start=$(date +%s)
 tools/bootstrap.sh
