@@ -21,7 +21,7 @@ include src/cuda/cuda.mk
 SRC     = $(filter-out src/main.c,$(wildcard src/*.c)) src/ref/backend_ref.c $(CUDA_C)
 REF     = $(filter-out src/ref/backend_ref.c,$(wildcard src/ref/*.c))
 OBJ     = $(SRC:src/%.c=$(BUILD)/%.o) $(CUDA_OBJ) $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
-TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c))
+TESTS   = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c) $(wildcard tests/mpi_*.c) tests/bench_yardstick.c)
 FUZZERS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/fuzz_*.c))
 BIN     = $(if $(filter build,$(BUILD)),mimo,$(BUILD)/mimo)
 

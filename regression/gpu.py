@@ -111,6 +111,8 @@ def adapt(case, launch):
     """(the launch as it runs on GPUs, ''), or (None, why it does not). fp64 exists on the CPU only: such launches run in fp32."""
     if launch.program:
         return None, "it judges itself, without a GPU"
+    if case.speed:
+        return None, "the reference backend is timed"
     overrides, section = launch.overrides, launch.section
     if precision(case, launch) == "fp64":
         overrides = [w for w in overrides if not w.startswith("run.precision=")] + ["run.precision=fp32"]

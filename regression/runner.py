@@ -16,6 +16,7 @@ import numpy as np
 
 import cases as c
 import gpu
+import speed
 from cases import EXPERTS, read_rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -42,7 +43,7 @@ class Runner:
         self.data, self.data_lock = os.path.join(scratch, "data"), threading.Lock()
         for folder in (self.scratch, self.data):
             os.mkdir(folder)
-        self.mimo = os.path.abspath(arg.mimo)
+        self.mimo, self.tests = os.path.abspath(arg.mimo), os.path.join(ROOT, "build", "tests")
         self.serial = 0
         self.env = {}   # added to the environment of every launch
         self.features = {}
@@ -76,7 +77,7 @@ class Runner:
 
     def program(self, case, launch):
         """The outcome of a command that judges itself."""
-        names = {"{mimo}": self.mimo, "{tests}": os.path.join(ROOT, "build", "tests"), "{python}": sys.executable, "{root}": ROOT}
+        names = {"{mimo}": self.mimo, "{tests}": self.tests, "{python}": sys.executable, "{root}": ROOT}
         command = launch.program
         for k, v in names.items():
             command = [w.replace(k, v) for w in command]
@@ -102,15 +103,17 @@ class Runner:
         """As `command`, for the program under test on the case's deck."""
         return self.command(case, ranks, [self.mimo, case.deck, "run.output_dir=" + out, *self.shards(case), *overrides])
 
+    def environment(self):
+        return dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", OPENBLAS_NUM_THREADS="1", CMOCKA_MESSAGE_OUTPUT="TAP",
+                    **self.env)
+
     def command(self, case, ranks, command):
         """(seconds or None when the limit was hit, status, output) of one process group."""
         if ranks > 1:
             command = [self.arg.mpiexec, "-n", str(ranks)] + command
-        env = dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix", OPENBLAS_NUM_THREADS="1", CMOCKA_MESSAGE_OUTPUT="TAP",
-                   **self.env)
         start = time.monotonic()
         with tempfile.TemporaryFile(dir=self.scratch) as log:
-            p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True)
+            p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True)
             try:
                 status, seconds = p.wait(case.limit), time.monotonic() - start
             except subprocess.TimeoutExpired:
@@ -176,6 +179,8 @@ class Runner:
             return "SKIP " + reason
         if launch.program:
             return self.program(case, launch)
+        if case.speed:
+            return "SKIP times are no bits" if self.arg.record or self.arg.bitwise else speed.check(self, case, launch)
         if not on_gpus(launch):
             return self.verdict(case, launch)
         with self.devices.lend(launch.ranks, alone=bool(case.memory)) as lent:
@@ -302,6 +307,10 @@ class Runner:
             return "SKIP it has no reference"
         if case.oracle:
             return "SKIP its reference is not our own: `make oracle` writes it"
+        if case.speed:
+            launch, reason = self.placed(case, case.launches[0])
+            reason = reason or self.skip(case, launch)
+            return "SKIP " + reason if reason else speed.update(self, case)
         partial = case.reference + ".new"
         with h5py.File(partial, "w") as f:
             for section in case.sections:

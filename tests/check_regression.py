@@ -15,6 +15,7 @@ from harness import ROOT, Mimo, Tap
 RUN = os.path.join(ROOT, "regression", "run")
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(RUN))
+import speed   # noqa: E402
 from cases import DATASETS, MORE, TENSORS, cases, sketch   # noqa: E402
 
 QUICK = ("310_layouts_colocated/reference", "300_layouts_disjoint/e1x1_l1x1", "400_resume/e1x1")
@@ -275,6 +276,33 @@ def planted(tap):
     tap.result(len(os.listdir(folder)) >= 19 and not bad, "every_mutant_applies_and_names_its_launch", "\n".join(bad))
 
 
+def costs(tap, m):
+    """What counts as slow; then real runs against references of this machine as it is and as if it had been 1.5 times as fast."""
+    case, = (c for c in cases(os.path.dirname(RUN)) if c.name == "900_speed")
+    slow = [bool(speed.judge(x, 1.0, case.speed)) for x in (1.5, 1.01 * case.speed, float("nan"), 0.99 * case.speed, 0.5)]
+    tap.result(case.speed <= 1.4 and slow == [True, True, True, False, False], "one_and_a_half_times_as_long_is_wrong", slow)
+    with h5py.File(case.reference) as f:
+        tap.result(set(f["cost"]) == {l.name for l in case.launches} and set(f.attrs) == {"program", "version", "git", "date", "command", "processors"},
+                   "every_timed_launch_has_a_reference_that_says_where_it_is_from", [set(f["cost"]), set(f.attrs)])
+    c = Copy(m, "900_speed", "language")
+    with open(os.path.join(c.case, "expect"), "w") as f:
+        f.write("speed %g\nranks 1\nlaunch language %s\n" % (case.speed, " ".join(next(l for l in case.launches if l.name == "language").overrides)))
+    names = ("a_run_as_fast_as_its_reference_is_ok", "a_run_1.5_times_as_slow_is_wrong", "a_timed_launch_without_a_reference_fails")
+    said = [c.run("--update")]
+    for factor, pattern in ((1, r"^OK .*: [\d.]+ times the reference's cost, [\d.]+ iterations/s$"), (1.5, r"^WRONG .*: cost: .* tolerance 1\.\d+$")):
+        with h5py.File(c.reference, "r+") as f:
+            f["cost/language"][...] = f["cost/language"][()] / factor
+        said.append(c.run())
+        busy = re.search(r"^900_speed: SKIP the machine is busy|^SKIP .*: the machine is busy: the yardstick got \d+ % of a processor", "\n".join(s[1] for s in said), re.M)
+        if busy:
+            tap.skip(names[factor > 1], "the machine is busy")
+        else:
+            tap.result(said[-1][0] == (factor > 1) and re.search(pattern, said[-1][1], re.M), names[factor > 1], said)
+    os.remove(c.reference)
+    code, text = c.run()
+    tap.result(code == 1 and re.search(r"^WRONG .*: reference.h5 is missing", text, re.M), names[2], text)
+
+
 def decks(tap):
     """Family 0 leaves no deck of input/ out."""
     listed = {w for case in cases(os.path.dirname(RUN)) if case.name < "100" for l in case.launches for w in l.program}
@@ -288,6 +316,7 @@ def main():
     tolerances(tap)
     planted(tap)
     programs(tap, m)
+    costs(tap, m)
     bits(tap, m)
     tensors(tap, m)
     coverage(tap)

@@ -3,8 +3,8 @@
 
     make bench-cpu [PEER='python3 peer.py']
 
-Cases: the tiny model on one rank and one thread (8 sequences in one micro-batch), the same on eight ranks at global batch 24,
-three layers at the production width against this machine's sgemm, overlap on against off, weak scaling to eight ranks, and what the
+Cases: those of regression/900_speed (the tiny model and its language part on one rank and one thread, 8 sequences in one micro-batch; eight
+ranks at global batch 24), three layers at the production width against this machine's sgemm, overlap on against off, weak scaling to eight ranks, and what the
 interpreter of the schedule costs. Runs that are compared alternate (--rounds times each) and the medians of their pairs count.
 PEER is a command that prints one JSON line with `it_per_s` for the same one-thread case; it runs before and after ours, in the same
 minute.
@@ -15,12 +15,15 @@ import h5py
 import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(ROOT, "regression"))
+from cases import Case   # noqa: E402
 SCRATCH = tempfile.mkdtemp(prefix="mimo-bench-")
 
 
-def run(a, name, ranks, threads, *overrides):
+def run(a, name, ranks, threads, *overrides, deck="input/mock_tiny.nml"):
     out = os.path.join(SCRATCH, name)
-    command = [a.mimo, "input/mock_tiny.nml", "run.output_dir=" + out, *overrides]
+    command = [a.mimo, deck, "run.output_dir=" + out, *overrides]
     if ranks > 1:
         command = [a.mpiexec, "-n", str(ranks)] + command
     env = dict(os.environ, OPENBLAS_NUM_THREADS=str(threads), HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix")
@@ -34,6 +37,13 @@ def run(a, name, ranks, threads, *overrides):
 
 def per_second(t, skip=5):
     return 1.0 / float(np.median(t["iteration_seconds"][skip:]))
+
+
+def timed(a, name):
+    """A launch of the speed family."""
+    case = Case(os.path.join(ROOT, "regression", "900_speed"))
+    launch, = (l for l in case.launches if l.name == name)
+    return run(a, name, launch.ranks, 1, *launch.overrides, deck=case.deck)
 
 
 def peer(command):
@@ -112,21 +122,19 @@ def main():
         print("%-58s %10.3f %-14s %s" % (name, value, unit, note), flush=True)
 
     if not a.only_compared:
-        eight = ["batch.global_batch_size=8", "batch.micro_batch_size=8", "run.train_iters=150", "log.log_interval=150",
-                 "stage.training_stage=3", "topology.layout=colocated"]
         before = peer(a.peer)
-        t = run(a, "tiny1", 1, 1, *eight)
+        t = timed(a, "whole")
         ours = per_second(t)
         row("tiny, whole model, 1 rank, 1 thread, 8 sequences", ours, "iterations/s", "loss %.4f -> %.4f" % (t["lm_loss"][0], t["lm_loss"][-1]))
         if before:
             theirs = max(before, peer(a.peer))
             row("  the peer on the same case", theirs, "iterations/s", "ratio %.2f" % (ours / theirs))
-        lm = per_second(run(a, "lm1", 1, 1, *eight[:4], "topology.layout=language_only"))
+        lm = per_second(timed(a, "language"))
         row("tiny, language part alone, 1 rank, 1 thread", lm, "iterations/s")
         if a.peer_lm:
             theirs = peer(a.peer_lm)
             row("  the peer on the same case", theirs, "iterations/s", "ratio %.2f" % (lm / theirs))
-        t = run(a, "tiny8", 8, 1, "batch.global_batch_size=24", "run.train_iters=30", "log.log_interval=30", "stage.training_stage=3")
+        t = timed(a, "eight")
         row("tiny, 8 ranks (4 + 4), global batch 24, micro-batch 1", per_second(t), "iterations/s")
         row("  peak memory of the largest rank", float(t["ranks/peak_bytes"].max()) / 2**20, "MiB")
         if not a.no_full_width:
