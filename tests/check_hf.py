@@ -315,6 +315,27 @@ def import_layouts(t):
                    "" if max(float(np.abs(end[n] - exact[n]).max()) for n in exact if "bias" not in n) < 0.01 else "far away")
 
 
+def import_bf16(t):
+    """From fp32 into a run on a GPU: each number rounded once, masters as loaded, and the export has the same bytes."""
+    name = "import into a bf16 run: rounded to nearest even, masters too, exported as they are"
+    if "cuda=no" in t.m.run("--features")[1].split():
+        return t.tap.skip(name, "this program has no CUDA")
+    b = Base(t)
+    got = t.train(*NO_NORM, *[k % b.write() for k in VLM], "stage.training_stage=3", "run.backend=cuda", "run.precision=bf16")
+    if isinstance(got, str):
+        return t.tap.skip(name, "no GPU here") if got.startswith("status 3") else t.test(name, got)
+    kinds = {hf.strip(n): "F32" if n.endswith("correction_bias") else "BF16" for n in b.names}
+    exact = {hf.strip(n): hf.decode(hf.encode(b.r.array(n, s), kinds[hf.strip(n)]), kinds[hf.strip(n)], s) for n, s in b.names.items()}
+    found = hf.from_checkpoint(got[0], hf.TINY, hf.TINY_VISION)
+    fault = same({n: np.asarray(x, np.float32) for n, x in found.items()}, {n: exact[n] for n in found})
+    model, masters = model_of(got[0])
+    fault = fault or same(masters, {n: np.asarray(model[n], np.float32) for n in masters}) or ("" if len(masters) == len(model) - 2 else "%d masters" % len(masters))
+    directory, _ = t.export(got[0], "bf16-back")
+    back = {hf.strip(n): x for n, x in hf.read_directory(directory).items() if "conditioner" not in n} if os.path.isdir(directory) else {}
+    t.test(name, fault or same({n: x for n, (_, x) in back.items()}, {n: exact[n] for n in found}) or
+           ("" if all(back[n][0] == kinds[n] for n in back) else "types"))
+
+
 def spelled(t, name, tensors, values, config, expected, keys, *overrides, shards=1, notes=()):
     """Import a directory and compare the checkpoint with `expected` {published name: array}."""
     if not (t.wanted(name) or t.wanted("import_spellings")):
@@ -515,6 +536,11 @@ def import_strict(t):
     t.test("other constants of the pictures are refused", t.check(b.write(tensors, values=r.bytes(tensors)), *NO_NORM, words=("norm_mean: 0.5, 0.5, 0.5",)))
     half = {n: ("BF16", s) for n, s in b.names.items()}
     t.test("in BF16 they are as good as BF16", t.check(b.write(half), *NO_NORM, want=0))
+    for kind in ("BF16", "F16", "F32", "F64"):
+        tensors = {n: (kind, s) for n, s in b.names.items()}
+        t.test("--check of a bf16 run on GPUs takes %s" % kind, t.check(b.write(tensors), *NO_NORM, "run.backend=cuda", "run.precision=bf16", want=0,
+                                                                       words=("101 of 104 tensors", "MiB read")))
+    tensors = {n: ("F32", s) for n, s in b.names.items()}
     for bad in (np.nan, np.inf):
         r = hf.Random(3)
         name = x + "4.mixer.experts.3.down_proj.weight"
@@ -779,7 +805,8 @@ def published_full(t, name):
     deck = deck_of(t, directory)
     if not os.path.exists(deck):
         return t.test("full size of %s from headers" % name, deck)
-    status, stdout, stderr = t.m.run("--check", deck, *RUN, "--ranks", "16" if name in TEXT_ONLY else "12", "run.backend=ref", *CUT.get(name, CUT_PICTURES))
+    command = ("--check", deck, *RUN[:2], "--ranks", "16" if name in TEXT_ONLY else "12", *CUT.get(name, CUT_PICTURES))
+    status, stdout, stderr = t.m.run(*command, "run.backend=ref", RUN[2])
     numbers = {l.split()[0]: int(l.split()[1]) for l in stdout.partition("\nlayout ")[0].splitlines()
                if l.startswith(("  language  ", "  vision  ")) and l.split()[1].isdigit()}
     fault = "" if status == 0 else "status %s\n%s" % (status, stderr[-3000:])
@@ -800,7 +827,20 @@ def published_full(t, name):
         if "9B" in name and not 0.5 * size <= read["language"] < 0.501 * size:
             fault = "a language rank reads %.0f of %.0f MiB" % (read["language"], size)
     t.test("full size of %s from headers: %s, %s parameters" % (name, word, " + ".join(str(p) for p in parameters if p)), fault)
+    status, bf16, stderr = t.m.run(*command, "run.backend=cuda", "run.precision=bf16")
+    held, half = memory(stdout), memory(bf16)
+    fault = stderr[-3000:] if status or word not in bf16 or not held else ""
+    for role, mib in held.items():   # parameters, all memory of a rank
+        if not fault and not (abs(2 * half[role][0] - mib[0]) < 1e-3 * mib[0] + 1 and half[role][0] < half[role][1]):
+            fault = "%s: %s MiB in fp32, %s in bf16" % (role, mib, half[role])
+    t.test("and into a bf16 run on GPUs: " + ", ".join("%s %.1f of %.1f GiB a rank" % (role, p / 1024, whole / 1024) for role, (p, whole) in sorted(half.items())), fault)
     shutil.rmtree(directory)
+
+
+def memory(text):
+    """{role: (parameters, total)} of --check's table, MiB a rank."""
+    table = text.partition("memory, MiB a rank\n")[2].partition("\n\n")[0].splitlines()[1:]
+    return {row[0]: (float(row[2]), float(row[-1])) for row in (line.split() for line in table)}
 
 
 def patch(directory, name, raw):
@@ -840,8 +880,8 @@ def deck_from_hf(t):
 
 def main():
     t = Hf()
-    cases = [export_vlm, export_types, export_bf16, export_apart, export_refused, export_streams, import_layouts, import_spellings, published_bytes, import_strict, import_damaged,
-             config_keys, deck_rules, resumed, deck_from_hf]
+    cases = [export_vlm, export_types, export_bf16, export_apart, export_refused, export_streams, import_layouts, import_bf16, import_spellings, published_bytes,
+             import_strict, import_damaged, config_keys, deck_rules, resumed, deck_from_hf]
     for case in cases:
         if t.wanted(case.__name__) or case is import_spellings:   # its cases have names of their own
             case(t)
