@@ -833,7 +833,7 @@ def published_full(t, name):
     for role, mib in held.items():   # parameters, all memory of a rank
         if not fault and not (abs(2 * half[role][0] - mib[0]) < 1e-3 * mib[0] + 1 and half[role][0] < half[role][1]):
             fault = "%s: %s MiB in fp32, %s in bf16" % (role, mib, half[role])
-    t.test("and into a bf16 run on GPUs: " + ", ".join("%s %.1f of %.1f GiB a rank" % (role, p / 1024, whole / 1024) for role, (p, whole) in sorted(half.items())), fault)
+    t.test("full size of %s into a bf16 run on GPUs: " % name + ", ".join("%s %.1f of %.1f GiB a rank" % (role, p / 1024, whole / 1024) for role, (p, whole) in sorted(half.items())), fault)
     shutil.rmtree(directory)
 
 
