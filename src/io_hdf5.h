@@ -35,6 +35,8 @@ struct trace *trace_open(const char *path, const struct deck *deck, const struct
 void trace_write(struct trace *t, int64_t row, const struct trace_row *values);
 /* Append (or overwrite the same iteration's) validation row; rank 0's values count. Local. */
 void trace_write_eval(struct trace *t, int64_t iteration, double lm_loss, double lm_loss_ablated);
+/* What was written is on disk, whatever happens to the machine. Local: what this rank wrote. */
+void trace_sync(const struct trace *t);
 void trace_close(struct trace *t);        /* Collective over the world */
 
 /* ---- checkpoint -------------------------------------------------------------------------------------------------- */

@@ -413,6 +413,17 @@ void trace_write_eval(struct trace *t, int64_t iteration, double lm_loss, double
     io_write_box(t->path, "/eval/rows", t->eval_rows, H5T_STD_I64LE, 0, NULL, NULL, &t->eval_count);
 }
 
+void trace_sync(const struct trace *t)
+{
+    io_sync(t->path);
+    if (t->topo->rank) return;
+    char directory[IO_PATH];
+    snprintf(directory, sizeof directory, "%s", t->path);
+    char *slash = strrchr(directory, '/');
+    if (slash) *slash = '\0';
+    io_sync(slash ? directory : ".");
+}
+
 void trace_close(struct trace *t)
 {
     if (!t) return;

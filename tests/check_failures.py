@@ -13,7 +13,7 @@ import stat
 import subprocess
 import time
 
-from check_run import DECK, Runs, checkpoint, descendants, everything, finish, grids, read, same_trace, wait_for
+from check_run import DECK, Runs, checkpoint, descendants, everything, finish, grids, read, same_checkpoint, same_trace, wait_for
 from harness import ROOT
 
 INPUT = os.path.join(ROOT, "input")
@@ -253,6 +253,49 @@ def system_calls(r):
     r.tap.result(not faults and kills >= 10, "F02_F03_killed_at_any_system_call_of_a_save", "%d kills\n%s" % (kills, "\n".join(faults)))
 
 
+def shim(r):
+    """F05, F09, F12, F37: faults that a library under the program brings (fault_shim.c)."""
+    library = r.at("fault_shim.so")
+    p = subprocess.run(["cc", "-std=c11", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC", "-o", library, os.path.join(ROOT, "tests", "fault_shim.c"), "-ldl"],
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if not r.tap.result(p.returncode == 0, "the_shim_builds", p.stdout):
+        return
+    args = ("checkpoint.save_interval=2", "stage.training_stage=3")
+
+    def go(name, fault, *more):
+        env = {"LD_PRELOAD": library, "MIMO_FAULT": fault, "MIMO_FAULT_DIR": r.at(name)} if fault else None
+        return r.m.run(*r.arguments(name, (*args, *more), iterations=6, batch=2, save=True), env=env, limit=60)
+    r.ok("shim_unbroken", go("sound", None))
+    r.ok("F09_short_writes_are_continued", go("short", "short"))
+    r.equal("F09_short_writes_leave_the_same_checkpoint", same_checkpoint(r.at("sound"), r.at("short"), 6))
+    r.ok("F37_a_clock_that_jumps_a_day", go("clock", "clock", "run.exit_duration_in_mins=5"))
+    r.equal("F37_leaves_the_same_trace", same_trace(r.at("sound"), r.at("clock")))
+    seconds = everything(r.at("clock", "trace.h5"))["iteration_seconds"]
+    r.tap.result(all(0 < s < 60 for s in seconds), "F37_intervals_do_not_jump", seconds)
+    faults, codes = [], []
+    for n in (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, 400, 513, 700, 900):
+        got = go("memory", "memory:%d" % n)
+        lines = error_lines(got[2])
+        codes.append(got[0])
+        if got[0] == 3 and not (len(lines) == 1 and "out of memory: " in lines[0]) or got[0] not in (0, 3):
+            faults.append("allocation %d: status %s\n%s" % (n, got[0], got[2][-500:]))
+    r.tap.result(not faults and codes.count(3) >= 8, "F12_any_allocation_that_fails_ends_with_3", "%s\n%s" % (codes, "\n".join(faults)))
+    # 1, 2, ... up to the layout of the trace, then ever rarer until the run ends first.
+    faults, n, failures = [], 1, 0
+    while True:
+        shutil.rmtree(r.at("power"), ignore_errors=True)
+        got = go("power", "power:%d" % n)
+        if got[0] == 0:
+            break
+        failures += 1
+        again = go("power", None)
+        fault = "status %s %s" % (again[0], again[2][-500:]) if again[0] else same_trace(r.at("sound"), r.at("power")) + same_checkpoint(r.at("sound"), r.at("power"), 6)
+        if got[0] != -9 or fault:
+            faults.append("write or sync %d: %s; %s" % (n, got[0], fault[:600]))
+        n += max(1, n // 2)
+    r.tap.result(not faults and failures >= 10, "F05_a_power_failure_at_any_write_is_survived", "%d failures\n%s" % (failures, "\n".join(faults)))
+
+
 def hangs(r):
     """F26, F28: a rank that stops for ever is named and the job ended; slow ranks, and a whole job that is suspended, are left alone."""
     args = (*PAIR, "stage.training_stage=3", "checkpoint.save_interval=3", "run.distributed_timeout_minutes=0.05")
@@ -347,7 +390,7 @@ def no_progress(r):
 
 def main():
     r = Failures()
-    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, hangs, crashes, no_progress):
+    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, shim, hangs, crashes, no_progress):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()
