@@ -239,7 +239,7 @@ static void routing_cases(struct gpu_check *g, bool production)
         balance_case(g, t, e, (int)k, 0, t ? t : 3, 1, false);
         balance_case(g, t, e, (int)k, 0, t ? t : 3, 1, true);
         balance_case(g, t, e, (int)k, t / 3, (t + 1) / 2 + 1, 4, false);
-        backward_case(g, t, e, k, t / 3, (t + 1) / 2 + 1, true);
+        backward_case(g, t, e > 1 ? e : 2, k, t / 3, (t + 1) / 2 + 1, true);   /* of one expert it is rounding and nothing else */
         if (k > 1)
             backward_case(g, t, e, k, 0, t ? t : 3, false);
     }
