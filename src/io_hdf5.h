@@ -52,6 +52,12 @@ struct train_state {
 /* <save>/iter_%07d/checkpoint.h5 and the tracker. Collective over the world. */
 void checkpoint_save(const char *save, const struct deck *deck, const struct topology *topo, struct model *model,
                      const struct train_state *state, bool with_optimizer);
+/* Data-parallel replicas of every parameter hold the same bits, or the job ends with EXIT_NUMERICS: before anything is saved. Collective
+ * over the world. */
+void checkpoint_check_replicas(const struct topology *topo, const struct model *model);
+/* World rank of a replica that differs from most, -1 when none does; the parameter's index on that rank, and a rank with the usual bits.
+ * The same on all ranks. Collective over the world. */
+int checkpoint_odd_replica(const struct topology *topo, const struct model *model, int *param, int *usual);
 /* The iteration to load from <load>: the tracker's if its checkpoint verifies, else the newest older one that does, with warnings;
  * ckpt_step >= 0: that one or none. -1 when there is no tracker, or none can be used: all that was refused is collected
  * (EXIT_CHECKPOINT). Collective over the world. */

@@ -226,6 +226,7 @@ static void save(struct train *t)
     if (t->eval.active) data_gather_positions(&t->eval.data, t->topo->world);
     t->state.optim_step = t->optim.step;
     ddp_use_all(t->model.ddp);
+    checkpoint_check_replicas(t->topo, &t->model);
     if (t->trace) trace_sync(t->trace); /* a run that is resumed here rewrites no row before it */
     t->state.consumed_valid_samples = t->eval.consumed;
     checkpoint_save(k->save, t->deck, t->topo, &t->model, &t->state, !k->no_save_optim);

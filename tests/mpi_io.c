@@ -418,6 +418,37 @@ static void p12_17_95_initial_weights_are_bitwise_equal_for_every_number_of_rank
     agree(ok);
 }
 
+/* F32: one bit of one rank's copy of a parameter, whichever grid it is in. */
+static void F32_a_flipped_bit_of_a_replica_is_found(void **unused)
+{
+    struct job j;
+    int param = -1, usual = -1;
+    job_open(&j, world, "");
+    scribble(&j, 1);
+    bool ok = checkpoint_odd_replica(&j.topo, &j.model, &param, &usual) == -1;
+    for (int victim = 0; victim < world->size; victim++)
+        for (int which = 0; which < 2; which++) {
+            int64_t replicas = 0, index = which ? j.model.n_params - 1 : 0; /* of the victim */
+            comm_host_broadcast(world, &index, sizeof index, victim);
+            const struct param *p = &j.model.param[index < j.model.n_params ? index : 0];
+            const struct grid *g = p->module == MODEL_LANGUAGE ? &j.topo.language : &j.topo.encoder;
+            replicas = p->expert ? g->expt_dp_size : g->dp_size;
+            comm_host_broadcast(world, &replicas, sizeof replicas, victim);
+            unsigned char *byte = (unsigned char *)p->value.data + 13;
+            if (world->rank == victim) *byte ^= 4;
+            const int odd = checkpoint_odd_replica(&j.topo, &j.model, &param, &usual);
+            if (world->rank == victim) *byte ^= 4;
+            /* Of two nobody knows which is right: the higher one is named. */
+            if (replicas == 1) ok = ok && odd == -1;
+            else if (replicas == 2) ok = ok && (odd == victim || usual == victim) && odd > usual;
+            else ok = ok && odd == victim && usual != victim;
+            if (odd == world->rank) ok = ok && strcmp(j.model.param[param].name, p->name) == 0;
+        }
+    ok = ok && checkpoint_odd_replica(&j.topo, &j.model, &param, &usual) == -1;
+    agree(ok);
+    job_close(&j);
+}
+
 static void flip_byte(const char *path, const char *name, int64_t element)
 {
     hid_t file = io_open(path, false), data = H5Dopen2(file, name, H5P_DEFAULT);
@@ -829,6 +860,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(fp64_run_comes_back_bitwise),
         cmocka_unit_test(weights_only_and_without_optimizer),
         cmocka_unit_test(p12_17_95_initial_weights_are_bitwise_equal_for_every_number_of_ranks),
+        cmocka_unit_test(F32_a_flipped_bit_of_a_replica_is_found),
         cmocka_unit_test(flipped_bytes_are_named),
         cmocka_unit_test(m6_02_p12_94_every_mismatched_tensor_is_listed),
         cmocka_unit_test(unusable_files_are_refused),
