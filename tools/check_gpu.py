@@ -165,7 +165,7 @@ def sentences(part):
 # ---- operations -----------------------------------------------------------------------------------------------------------
 
 def operations(part):
-    share = max(1, host.cores() // (6 * len(part.gpus)))
+    share = max(1, host.cores() // (4 * len(part.gpus)))
     pool = host.gpu.Devices(part.gpus, share)
 
     def one(path):
@@ -182,7 +182,7 @@ def operations(part):
                 x[1] + "\n" + x[2] for x in bad) or p.text[-1500:]))
         else:
             part.add("passed", name, p.seconds, "%d cases" % len(cases))
-    host.together([lambda path=path: one(path) for path in host.operations()], share * len(part.gpus))
+    host.together([lambda path=path: one(path) for path in sorted(host.operations(), key=os.path.getsize, reverse=True)], share * len(part.gpus))
 
 
 # ---- compute-sanitizer ----------------------------------------------------------------------------------------------------
