@@ -19,6 +19,7 @@ import gpu   # noqa: E402
 from cases import cases   # noqa: E402
 
 RUN = os.path.join(ROOT, "regression", "run")
+PYTHON = [n for n in os.listdir(os.path.dirname(RUN)) if n.endswith(".py")]
 
 
 def adapted(tap):
@@ -139,7 +140,7 @@ class Bundle:
         self.m, self.root = m, m.path("bundle")
         for d in ("bin", "tests", "tools", "regression", "path"):
             os.makedirs(os.path.join(self.root, d))
-        for d, names in (("tools", ("check_gpu.py", "gpu_host.py")), ("regression", ("run", "cases.py", "runner.py", "gpu.py", "503_mlp", "602_gpu_repeat")),
+        for d, names in (("tools", ("check_gpu.py", "gpu_host.py")), ("regression", ("run", *PYTHON, "503_mlp", "602_gpu_repeat")),
                          ("tests", ("harness.py",))):
             for n in names:
                 at = os.path.join(ROOT, d, n)
