@@ -168,6 +168,12 @@ void data_gather_positions(struct data *d, struct comm *world)
     comm_host_reduce_i64(world, d->position, (int)d->n_streams, COMM_MAX);
 }
 
+const char *data_fingerprint(const struct data *d, char *out, size_t size)
+{
+    out[0] = '\0';
+    return d->source && d->source->shards ? data_webdataset_fingerprint(d->source->shards, out, size) : out;
+}
+
 void data_free(struct data *d)
 {
     struct data_source *src = d->source;

@@ -78,6 +78,8 @@ void data_pictures(struct data *d, int64_t iteration, int64_t m, int rank, int r
 void data_skip(struct data *d, int64_t iteration);
 /* Total positions for the checkpoint: on return position[] is complete on every rank (max over ranks). Collective over world. */
 void data_gather_positions(struct data *d, struct comm *world);
+/* What tells one set of shards from another, in words; "" for generated samples. Writes at most size bytes into out, returns out. Local. */
+const char *data_fingerprint(const struct data *d, char *out, size_t size);
 void data_free(struct data *d);
 
 /* Buffers of one batch, from the limits; patch_width = 3*p*p numbers of a patch; `fp64` sets the pixel type. Local. */

@@ -12,6 +12,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 #include "data_internal.h"
 #include "image.h"
 #include "log.h"
@@ -163,6 +164,19 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
 int64_t data_webdataset_shards(const struct data_webdataset *w)
 {
     return w->set.n_shards;
+}
+
+const char *data_webdataset_fingerprint(const struct data_webdataset *w, char *out, size_t size)
+{
+    uint64_t hash = 0;
+    for (int64_t i = 0; i < w->set.n_shards; i++) {
+        const struct shard_file *f = &w->set.shard[i];
+        const char *slash = strrchr(f->path, '/'), *name = slash ? slash + 1 : f->path;
+        hash = XXH3_64bits_withSeed(name, strlen(name), hash ^ (uint64_t)f->bytes);
+    }
+    snprintf(out, size, "%" PRId64 " shard%s, %" PRId64 " samples, %016" PRIx64, w->set.n_shards, w->set.n_shards == 1 ? "" : "s",
+             w->set.n_samples, hash);
+    return out;
 }
 
 int64_t data_webdataset_ignored(const struct data_webdataset *w)

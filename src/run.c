@@ -416,6 +416,26 @@ void run_progress(const struct run *r, const char *fmt, ...)
     CHECK_SYS(fclose(f) == 0, EXIT_WRITE, "%s", path);
 }
 
+void run_note_data(const struct run *r, const char *fingerprint)
+{
+    static const char mark[] = "Training data\t";
+    char path[PATH_BYTES], line[512], before[256] = "";
+    FILE *f;
+
+    if (r->world->rank != 0 || !*fingerprint) return;
+    f = fopen(path_of(r->dir, "progress.txt", path), "re");
+    while (f && fgets(line, sizeof line, f)) {
+        const char *at = strstr(line, mark);
+        if (at) snprintf(before, sizeof before, "%.*s", (int)strcspn(at + sizeof mark - 1, "\n"), at + sizeof mark - 1);
+    }
+    if (f) fclose(f);
+    if (strcmp(before, fingerprint) == 0) return;
+    if (*before)
+        log_warn("the training data are not those of the start before: there were %s, there are %s; from here on the samples are others",
+                 before, fingerprint);
+    run_progress(r, "%s%s", mark, fingerprint);
+}
+
 static void write_exit(const char *dir, int code, int64_t iteration, const char *text)
 {
     char path[PATH_BYTES], temporary[PATH_BYTES];

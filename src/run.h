@@ -41,6 +41,8 @@ void run_check_progress(const struct run *r, int64_t iteration, bool resumed, st
 void run_begin(struct run *r, int64_t iteration, bool resumed);
 /* This rank's requests: a signal on any rank; STOP, SAVE and the clock on rank 0. `run` is a struct run (step_poll). Local. */
 void run_poll(void *run, bool *request);
+/* One line on the training data in progress.txt; where a start before this one found others, a warning. Rank 0 writes. Local. */
+void run_note_data(const struct run *r, const char *fingerprint);
 /* Remove the SAVE file once it is served. Local. */
 void run_save_served(struct run *r);
 /* One line in progress.txt: time, job, ranks, text. Rank 0 writes. Local. */

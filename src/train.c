@@ -199,6 +199,8 @@ static void open_trace(struct train *t)
 
 void train_restore(struct train *t, const struct train_start *start, struct errors *errors)
 {
+    char shards[256];
+
     t->state.n_train_streams = t->has_data ? t->data.n_streams : 0;
     t->state.train_position = t->data.position;
     t->state.n_valid_streams = t->eval.active ? t->eval.data.n_streams : 0;
@@ -210,6 +212,7 @@ void train_restore(struct train *t, const struct train_start *start, struct erro
         optim_refresh_masters(&t->optim);
     }
     if (comm_host_collect_errors(t->topo->world, errors) > 0) return;
+    if (t->has_data) run_note_data(t->run, data_fingerprint(&t->data, shards, sizeof shards));
     open_trace(t);
 }
 

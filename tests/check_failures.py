@@ -371,6 +371,24 @@ def crashes(r):
         r.ok("F50_%s_goes_on" % name, r.go(name, *args, "run.exit_interval=%d" % last, ranks=ranks, iterations=4000, batch=2, save=True), 75, "restart from")
 
 
+def other_data(r):
+    """F34: shards that change between two starts are said; the same ones under another path are not."""
+    data, work = r.real(), r.at("data", "changing")
+    shutil.copytree(r.at("data", "train"), work)
+    go = lambda iterations, path=work: r.go("changing", *[x.replace(r.at("data", "train"), path) for x in data], "lr.lr_decay_iters=8",
+                                            iterations=iterations, save=True)
+    r.ok("F34_first_start", go(2))
+    shutil.copytree(work, r.at("data", "moved"))
+    got = go(4, r.at("data", "moved"))
+    r.tap.result(got[0] == 0 and "restart from" in got[1] and "training data" not in got[2], "F34_the_same_shards_elsewhere_are_no_other_data", got[2][-600:])
+    shutil.copy(r.at("data", "valid", sorted(os.listdir(r.at("data", "valid")))[0]), os.path.join(work, "zz.tar"))
+    got = go(6)
+    said = [x for x in got[2].splitlines() if "the training data are not those of the start before" in x]
+    r.tap.result(got[0] == 0 and len(said) == 1 and len(re.findall(r"\d+ shards?, \d+ samples", said[0])) == 2, "F34_other_shards_are_a_warning", got[2][-600:])
+    got = go(8)
+    r.tap.result(got[0] == 0 and "training data" not in got[2], "F34_it_is_said_once", got[2][-600:])
+
+
 def no_progress(r):
     """F46: a job that is submitted again and again and gets nowhere is refused, once, after three starts."""
     data = r.real()
@@ -390,7 +408,7 @@ def no_progress(r):
 
 def main():
     r = Failures()
-    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, shim, hangs, crashes, no_progress):
+    for group in (new_user, standard_input, limits, environment, full_disks, system_calls, shim, hangs, crashes, other_data, no_progress):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()
