@@ -194,6 +194,7 @@ static void judge(struct watchdog *w)
     stuck = stuck && read_slots(w, after);
     for (int r = 0; r < w->size && stuck; r++)
         stuck = silent(&before[r], &after[r]) || (double)after[r].quiet * period(w) > 0.7 * w->seconds;
+    after[w->rank].tick = before[w->rank].tick + 1; /* alive, also where a full disk takes no LIVE */
     if (stuck)
         accuse(w, before, after);
     w->quiet /= 2;
