@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include "backend_shadow.h"
 #include "comm.h"
 #include "deck.h"
 
@@ -26,6 +27,8 @@ const struct backend_ops *backend_select(const struct deck *deck)
 {
     if (deck->run.backend == DECK_BACKEND_REF)
         return deck->derived.fp64 ? &backend_ref_f64 : &backend_ref_f32;
+    if (deck->run.backend == DECK_BACKEND_SHADOW)
+        return deck->derived.bf16 ? &backend_shadow_bf16 : &backend_shadow_f32;
     return deck->derived.bf16 ? &backend_cuda_bf16 : &backend_cuda_f32;
 }
 

@@ -30,8 +30,8 @@ struct fixture {
     struct picture_batch pictures;
 };
 
-/* `overrides` are n strings "group.key=value" on top of a colocated one-rank tiny deck with mock data. */
-static inline void fixture_open(struct fixture *f, int n, const char *const *overrides)
+/* `overrides` are n strings "group.key=value" on top of a colocated one-rank tiny deck with mock data; be NULL: the deck's backend. */
+static inline void fixture_open_on(struct fixture *f, const struct backend_ops *be, int n, const char *const *overrides)
 {
     static const char deck_text[] =
         "&run seed = 7 train_iters = 4 /\n&topology layout = 'colocated' /\n&language preset = 'tiny' /\n"
@@ -48,7 +48,7 @@ static inline void fixture_open(struct fixture *f, int n, const char *const *ove
         errors_print(&e);
     assert_int_equal(e.count, 0);
     topology_init(&f->topo, &f->deck, 1, 0, &e);
-    f->be = backend_select(&f->deck);
+    f->be = be ? be : backend_select(&f->deck);
     f->be->stream_create(&f->stream, "compute");
     model_init(&f->model, &f->deck, &f->topo, f->be, &f->stream);
     arenas_init(&f->arenas);
@@ -68,6 +68,11 @@ static inline void fixture_open(struct fixture *f, int n, const char *const *ove
         free(copy[i]);
     free(copy);
     errors_free(&e);
+}
+
+static inline void fixture_open(struct fixture *f, int n, const char *const *overrides)
+{
+    fixture_open_on(f, NULL, n, overrides);
 }
 
 static inline void fixture_close(struct fixture *f)

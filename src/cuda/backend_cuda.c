@@ -8,6 +8,7 @@
 #include <cublasLt.h>
 #include <cudnn_version.h>
 #include <nccl.h>
+#include "backend_list.h"
 #include "cuda_ops.h"
 #include "cuda_sizes.h"
 #include "cuda_util.h"
@@ -154,6 +155,8 @@ static void cuda_event_sync(const struct event *e)
 {
     CHECK_CUDA(cudaEventSynchronize(e->native));
 }
+
+_Static_assert(0 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT), "CUDA_OPS holds every operation");
 
 #define COMMON                                                                                                          \
     .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release, .memory = cuda_memory,      \

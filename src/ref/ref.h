@@ -6,7 +6,7 @@
 #define MIMO_REF_H
 
 #include <cblas.h>
-#include "backend.h"
+#include "backend_list.h"
 
 #define REF_CAT2(a, b) a##b
 #define REF_CAT(a, b) REF_CAT2(a, b)
@@ -17,16 +17,8 @@
 #define ref_blas_gemm_f64 cblas_dgemm
 #define REF_GEMM REF_CAT(ref_blas_gemm_, ref_suffix)
 
-/* Every operation of backend.h that this folder implements, declared for both precisions. */
-#define REF_OPS(X) \
-    X(gemm) X(grouped_gemm) X(add) X(add_bias) X(bias_backward) X(activation_forward) X(activation_backward) \
-    X(rmsnorm_forward) X(rmsnorm_backward) X(layernorm_forward) X(layernorm_backward) X(attention_forward) \
-    X(attention_backward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) X(embed_merge_backward) X(loss_max) \
-    X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) X(ssd_backward) \
-    X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
-    X(router_balance_loss) X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
-    X(expert_bias_update) X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(sum_wide) \
-    X(decide_update) X(adamw)
+/* Every operation that this folder implements in both precisions. */
+#define REF_OPS(X) BACKEND_MATH_OPS(X)
 
 /* The prototypes are those of the table's members. */
 #define X(op) extern __typeof__(*((struct backend_ops *)0)->op) ref_##op##_f32, ref_##op##_f64;
