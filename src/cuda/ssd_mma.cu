@@ -17,22 +17,28 @@
 
 enum { Q = 128, P = 64, N = 128, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, TILE = 16, TILES = Q / TILE };
 
-/* Rows of COLS elements, zero from row `rows` on. */
+/* Rows of COLS elements, zero from row `rows` on. Nothing is read for those, whatever their address. */
 template <int COLS, int THREADS> __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
 {
+    enum { PIECES = COLS / 8, STEP = THREADS / PIECES };
+    const int row = threadIdx.x / PIECES, c = threadIdx.x % PIECES * 8;
+    to += row * (COLS + PAD) + c;
+    from += row * from_ld + c;
 #pragma unroll
-    for (int i = threadIdx.x; i < Q * (COLS / 8); i += THREADS) {
-        const int r = i / (COLS / 8), c = i % (COLS / 8) * 8;
-        copy_async(to + r * (COLS + PAD) + c, from + (r < rows ? r : 0) * from_ld + c, r < rows);
-    }
+    for (int r = 0; r < Q; r += STEP)
+        copy_async(to + r * (COLS + PAD), from + r * from_ld, row + r < rows);
 }
 
 /* A state [P,N]. */
 template <int THREADS> __device__ __forceinline__ void copy_state(bf16 *to, const bf16 *from)
 {
+    enum { PIECES = N / 8, STEP = THREADS / PIECES };
+    const int row = threadIdx.x / PIECES, c = threadIdx.x % PIECES * 8;
+    to += row * LD_N + c;
+    from += row * N + c;
 #pragma unroll
-    for (int i = threadIdx.x; i < P * (N / 8); i += THREADS)
-        copy_async(to + i / (N / 8) * LD_N + i % (N / 8) * 8, from + i * 8, true);
+    for (int r = 0; r < P; r += STEP)
+        copy_async(to + r * LD_N, from + r * N, true);
 }
 
 /* Q numbers, by the 32 threads from `first` on. */
@@ -46,6 +52,9 @@ __device__ __forceinline__ void copy_rates(float *to, const float *from, int fir
 /* This form keeps states in bf16, where the other has them in fp32. */
 __device__ __forceinline__ bf16 *stored(float *states) { return (bf16 *)states; }
 
+/* The same in all lanes, and the compiler knows. */
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0); }
+
 __device__ __forceinline__ float pair_dot(unsigned pair, float low, float high) { return low_half(pair) * low + high_half(pair) * high; }
 
 /* ---- states ---- */
@@ -58,10 +67,9 @@ struct walk_stage {
 };
 
 /* x and B, or gy and C. */
-__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, int c, int h, int n0, bool adjoint)
+__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, int c, int h, int g, int n0, bool adjoint)
 {
     const ssd_chunk k = a.chunks[c];
-    const int g = a.group_of(h);
     copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld, k.rows);
     copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
 }
@@ -95,7 +103,7 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 {
     extern __shared__ __align__(16) char memory[];
     walk_stage *stages = (walk_stage *)memory;
-    const int h = blockIdx.x, n0 = blockIdx.y * WALK_COLS, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, count = *a.count;
+    const int h = blockIdx.x, group = a.group_of(h), n0 = blockIdx.y * WALK_COLS, warp = warp_index(), lane = threadIdx.x % WARP, count = *a.count;
     const bool adjoint = blockIdx.z;
     const int p0 = warp % 4 * TILE, own = warp / 4 * (WALK_COLS / 2), g = lane / 4;
     const auto chunk_of = [&](int step) { return adjoint ? count - 1 - step : step; };
@@ -106,7 +114,7 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
     next.read(a, chunk_of(0), h, adjoint);
     for (int step = 0; step < WALK_STAGES - 1; step++) {
         if (step < count)
-            copy_stage(stages[step], a, chunk_of(step), h, n0, adjoint);
+            copy_stage(stages[step], a, chunk_of(step), h, group, n0, adjoint);
         copies_end();
     }
     for (int step = 0; step < count; step++) {
@@ -119,7 +127,7 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
         __syncthreads();
         next.read(a, chunk_of(step + 1 < count ? step + 1 : step), h, adjoint);
         if (ahead < count)
-            copy_stage(stages[ahead % WALK_STAGES], a, chunk_of(ahead), h, n0, adjoint);
+            copy_stage(stages[ahead % WALK_STAGES], a, chunk_of(ahead), h, group, n0, adjoint);
         copies_end();
         bf16 *to = stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
 #pragma unroll
@@ -202,7 +210,7 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
 {
     extern __shared__ __align__(16) char memory[];
     rows_memory<BACKWARD> &s = *(rows_memory<BACKWARD> *)memory;
-    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(), lane = threadIdx.x % WARP;
     const int tile = tile_of(warp), g = lane / 4, t = lane % 4, r0 = tile * TILE + g;
     if (c >= *a.count)
         return;
@@ -293,14 +301,19 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                 const float2 factor = BACKWARD ? make_float2(1.0f, 1.0f) : *(const float2 *)(del + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const int row = r0 + 8 * (e / 2), col = at + e % 2;
                     m[i][e] *= cb[b][i][e];
                     if (!BACKWARD)
                         m[i][e] *= e % 2 ? factor.y : factor.x;
-                    if (b == tile && (BACKWARD ? col < row : col > row))
-                        m[i][e] = 0;
                 }
             }
+            if (b == tile)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int row = g + 8 * (e / 2), col = 8 * i + 2 * t + e % 2;
+                        m[i][e] = (BACKWARD ? col < row : col > row) ? 0.0f : m[i][e];
+                    }
             if constexpr (BACKWARD) {
                 float gx[2][4] = {};
                 const unsigned x = across<LD_P>(s.x) + 2 * tile * TILE * LD_P, gy = down<LD_P>(s.values) + 2 * b * TILE * LD_P;
@@ -317,13 +330,12 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const float w0 = m[i][e] * gx[i][e], w1 = m[i][e + 2] * gx[i][e + 2];
-                        const int col = 8 * i + 2 * t + e;
                         column0 += w0;
                         column1 += w1;
                         rows[2 * i + e] = w0 * del0 + w1 * del1;
-                        if (b == tile)
-                            diagonal += (col == g ? gx[i][e] : 0.0f) + (col == g + 8 ? gx[i][e + 2] : 0.0f);
                     }
+                if (b == tile)   /* columns of a lane's rows g and g+8: 8i + 2t + e */
+                    diagonal = g / 2 != t ? 0.0f : g % 2 ? gx[0][1] + gx[1][3] : gx[0][0] + gx[1][2];
                 store_column_sums(rows, &s.row[tile][b * TILE]);
             }
             const unsigned f[4] = { pack(m[0][0], m[0][1]), pack(m[0][2], m[0][3]), pack(m[1][0], m[1][1]), pack(m[1][2], m[1][3]) };
@@ -428,9 +440,10 @@ __device__ __forceinline__ void add_scaled(float (&sum)[HALF_NT][4], unsigned le
 __device__ __forceinline__ float states_dot(const bc_stage &s)
 {
     float sum = 0;
+    const int first = threadIdx.x / (N / 8) * LD_N + threadIdx.x % (N / 8) * 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < P * (N / 8); i += BC_THREADS) {
-        const int at = i / (N / 8) * LD_N + i % (N / 8) * 8;
+    for (int r = 0; r < P; r += BC_THREADS / (N / 8)) {
+        const int at = first + r * LD_N;
         const uint4 u = *(const uint4 *)(s.entering + at), v = *(const uint4 *)(s.adjoint + at);
         sum += pair_dot(u.x, low_half(v.x), high_half(v.x)) + pair_dot(u.y, low_half(v.y), high_half(v.y))
                + pair_dot(u.z, low_half(v.z), high_half(v.z)) + pair_dot(u.w, low_half(v.w), high_half(v.w));
@@ -475,7 +488,7 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
 {
     extern __shared__ __align__(16) char memory[];
     bc_shared &s = *(bc_shared *)memory;
-    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(), lane = threadIdx.x % WARP;
     const int tile = tile_of(warp % TILES), half = warp / TILES, g = lane / 4, t = lane % 4, r0 = tile * TILE + g, n0 = half * HALF_N;
     if (c >= *a.count)
         return;
@@ -516,10 +529,21 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
                 const float2 there = *(const float2 *)(in.cs + at), del = *(const float2 *)(in.del + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float l = fast_exp2((e / 2 ? cs1 : cs0) - (e % 2 ? there.y : there.x)) * (e % 2 ? del.y : del.x);
-                    mix[i][j][e] += b == tile && at + e % 2 > r0 + 8 * (e / 2) ? 0.0f : l * gx[j][e];
+                    const float l = fast_exp2((e / 2 ? cs1 : cs0) - (e % 2 ? there.y : there.x));
+                    gx[j][e] *= l * (e % 2 ? del.y : del.x);
                 }
             }
+            if (b == tile)
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        gx[j][e] = 8 * j + 2 * t + e % 2 > g + 8 * (e / 2) ? 0.0f : gx[j][e];
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    mix[i][j][e] += gx[j][e];
         }
         add_scaled(dc, gy, in.carry[r0], in.carry[r0 + 8], across<LD_N>(in.entering) + 2 * n0);
         float dot0 = 0, dot1 = 0;
