@@ -12,7 +12,7 @@
 #include "cuda_sizes.h"
 #include "ssd.h"
 
-enum { THREADS = 128, LISTERS = 256, AHEAD = 8, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
+enum { THREADS = 128, LISTERS = 256, FINISH_HEADS = 16, AHEAD = 8, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
 
 static constexpr double LOG2_E = 1.4426950408889634;
 
@@ -311,39 +311,46 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
 
 /* ---- from dcs and e to dt and the parameters ---- */
 
-/* A warp per chunk and head, lanes along the rows in reverse: R_j = sum of dcs from j on. */
-template <class T> static __global__ void finish_kernel(ssd_args<T> a, int most)
+/* A block per chunk and sixteen heads, a warp each, lanes along the rows in reverse: R_j = sum of dcs from j on. */
+template <class T> static __global__ void __launch_bounds__(FINISH_HEADS *WARP) finish_kernel(ssd_args<T> a, int most)
 {
-    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, c = i / a.heads, h = i % a.heads, lane = threadIdx.x % WARP;
-    if (c >= most)
-        return;
+    __shared__ float turn[WARP][FINISH_HEADS + 1];   /* ddt of 32 rows on its way to rows of memory */
+    const int c = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, h0 = blockIdx.y * FINISH_HEADS, h = h0 + warp;
+    const bool real = h < a.heads;
     double bias_sum = 0, rate_sum = 0;
     if (c < *a.count) {
         const ssd_chunk k = a.chunks[c];
-        const int64_t first = a.rates_at(c, h);
-        const float bias = to_float(a.dt_bias[h]), rate = rate_of(a, h);
+        const int64_t first = a.rates_at(c, real ? h : 0);
+        const float bias = real ? to_float(a.dt_bias[h]) : 0.0f, rate = real ? rate_of(a, h) : 0.0f;
         /* All of a chunk's decays lead to its end. */
         double later = 0;
         for (int r = lane; r < k.rows; r += WARP)
             later += (double)a.del[first + r] * a.through[first + r];
-        later = sum_lanes(later) + a.keep_dot[c * a.heads + h];
+        later = sum_lanes(later) + (real ? a.keep_dot[c * a.heads + h] : 0.0f);
         for (int base = k.rows - 1; base >= 0; base -= WARP) {
             const int r = base - lane;
+            const bool mine = real && r >= 0;
             const int64_t at = first + (r < 0 ? 0 : r);
-            const double sum = later + inclusive_scan(r < 0 ? 0.0 : (double)a.row[at]);
-            if (r >= 0) {
+            const double sum = later + inclusive_scan(mine ? (double)a.row[at] : 0.0);
+            double d = 0;
+            if (mine) {
                 const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
-                const double d = (rate * sum + a.e[at]) * slope;
-                a.ddt.row(k.first + r)[h] = from_float<T>((float)d);
+                d = (rate * sum + a.e[at]) * slope;
                 bias_sum += d;
                 rate_sum += a.del[at] * sum;
             }
+            turn[lane][warp] = (float)d;
             later = __shfl_sync(0xffffffffu, sum, WARP - 1);
+            __syncthreads();
+            const int back = base - (int)threadIdx.x / FINISH_HEADS, head = h0 + (int)threadIdx.x % FINISH_HEADS;
+            if (back >= 0 && head < a.heads)
+                a.ddt.row(k.first + back)[head] = from_float<T>(turn[threadIdx.x / FINISH_HEADS][threadIdx.x % FINISH_HEADS]);
+            __syncthreads();
         }
         bias_sum = sum_lanes(bias_sum);
         rate_sum = sum_lanes(rate_sum) * rate;
     }
-    if (lane != 0)
+    if (lane != 0 || !real)
         return;
     a.sums[(int64_t)c * a.heads + h] = (float)bias_sum;
     a.sums[(int64_t)(most + c) * a.heads + h] = (float)rate_sum;
@@ -490,7 +497,7 @@ extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_b
         a.dxbc = as_matrix<T>(dxbc);
         a.ddt = as_matrix<T>(ddt);
         gradients(a, most, st);
-        finish_kernel<T><<<blocks_for((int64_t)most * heads, THREADS / WARP), THREADS, 0, st>>>(a, most);
+        finish_kernel<T><<<dim3((unsigned)most, blocks_for(heads, FINISH_HEADS)), FINISH_HEADS * WARP, 0, st>>>(a, most);
         CHECK_LAUNCH();
         out_t to[3] = { ddt_bias, da_log, dd_skip };
         for (int i = 0; i < 3; i++)

@@ -67,9 +67,8 @@ struct walk_stage {
 };
 
 /* x and B, or gy and C. */
-__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, int c, int h, int g, int n0, bool adjoint)
+__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k, int h, int g, int n0, bool adjoint)
 {
-    const ssd_chunk k = a.chunks[c];
     copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld, k.rows);
     copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
 }
@@ -114,21 +113,28 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
     next.read(a, chunk_of(0), h, adjoint);
     for (int step = 0; step < WALK_STAGES - 1; step++) {
         if (step < count)
-            copy_stage(stages[step], a, chunk_of(step), h, group, n0, adjoint);
+            copy_stage(stages[step], a, a.chunks[chunk_of(step)], h, group, n0, adjoint);
         copies_end();
     }
+    /* Of this step whether the state begins anew, of the chunk to copy where it lies: read a step before they are needed. */
+    const auto fresh_at = [&](int step) { return adjoint ? a.chunks[chunk_of(step)].closes : a.chunks[chunk_of(step)].opens; };
+    const auto capped = [&](int step) { return step < count ? step : count - 1; };
+    int next_fresh = fresh_at(0);
+    ssd_chunk coming = a.chunks[chunk_of(capped(WALK_STAGES - 1))];
     for (int step = 0; step < count; step++) {
         const int c = chunk_of(step), ahead = step + WALK_STAGES - 1;
-        const bool fresh = adjoint ? a.chunks[c].closes : a.chunks[c].opens;
+        const bool fresh = next_fresh;
         walk_stage &s = stages[step % WALK_STAGES];
         const walk_rates rates = next;
         copies_wait<WALK_STAGES - 2>();
         rates.scale(s.left);
         __syncthreads();
-        next.read(a, chunk_of(step + 1 < count ? step + 1 : step), h, adjoint);
         if (ahead < count)
-            copy_stage(stages[ahead % WALK_STAGES], a, chunk_of(ahead), h, group, n0, adjoint);
+            copy_stage(stages[ahead % WALK_STAGES], a, coming, h, group, n0, adjoint);
         copies_end();
+        next.read(a, chunk_of(capped(step + 1)), h, adjoint);
+        next_fresh = fresh_at(capped(step + 1));
+        coming = a.chunks[chunk_of(capped(ahead + 1))];
         bf16 *to = stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -158,7 +164,7 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 
 /* ---- y, or dx and the sums over decays ---- */
 
-enum { ROWS_THREADS = 256, P_NT = P / 8 };
+enum { ROWS_THREADS = 256, P_NT = P / 8, NEAR = 5, FAR = (TILES - NEAR) * (TILES - NEAR + 1) / 2 };
 
 struct rows_shared {
     bf16 own[Q * LD_N];                                                   /* C; backward B */
@@ -173,18 +179,30 @@ struct rows_shared {
 
 struct rows_backward_shared {
     bf16 x[Q * LD_P];
+    float4 far[FAR][2][WARP];                                             /* C.B of tiles that registers have no room for */
     float row[TILES][Q], e[Q], through[Q], skip[TILES];
 };
 
-template <bool BACKWARD> struct rows_memory : rows_shared {};
-template <> struct rows_memory<true> : rows_shared, rows_backward_shared {};
+/* Forward has room for the x of the next head, in turn; backward reads x and gy of a head at once. */
+template <bool BACKWARD> struct rows_memory : rows_shared {
+    bf16 odd[Q * LD_P];
+    __device__ __forceinline__ bf16 *values_of(int h) { return h % 2 ? odd : values; }
+    __device__ __forceinline__ const bf16 *own_x() const { return NULL; }
+};
+template <> struct rows_memory<true> : rows_shared, rows_backward_shared {
+    __device__ __forceinline__ bf16 *values_of(int) { return values; }
+    __device__ __forceinline__ const bf16 *own_x() const { return x; }
+};
+
+/* Where far keeps tile's i-th from the diagonal, i >= NEAR. */
+__device__ __forceinline__ int far_slot(int tile, int i) { return tile * (TILES - NEAR) - tile * (tile - 1) / 2 + i - NEAR; }
 
 /* Tiles 0..7 of warps so that each scheduler has two which add up to one row of the triangle. */
 __device__ __forceinline__ int tile_of(int warp) { return warp < TILES / 2 ? warp : TILES - 1 - warp % (TILES / 2); }
 
 template <bool BACKWARD> __device__ __forceinline__ void copy_head(rows_memory<BACKWARD> &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
 {
-    copy_rows<P, ROWS_THREADS>(s.values, BACKWARD ? a.gy(k.first, h) : a.x(k.first, h), BACKWARD ? a.dy.ld : a.xbc.ld, k.rows);
+    copy_rows<P, ROWS_THREADS>(s.values_of(h), BACKWARD ? a.gy(k.first, h) : a.x(k.first, h), BACKWARD ? a.dy.ld : a.xbc.ld, k.rows);
     copy_rates(s.cs[h % 2], a.cs + a.rates_at(c, h), 0);
     copy_rates(s.del[h % 2], a.del + a.rates_at(c, h), WARP);
     if constexpr (BACKWARD)
@@ -215,25 +233,41 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    const auto uses = [&](int block) { return BACKWARD ? block >= tile : block <= tile; };
+    /* From the diagonal on. */
+    const int blocks = BACKWARD ? TILES - tile : tile + 1;
+    const auto column_of = [&](int i) { return (BACKWARD ? tile + i : tile - i) * TILE; };
     copy_rows<N, ROWS_THREADS>(s.own, BACKWARD ? a.b(k.first, group) : a.c(k.first, group), a.xbc.ld, k.rows);
     copy_rows<N, ROWS_THREADS>(s.other, BACKWARD ? a.c(k.first, group) : a.b(k.first, group), a.xbc.ld, k.rows);
     copies_end();
     copies_wait<0>();
     __syncthreads();
-    float cb[TILES][2][4] = {};
+    constexpr int KEPT = BACKWARD ? NEAR : TILES;
+    float near[KEPT][2][4];
     const unsigned own = across<LD_N>(s.own) + 2 * tile * TILE * LD_N;
     {
+        float cb[TILES][2][4] = {};
         const unsigned other = down<LD_N>(s.other);
 #pragma unroll 1
         for (int n = 0; n < N; n += 16) {
             unsigned f[4];
             load_matrices(f, own + 2 * n);
 #pragma unroll
-            for (int b = 0; b < TILES; b++)
-                if (uses(b))
-                    multiply_column<1, LD_N>(cb[b], f, other + 2 * (b * TILE * LD_N + n));
+            for (int i = 0; i < TILES; i++)
+                if (i < blocks)
+                    multiply_column<1, LD_N>(cb[i], f, other + 2 * (column_of(i) * LD_N + n));
         }
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if constexpr (BACKWARD)
+                    if (i >= NEAR && i < blocks)
+                        s.far[far_slot(tile, i)][j][lane] = make_float4(cb[i][j][0], cb[i][j][1], cb[i][j][2], cb[i][j][3]);
+                if (i < KEPT)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        near[i < KEPT ? i : 0][j][e] = cb[i][j][e];
+            }
     }
     __syncthreads();
     const bf16 *states = stored(BACKWARD ? a.adjoint : a.entering);
@@ -245,8 +279,14 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
     copies_end();
     for (; h < end; h++) {
         float sum[P_NT][4] = {};
-        copies_wait<1>();
+        const bf16 *head = s.values_of(h);
+        copies_wait<BACKWARD ? 1 : 0>();
         __syncthreads();
+        if (!BACKWARD) {
+            if (h + 1 < end)
+                copy_head<BACKWARD>(s, a, k, c, h + 1);
+            copies_end();
+        }
         {
             const unsigned state = down<LD_N>(s.state);
 #pragma unroll
@@ -260,11 +300,12 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
         if (h + 1 < end)
             copy_state<ROWS_THREADS>(s.state, states + a.state_at(c, h + 1));
         copies_end();
-        copies_wait<1>();
-        __syncthreads();
+        if (BACKWARD) {
+            copies_wait<1>();
+            __syncthreads();
+        }
         const float *cs = s.cs[h % 2], *del = s.del[h % 2];
-        const float cs0 = cs[r0], cs1 = cs[r0 + 8];
-        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs0 : cs0), scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs1 : cs1);
+        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]), scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
         float column0 = 0, column1 = 0, diagonal = 0;
 #pragma unroll
         for (int i = 0; i < P_NT; i++) {
@@ -284,62 +325,67 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                 s.through[r0 + 8] = through1;
             }
         }
-        const unsigned values = across<LD_P>(s.values);
+        const unsigned values = across<LD_P>(head), values_down = down<LD_P>(head), x = across<LD_P>(s.own_x()) + 2 * tile * TILE * LD_P;
 #pragma unroll
-        for (int b = 0; b < TILES; b++) {
-            if (!uses(b))
-                continue;
-            float m[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int at = b * TILE + 8 * i + 2 * t;
-                const float2 there = *(const float2 *)(cs + at);
-                m[i][0] = fast_exp2(BACKWARD ? there.x - cs0 : cs0 - there.x);
-                m[i][1] = fast_exp2(BACKWARD ? there.y - cs0 : cs0 - there.y);
-                m[i][2] = fast_exp2(BACKWARD ? there.x - cs1 : cs1 - there.x);
-                m[i][3] = fast_exp2(BACKWARD ? there.y - cs1 : cs1 - there.y);
-                const float2 factor = BACKWARD ? make_float2(1.0f, 1.0f) : *(const float2 *)(del + at);
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    m[i][e] *= cb[b][i][e];
-                    if (!BACKWARD)
-                        m[i][e] *= e % 2 ? factor.y : factor.x;
-                }
-            }
-            if (b == tile)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int row = g + 8 * (e / 2), col = 8 * i + 2 * t + e % 2;
-                        m[i][e] = (BACKWARD ? col < row : col > row) ? 0.0f : m[i][e];
-                    }
-            if constexpr (BACKWARD) {
-                float gx[2][4] = {};
-                const unsigned x = across<LD_P>(s.x) + 2 * tile * TILE * LD_P, gy = down<LD_P>(s.values) + 2 * b * TILE * LD_P;
+        for (int i = 0; i < TILES; i++) {
+            if (i >= blocks)
+                break;
+            const int column = column_of(i);
+            float gx[2][4] = {}, rows[4];
+            unsigned m[4];
+            if constexpr (BACKWARD)
 #pragma unroll
                 for (int p = 0; p < P; p += 16) {
                     unsigned f[4];
                     load_matrices(f, x + 2 * p);
-                    multiply_column<1, LD_P>(gx, f, gy + 2 * p);
+                    multiply_column<1, LD_P>(gx, f, values_down + 2 * (column * LD_P + p));
                 }
-                const float del0 = del[r0], del1 = del[r0 + 8];
-                float rows[4];
 #pragma unroll
-                for (int i = 0; i < 2; i++)
+            for (int j = 0; j < 2; j++) {
+                const int at = column + 8 * j + 2 * t;
+                const float2 there = *(const float2 *)(cs + at);
+                const float here[2] = { cs[r0], cs[r0 + 8] };
+                float v[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float d = here[e / 2] - (e % 2 ? there.y : there.x);
+                    v[e] = fast_exp2(BACKWARD ? -d : d);
+                }
+                if (i < KEPT) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        v[e] *= near[i < KEPT ? i : 0][j][e];
+                } else if constexpr (BACKWARD) {
+                    const float4 cb = s.far[far_slot(tile, i)][j][lane];
+                    v[0] *= cb.x, v[1] *= cb.y, v[2] *= cb.z, v[3] *= cb.w;
+                }
+                if (!BACKWARD) {
+                    const float2 factor = *(const float2 *)(del + at);
+                    v[0] *= factor.x, v[1] *= factor.y, v[2] *= factor.x, v[3] *= factor.y;
+                }
+                if (i == 0)   /* the diagonal */
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int row = g + 8 * (e / 2), col = 8 * j + 2 * t + e % 2;
+                        v[e] = (BACKWARD ? col < row : col > row) ? 0.0f : v[e];
+                    }
+                m[2 * j] = pack(v[0], v[1]);
+                m[2 * j + 1] = pack(v[2], v[3]);
+                if constexpr (BACKWARD)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        const float w0 = m[i][e] * gx[i][e], w1 = m[i][e + 2] * gx[i][e + 2];
+                        const float w0 = v[e] * gx[j][e], w1 = v[e + 2] * gx[j][e + 2];
                         column0 += w0;
                         column1 += w1;
-                        rows[2 * i + e] = w0 * del0 + w1 * del1;
+                        rows[2 * j + e] = w0 * del[r0] + w1 * del[r0 + 8];
                     }
-                if (b == tile)   /* columns of a lane's rows g and g+8: 8i + 2t + e */
-                    diagonal = g / 2 != t ? 0.0f : g % 2 ? gx[0][1] + gx[1][3] : gx[0][0] + gx[1][2];
-                store_column_sums(rows, &s.row[tile][b * TILE]);
             }
-            const unsigned f[4] = { pack(m[0][0], m[0][1]), pack(m[0][2], m[0][3]), pack(m[1][0], m[1][1]), pack(m[1][2], m[1][3]) };
-            multiply_row<P_NT / 2>(sum, f, values + 2 * b * TILE * LD_P);
+            multiply_row<P_NT / 2>(sum, m, values + 2 * column * LD_P);
+            if constexpr (BACKWARD) {
+                if (i == 0)   /* columns of a lane's rows g and g+8: 8j + 2t + e */
+                    diagonal = g / 2 != t ? 0.0f : g % 2 ? gx[0][1] + gx[1][3] : gx[0][0] + gx[1][2];
+                store_column_sums(rows, &s.row[tile][column]);
+            }
         }
         const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[r0] : 1.0f, del1 = BACKWARD ? del[r0 + 8] : 1.0f;
 #pragma unroll
@@ -349,7 +395,7 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             unsigned w[P_NT];
 #pragma unroll
             for (int i = 0; i < P_NT; i++) {
-                const unsigned v = *(const unsigned *)&s.values[row * LD_P + 8 * i + 2 * t];
+                const unsigned v = *(const unsigned *)&head[row * LD_P + 8 * i + 2 * t];
                 w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v), factor * sum[i][2 * half + 1] + skip * high_half(v));
             }
             bf16 *to = BACKWARD ? a.dx(k.first + row, h) : a.y.row(k.first + row) + h * P;
@@ -367,11 +413,11 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             if (lane == 0)
                 s.skip[tile] = diagonal;
         }
-        __syncthreads();
-        if (h + 1 < end)
-            copy_head<BACKWARD>(s, a, k, c, h + 1);
-        copies_end();
         if constexpr (BACKWARD) {
+            __syncthreads();
+            if (h + 1 < end)
+                copy_head<BACKWARD>(s, a, k, c, h + 1);
+            copies_end();
             const int r = threadIdx.x;
             if (r < Q) {
                 const int64_t at = a.rates_at(c, h) + r;
@@ -393,7 +439,8 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
 
 /* ---- dB and dC of a group ---- */
 
-enum { BC_THREADS = 512, HALF_N = N / 2, HALF_NT = HALF_N / 8, HALF_TILES = TILES / 2 };
+enum { BC_THREADS = 512, BC_WARPS = BC_THREADS / WARP, HALF_N = N / 2, HALF_NT = HALF_N / 8, SQUARES = TILES * (TILES + 1) / 2,
+       SHARE = (SQUARES + BC_WARPS - 1) / BC_WARPS };
 
 struct bc_stage {
     bf16 x[Q * LD_P], gy[Q * LD_P], entering[P * LD_N], adjoint[P * LD_N];
@@ -406,7 +453,7 @@ struct bc_shared {
         bc_stage stage[2];
         bf16 mix[Q * LD_N];
     };
-    float carried[2][2][Q], keep[2][BC_THREADS / WARP];   /* by parity of the head */
+    float carried[2][2][Q], keep[2][BC_WARPS];   /* by parity of the head */
 };
 
 __device__ __forceinline__ void copy_stage(bc_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
@@ -465,6 +512,21 @@ __device__ __forceinline__ void store_half(const float (&sum)[HALF_NT][4], bf16 
     }
 }
 
+/* A tile of the lower triangle: its first row and column. */
+struct square {
+    int row, column;
+};
+
+/* The k-th, rows from above, k < 36. */
+__device__ __forceinline__ square square_of(int k)
+{
+    int r = 0;
+#pragma unroll
+    for (int i = 1; i < TILES; i++)
+        r += k >= i * (i + 1) / 2;
+    return square{ r * TILE, (k - r * (r + 1) / 2) * TILE };
+}
+
 /* What the last head's sums have added to row's carried part, and keep <Gm, St>. `before` is the thread's own. */
 __device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<bf16> &a, int c, int h, float &before)
 {
@@ -475,15 +537,15 @@ __device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<b
         before = now;
     } else if (r == Q) {
         float sum = 0;
-        for (int i = 0; i < BC_THREADS / WARP; i++)
+        for (int i = 0; i < BC_WARPS; i++)
             sum += s.keep[parity][i];
         a.keep_dot[c * a.heads + h] = a.carry[a.rates_at(c, h) + Q - 1] * sum;
     }
 }
 
 /* dB_j = sum_i R_ij C_i + sum over heads of push_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads of carry_i St^T gy_i,
- * R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has a tile of rows: each has every other tile of R's
- * columns and half the columns of dB and dC. A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
+ * R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has sixteen rows of dB and dC, each half the columns; the
+ * squares of R's triangle are dealt out to all warps. A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
 static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16> a)
 {
     extern __shared__ __align__(16) char memory[];
@@ -493,7 +555,7 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    float mix[HALF_TILES][2][4] = {}, db[HALF_NT][4] = {}, dc[HALF_NT][4] = {}, before = 0;
+    float mix[SHARE][2][4] = {}, db[HALF_NT][4] = {}, dc[HALF_NT][4] = {}, before = 0;
     const int start = group * per, end = start + per;
     copy_rows<N, BC_THREADS>(s.b, a.b(k.first, group), a.xbc.ld, k.rows);
     copy_rows<N, BC_THREADS>(s.c, a.c(k.first, group), a.xbc.ld, k.rows);
@@ -509,23 +571,23 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
         if (h > start)
             finish_head(s, a, c, h - 1, before);
         const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P, gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
-        const unsigned xs = down<LD_P>(in.x);
-        const float cs0 = in.cs[r0], cs1 = in.cs[r0 + 8];
 #pragma unroll
-        for (int i = 0; i < HALF_TILES; i++) {
-            const int b = 2 * i + half;
-            if (b > tile)
-                continue;
+        for (int i = 0; i < SHARE; i++) {
+            if (warp + i * BC_WARPS >= SQUARES)
+                break;
+            const square q = square_of(warp + i * BC_WARPS);
+            const unsigned right = down<LD_P>(in.x) + 2 * q.column * LD_P, left = across<LD_P>(in.gy) + 2 * q.row * LD_P;
+            const float cs0 = in.cs[q.row + g], cs1 = in.cs[q.row + g + 8];
             float gx[2][4] = {};
 #pragma unroll
             for (int p = 0; p < P; p += 16) {
                 unsigned f[4];
-                load_matrices(f, gy + 2 * p);
-                multiply_column<1, LD_P>(gx, f, xs + 2 * (b * TILE * LD_P + p));
+                load_matrices(f, left + 2 * p);
+                multiply_column<1, LD_P>(gx, f, right + 2 * p);
             }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int at = b * TILE + 8 * j + 2 * t;
+                const int at = q.column + 8 * j + 2 * t;
                 const float2 there = *(const float2 *)(in.cs + at), del = *(const float2 *)(in.del + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
@@ -533,7 +595,7 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
                     gx[j][e] *= l * (e % 2 ? del.y : del.x);
                 }
             }
-            if (b == tile)
+            if (q.row == q.column)
 #pragma unroll
                 for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -566,13 +628,17 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
     __syncthreads();
     finish_head(s, a, c, end - 1, before);
 #pragma unroll
-    for (int i = 0; i < HALF_TILES; i++)
+    for (int i = 0; i < SHARE; i++) {
+        if (warp + i * BC_WARPS >= SQUARES)
+            break;
+        const square q = square_of(warp + i * BC_WARPS);
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int at = (2 * i + half) * TILE + 8 * j + 2 * t;
-            *(unsigned *)&s.mix[r0 * LD_N + at] = pack(mix[i][j][0], mix[i][j][1]);
-            *(unsigned *)&s.mix[(r0 + 8) * LD_N + at] = pack(mix[i][j][2], mix[i][j][3]);
+            bf16 *at = s.mix + (q.row + g) * LD_N + q.column + 8 * j + 2 * t;
+            *(unsigned *)at = pack(mix[i][j][0], mix[i][j][1]);
+            *(unsigned *)(at + 8 * LD_N) = pack(mix[i][j][2], mix[i][j][3]);
         }
+    }
     __syncthreads();
     const unsigned left = across<LD_N>(s.mix) + 2 * tile * TILE * LD_N, above = down<LD_N>(s.mix) + 2 * tile * TILE;
     const unsigned b = across<LD_N>(s.b) + 2 * n0, other = across<LD_N>(s.c) + 2 * n0;
