@@ -33,6 +33,8 @@ struct walker {
         start = cu[lo];
         end = cu[lo + 1];
     }
+    /* True when all rows before `row` that have not been walked yet lie in this segment. */
+    __device__ bool stays_before(int64_t row) const { return row <= end || segment + 1 >= segments; }
     /* True when row opens another segment than before. */
     __device__ bool moves(int64_t row)
     {
@@ -135,7 +137,8 @@ template <int W> struct taps {
     }
 };
 
-/* A turn of rows is read while the one before it is worked on. */
+/* A turn of rows is read while the one before it is worked on. Nothing is asked of the rows of a plain turn, which ends before
+ * the run and the segment do. */
 template <bool VEC, int W, class T>
 static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 6 : 1)
     conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<T> y)
@@ -151,37 +154,53 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 6 : 1)
     walker at(cu, segments, first);
     a.template begin<VEC>(x, weight, bias_of, first, at.start, c, n);
     const auto read_turn = [&](int64_t base) {
+        const T *from = x.row(base) + c;
+        if (base + TURN <= last) {
 #pragma unroll
-        for (int u = 0; u < TURN; u++)
-            next[u] = read_four<VEC>(x.row(base + u < last ? base + u : last - 1) + c, n);
+            for (int u = 0; u < TURN; u++)
+                next[u] = read_four<VEC>(from + u * x.ld, n);
+        } else
+#pragma unroll
+            for (int u = 0; u < TURN; u++)
+                if (base + u < last)
+                    next[u] = read_four<VEC>(from + u * x.ld, n);
     };
     read_turn(first);
     for (int64_t base = first; base < last; base += TURN) {
         four<T> row[TURN];
+        T *to = y.row(base) + c;
 #pragma unroll
         for (int u = 0; u < TURN; u++)
             row[u] = next[u];
         read_turn(base + TURN);
+        const auto turn = [&](auto plain) {
 #pragma unroll
-        for (int u = 0; u < TURN; u++) {
-            if (base + u >= last)
-                break;
-            if (at.moves(base + u))
-                a.clear();
-            widen_four(row[u], a.in[u % W]);
-            float v[FOUR];
+            for (int u = 0; u < TURN; u++) {
+                if (!plain) {
+                    if (base + u >= last)
+                        break;
+                    if (at.moves(base + u))
+                        a.clear();
+                }
+                widen_four(row[u], a.in[u % W]);
+                float v[FOUR];
 #pragma unroll
-            for (int i = 0; i < FOUR; i++) {
-                v[i] = a.sum(u, i);
-                v[i] *= sigmoid<T>(v[i]);
+                for (int i = 0; i < FOUR; i++) {
+                    v[i] = a.sum(u, i);
+                    v[i] *= sigmoid<T>(v[i]);
+                }
+                store_four<VEC>(to + u * y.ld, n, v);
             }
-            store_four<VEC>(y.row(base + u) + c, n, v);
-        }
+        };
+        if (base + TURN <= last && at.stays_before(base + TURN))
+            turn(std::true_type());
+        else
+            turn(std::false_type());
     }
 }
 
-/* A turn of W rows is read while the one before it is worked on; row s of a turn's row u has slot u of the rings in and due,
- * row s-(W-1)+w slot (u+1+w) % W. partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
+/* Turns of W rows, as forward; row s of a turn's row u has slot u of the rings in and due, row s-(W-1)+w slot (u+1+w) % W.
+ * partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
 template <bool VEC, int W, class T>
 static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
     conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<const T> dy,
@@ -199,57 +218,74 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
     walker at(cu, segments, first);
     a.template begin<VEC>(x, weight, bias_of, first, at.start, c, n);
     const auto read_turn = [&](int64_t base) {
+        const T *from_x = x.row(base) + c, *from_dy = dy.row(base) + c;
+        if (base + W <= known) {
 #pragma unroll
-        for (int u = 0; u < W; u++) {
-            const int64_t s = base + u < known ? base + u : known - 1;
-            next_x[u] = read_four<VEC>(x.row(s) + c, n);
-            next_dy[u] = read_four<VEC>(dy.row(s) + c, n);
-        }
+            for (int u = 0; u < W; u++) {
+                next_x[u] = read_four<VEC>(from_x + u * x.ld, n);
+                next_dy[u] = read_four<VEC>(from_dy + u * dy.ld, n);
+            }
+        } else
+#pragma unroll
+            for (int u = 0; u < W; u++)
+                if (base + u < known) {
+                    next_x[u] = read_four<VEC>(from_x + u * x.ld, n);
+                    next_dy[u] = read_four<VEC>(from_dy + u * dy.ld, n);
+                }
     };
     read_turn(first);
     for (int64_t base = first; base < last + W - 1; base += W) {
         four<T> row_x[W], row_dy[W];
+        T *to = dx.row(base - (W - 1)) + c;
 #pragma unroll
         for (int u = 0; u < W; u++) {
             row_x[u] = next_x[u];
             row_dy[u] = next_dy[u];
         }
         read_turn(base + W);
+        const auto turn = [&](auto plain) {
 #pragma unroll
-        for (int u = 0; u < W; u++) {
-            const int64_t s = base + u;
-            if (s < known) {
-                if (at.moves(s))
-                    a.clear();
-                float dv[FOUR];
-                widen_four(row_x[u], a.in[u]);
-                widen_four(row_dy[u], dv);
+            for (int u = 0; u < W; u++) {
+                const int64_t s = base + u;
+                if (!plain)
 #pragma unroll
-                for (int i = 0; i < FOUR; i++) {
-                    const float v = a.sum(u, i), gate = sigmoid<T>(v);
-                    dv[i] *= gate * (1 + v * (1 - gate));
-                }
-                if (partial && s < last)
+                    for (int i = 0; i < FOUR; i++)
+                        due[u][i] = 0;
+                if (plain || s < known) {
+                    if (!plain && at.moves(s))
+                        a.clear();
+                    float dv[FOUR];
+                    widen_four(row_x[u], a.in[u]);
+                    widen_four(row_dy[u], dv);
 #pragma unroll
                     for (int i = 0; i < FOUR; i++) {
-                        db[i] += dv[i];
-#pragma unroll
-                        for (int w = 0; w < W; w++)
-                            dw[w][i] += dv[i] * a.in[(u + 1 + w) % W][i];
+                        const float v = a.sum(u, i), gate = sigmoid<T>(v);
+                        dv[i] *= gate * (1 + v * (1 - gate));
                     }
+                    if (partial && (plain || s < last))
 #pragma unroll
-                for (int w = 0; w < W; w++)
-                    if (s - (W - 1) + w >= at.start)
+                        for (int i = 0; i < FOUR; i++) {
+                            db[i] += dv[i];
 #pragma unroll
-                        for (int i = 0; i < FOUR; i++)
-                            due[(u + 1 + w) % W][i] += a.k[w][i] * dv[i];
+                            for (int w = 0; w < W; w++)
+                                dw[w][i] += dv[i] * a.in[(u + 1 + w) % W][i];
+                        }
+#pragma unroll
+                    for (int w = 0; w < W; w++)
+                        if (plain || s - (W - 1) + w >= at.start)
+#pragma unroll
+                            for (int i = 0; i < FOUR; i++)
+                                due[(u + 1 + w) % W][i] = (plain && w == W - 1 ? 0.0f : due[(u + 1 + w) % W][i]) + a.k[w][i] * dv[i];
+                }
+                if (plain || (s - (W - 1) >= first && s - (W - 1) < last))
+                    store_four<VEC>(to + u * dx.ld, n, due[(u + 1) % W]);
             }
-            if (s - (W - 1) >= first && s - (W - 1) < last)
-                store_four<VEC>(dx.row(s - (W - 1)) + c, n, due[(u + 1) % W]);
-#pragma unroll
-            for (int i = 0; i < FOUR; i++)
-                due[(u + 1) % W][i] = 0;
-        }
+        };
+        const int64_t back = base - (W - 1);
+        if (back >= first && back >= at.start && base + W <= last && at.stays_before(base + W))
+            turn(std::true_type());
+        else
+            turn(std::false_type());
     }
     if (!partial)
         return;
