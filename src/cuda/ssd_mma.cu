@@ -333,13 +333,14 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             const int column = column_of(i);
             float gx[2][4] = {}, rows[4];
             unsigned m[4];
-            if constexpr (BACKWARD)
+            if constexpr (BACKWARD) {
 #pragma unroll
                 for (int p = 0; p < P; p += 16) {
                     unsigned f[4];
                     load_matrices(f, x + 2 * p);
                     multiply_column<1, LD_P>(gx, f, values_down + 2 * (column * LD_P + p));
                 }
+            }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const int at = column + 8 * j + 2 * t;
@@ -371,7 +372,7 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                     }
                 m[2 * j] = pack(v[0], v[1]);
                 m[2 * j + 1] = pack(v[2], v[3]);
-                if constexpr (BACKWARD)
+                if constexpr (BACKWARD) {
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const float w0 = v[e] * gx[j][e], w1 = v[e + 2] * gx[j][e + 2];
@@ -379,6 +380,7 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                         column1 += w1;
                         rows[2 * j + e] = w0 * del[r0] + w1 * del[r0 + 8];
                     }
+                }
             }
             multiply_row<P_NT / 2>(sum, m, values + 2 * column * LD_P);
             if constexpr (BACKWARD) {
