@@ -126,7 +126,7 @@ void check_catch_crashes(void)
     if (dlsym(RTLD_DEFAULT, "__asan_init"))
         return;
     backtrace(&frame, 1); /* loads a library, which must not happen in the handler */
-    own.ss_sp = xmalloc(CRASH_STACK, 1); /* lives as long as the process */
+    own.ss_sp = log_process()->crash_stack = xmalloc(CRASH_STACK, 1);
     memset(&a, 0, sizeof a);
     a.sa_handler = crashed;
     a.sa_flags = SA_RESETHAND | SA_NODEFER | (sigaltstack(&own, NULL) == 0 ? SA_ONSTACK : 0);

@@ -15,6 +15,7 @@ struct log_process {
     void (*abort_job)(int code);     /* NULL = end this process */
     long exit_mark[4];               /* identity of an EXIT file left by an earlier run, see check.c */
     atomic_flag failing;             /* set by the first failure */
+    void *crash_stack;               /* of the signal handlers of check.c; lives as long as the process */
     /* What the watchdog's thread reads of the main one. */
     atomic_long beats;               /* grows with every sign of progress */
     _Atomic(const char *) section;   /* of the timer that runs, NULL = none */
