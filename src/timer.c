@@ -9,7 +9,7 @@
 
 enum { DEPTH = 8 };
 
-static const double note_share = 0.10;
+static const double note_share = 0.10, slow_ratio = 1.3, slow_share = 0.02;
 
 static struct {
     double begin, iteration_begin, running_since;
@@ -196,6 +196,34 @@ static void notes(const double mean[TIMER_ROWS], double wall, const char *whose,
     }
 }
 
+/* The rank that takes much longer than its equals for what is equal work on all of them and waits for nobody. Where ranks wait for each
+ * other inside these parts (tensor parallelism) they take as long as the slowest and nothing is seen. */
+static void straggler(const struct timer_sample *samples, int n, int role, int ranks, double wall, const char *whose,
+                      void (*line)(void *ctx, const char *text), void *ctx)
+{
+    static const enum timer_part equal[] = { TIMER_ENCODER, TIMER_MAMBA, TIMER_ATTENTION, TIMER_DENSE, TIMER_SHARED };
+    double most = 0, mean = 0;
+    int slowest = -1;
+    char text[256];
+    for (int i = 0; i < n; i++) {
+        double own = 0;
+        if (samples[i].role != role)
+            continue;
+        for (size_t k = 0; k < sizeof equal / sizeof *equal; k++)
+            own += samples[i].seconds[equal[k]];
+        mean += own / ranks;
+        if (own > most) {
+            most = own;
+            slowest = i;
+        }
+    }
+    if (slowest < 0 || mean < slow_share * wall || most < slow_ratio * mean)
+        return;
+    snprintf(text, sizeof text, "NOTE: rank %d took %.1f times as long as the %sranks do on average for the same work; a slow or shared host?",
+             slowest, most / mean, whose);
+    line(ctx, text);
+}
+
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        const char *other, void (*line)(void *ctx, const char *text), void *ctx)
 {
@@ -246,6 +274,7 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
     char whose[32];
     snprintf(whose, sizeof whose, "%.30s ", name);
     notes(mean, wall, role < 2 ? whose : "", other, line, ctx);
+    straggler(samples, n, role, ranks, wall, role < 2 ? whose : "", line, ctx);
 }
 
 static void to_log(void *ctx, const char *text)

@@ -61,7 +61,7 @@ double timer_take_iteration(double seconds[TIMER_SECTIONS]);
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
  * the maximum and the share of the wall time, then the same of the parts; then a NOTE for what wastes a
- * tenth or more. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
+ * tenth or more, and for a rank that is much slower than its equals. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx);
 /* Gather the samples and log the table on rank 0. seconds [TIMER_SECTIONS], or NULL: there, on rank

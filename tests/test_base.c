@@ -529,6 +529,12 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
     assert_non_null(strstr(text, "  of forward and backward:\n  moe dispatch        8       3.0000       3.0000       3.0000        1    30.0\n"));
     assert_non_null(strstr(text, "NOTE: 30 % of the language ranks' time was spent moving tokens to their experts"));
     assert_null(strstr(text, "of the encoder ranks' time"));
+    assert_null(strstr(text, "times as long"));
+    s[1].seconds[TIMER_MAMBA] = 2; /* 2 and 4.2 seconds for the same work */
+    s[2].seconds[TIMER_MAMBA] = 4;
+    s[2].seconds[TIMER_SHARED] = 0.2;
+    timer_table(s, 3, roles, 2, collect, text);
+    assert_non_null(strstr(text, "NOTE: rank 2 took 1.4 times as long as the language ranks do on average for the same work; a slow or shared host?\n"));
     /* Every cause has its line. */
     s[0].seconds[TIMER_SAVE] = 2;
     s[0].seconds[TIMER_DATA_WAIT] = 3;
