@@ -356,7 +356,7 @@ class Runner:
 
 
 def on_gpus(launch):
-    return not launch.program and "run.backend=cuda" in launch.overrides
+    return not launch.program and any(w in launch.overrides for w in ("run.backend=cuda", "run.backend=shadow"))
 
 
 def machine():

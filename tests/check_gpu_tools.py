@@ -129,7 +129,7 @@ SMI = """case "$*" in
 *) echo "Stand-in, 1.0, 700.00 W, 143771 MiB"; echo "Stand-in, 1.0, 700.00 W, 143771 MiB" ;;
 esac
 """
-MIMO = """a=(); for x in "$@"; do [ "$x" = run.backend=cuda ] && x=run.backend=ref; a+=("$x"); done
+MIMO = """a=(); for x in "$@"; do case "$x" in run.backend=cuda|run.backend=shadow) x=run.backend=ref;; esac; a+=("$x"); done
 case "$*" in *--features*) %s --features | sed 's/^cuda=.*/cuda=13.0/'; exit ;; esac
 exec %s "${a[@]}"
 """
@@ -189,7 +189,7 @@ def bundle(tap, m):
     code, lines, found, seconds = b.check("--gpus", "1,2", "-k", "regression", "--limit", "200")
     runs = [r for r in found["results"] if r["part"] == "regression"]
     tap.result(code == 0 and {r["name"] for r in runs if r["state"] == "passed"} == {
-        "503_mlp/fp32", "503_mlp/fp64_l2x1", "602_gpu_repeat/reference", "602_gpu_repeat/one", "602_gpu_repeat/e1x1_l1x1", "602_gpu_repeat/e1x2_l1x2_ep2_colocated"}
+        "503_mlp/fp32", "503_mlp/fp64_l2x1", "602_gpu_repeat/reference", "602_gpu_repeat/one", "602_gpu_repeat/shadow", "602_gpu_repeat/shadow_e1x1_l1x1", "602_gpu_repeat/e1x1_l1x1", "602_gpu_repeat/e1x2_l1x2_ep2_colocated"}
                and {(r["name"], r["gpus"]) for r in runs if r["state"] == "skipped"} == {("503_mlp/fp64", 1)}, "the_regression_cases_of_each_count_are_run", "\n".join(lines))
     code, lines, found, seconds = b.check("--gpus", "4", "-k", "operations", "-k", "sentences")
     tap.result(code == 1 and any("4 GPUs are asked for, here are 2" in x for x in lines), "gpus_that_are_not_there_are_a_failure", "\n".join(lines))
