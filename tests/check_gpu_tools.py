@@ -140,7 +140,7 @@ class Bundle:
         self.m, self.root = m, m.path("bundle")
         for d in ("bin", "tests", "tools", "regression", "path"):
             os.makedirs(os.path.join(self.root, d))
-        for d, names in (("tools", ("check_gpu.py", "gpu_host.py")), ("regression", ("run", *PYTHON, "503_mlp", "602_gpu_repeat")),
+        for d, names in (("tools", ("check_gpu.py", "bench_gpu.py", "gpu_host.py")), ("regression", ("run", *PYTHON, "503_mlp", "602_gpu_repeat")),
                          ("tests", ("harness.py",))):
             for n in names:
                 at = os.path.join(ROOT, d, n)
@@ -168,6 +168,33 @@ class Bundle:
             return p.returncode, p.stdout.splitlines(), json.load(f), time.monotonic() - start
 
 
+TIMED = """echo 'ok - gemm NT 8x8x8 bf16 to bf16 err 1.7e-03 bound 2.1e-03 in c | 100.0 us 395.0 TFLOP/s'
+echo 'ok - rmsnorm_forward 8192x2688 bf16 err 1.0e-03 bound 2.0e-03 in y | 20.0 us 2150 GB/s'
+echo '# in turn, hot: NT 128 experts 2688->1856: dense 800.0 us 612.0 TFLOP/s, grouped 850.0 us 576.0 TFLOP/s, 94 %'
+"""
+
+
+def figures(tap, b):
+    """bench_gpu reads what a test of operations prints, counts from the machine's peaks, and fails where a figure's gate is not passed."""
+    def bench():
+        out = os.path.join(b.root, "bench")
+        p = subprocess.run([sys.executable, os.path.join(b.root, "tools", "bench_gpu.py"), "--gpus", "1", "--out", out, "-k", "gpu_good", "-k", "gpu_bad"],
+                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+                           env=dict(os.environ, PATH=os.path.join(b.root, "path") + ":" + os.environ["PATH"]))
+        with open(os.path.join(out, "bench_gpu.json")) as f, open(os.path.join(out, "bench_gpu.md")) as g:
+            return p.returncode, json.load(f), g.read(), p.stdout
+    b.operation("gpu_good", TIMED)
+    b.operation("gpu_bad", "echo 'ok - add 1x1 bf16 err 0.0e+00 bound 1.0e-03'")
+    code, found, page, text = bench()
+    tap.result(code == 0 and [(o["us"], o["floor_us"], o["passed"]) for o in found["operations"]] == [(100.0, 50.0, True), (20.0, 10.0, True)] and
+               found["in_turn_hot"][0]["grouped_tflops"] == 576.0, "figures_are_read_with_their_floor", text)
+    tap.result("| gemm | NT 8x8x8 bf16 to bf16 | 100 |  | 395 | 50 | 50 % | 1.7e-03 / 2.1e-03 | ok |" in page.splitlines() and
+               any(x.startswith("| grouped GEMM, 128 experts of 384 rows, hot | 576 TFLOP/s | 540 | 580 | must |") for x in page.splitlines()), "the_page_shows_them", page)
+    b.operation("gpu_bad", TIMED.replace("ok - rms", "not ok - rms") + "exit 1")
+    code, found, page, text = bench()
+    tap.result(code == 1 and len(found["failed"]) == 2 and "NOT PASSED" in page, "a_figure_whose_gate_is_not_passed_fails", text)
+
+
 def states(lines, word):
     return {m.group(2): m.group(1) for m in (re.match(r"(not ok|ok) \d+ - \d GPU: %s: (\S+)" % word, x) for x in lines) if m}
 
@@ -191,6 +218,7 @@ def bundle(tap, m):
     tap.result(code == 0 and {r["name"] for r in runs if r["state"] == "passed"} == {
         "503_mlp/fp32", "503_mlp/fp64_l2x1", "602_gpu_repeat/reference", "602_gpu_repeat/one", "602_gpu_repeat/shadow", "602_gpu_repeat/shadow_e1x1_l1x1", "602_gpu_repeat/e1x1_l1x1", "602_gpu_repeat/e1x2_l1x2_ep2_colocated"}
                and {(r["name"], r["gpus"]) for r in runs if r["state"] == "skipped"} == {("503_mlp/fp64", 1)}, "the_regression_cases_of_each_count_are_run", "\n".join(lines))
+    figures(tap, b)
     code, lines, found, seconds = b.check("--gpus", "4", "-k", "operations", "-k", "sentences")
     tap.result(code == 1 and any("4 GPUs are asked for, here are 2" in x for x in lines), "gpus_that_are_not_there_are_a_failure", "\n".join(lines))
     code, lines, found, seconds = b.check("--gpus", "2", "-k", "sentences")
