@@ -111,23 +111,17 @@ def told(part, name, ranks, arguments, words, visible=None):
         part.add("passed" if good else "failed", name, p.seconds, lines[0].strip() if good else "EXIT %s, launcher %s\n%s" % (status_of(out), p.status, p.text))
 
 
-def children(pid):
-    """Processes below pid that run mimo."""
-    found, parents = [], {}
-    for stat in glob.glob("/proc/[0-9]*/stat"):
+def ranks_of(out):
+    """Processes of the run that writes to this directory, without its launcher."""
+    found = []
+    for name in glob.glob("/proc/[0-9]*/cmdline"):
         try:
-            with open(stat) as f:
-                head, tail = f.read().rsplit(")", 1)
+            with open(name) as f:
+                words = f.read().split("\0")
         except OSError:
             continue
-        number, name = head.split(" (", 1)
-        parents[int(number)] = (int(tail.split()[1]), name)
-    for x in parents:
-        above = x
-        while above in parents and above != pid:
-            above = parents[above][0]
-        if above == pid and x != pid and parents[x][1] == "mimo":
-            found.append(x)
+        if os.path.basename(words[0]) == "mimo" and "run.output_dir=" + out in words:
+            found.append(int(name.split("/")[2]))
     return sorted(found)
 
 
@@ -138,7 +132,7 @@ def killed_rank(part):
     up = min(part.deadline, time.monotonic() + 60)
     while "lm loss:" not in p.read() and p.process.poll() is None and time.monotonic() < up:
         time.sleep(0.1)
-    ranks = children(p.process.pid)
+    ranks = ranks_of(out)
     start = time.monotonic()
     if len(ranks) == part.n and p.process.poll() is None:
         os.kill(ranks[-1], signal.SIGKILL)

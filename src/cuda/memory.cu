@@ -34,8 +34,9 @@ extern "C" void cuda_copy(struct stream *s, in_t src, out_t dst)
         CHECK_CUDA(cudaMemcpy2DAsync(dst->data, dst->ld * width, src->data, src->ld * width, tensor_cols(src) * width,
                                      tensor_rows(src), cudaMemcpyDefault, st));
     }
-    /* What the host is to read must be there when the call returns. */
-    if (dst->place == PLACE_HOST)
+    /* What the host is to read must be there when the call returns, and what it may write next must have been read: from the pinned
+     * memory of the arenas a copy to the device only begins here. */
+    if (dst->place == PLACE_HOST || src->place == PLACE_HOST)
         CHECK_CUDA(cudaStreamSynchronize(st));
 }
 
