@@ -249,7 +249,7 @@ def regression(part, words, share):
 
 
 def small_runs(part):
-    regression(part, ("^3", "^4", "^5", "^60"), max(1, min(4, host.cores() // (4 * len(part.gpus)))) if part.n == 1 else 2)
+    regression(part, ("^3", "^4", "^5", "^60"), max(1, min(4, host.cores() // (4 * len(part.gpus)))) if part.n == 1 else 3)
 
 
 def large_runs(part):
