@@ -31,7 +31,7 @@ struct trace;
  * temporary name and rename. n_eval = most validation rows. Collective over the world. */
 struct trace *trace_open(const char *path, const struct deck *deck, const struct topology *topo, int n_moe, int64_t n_rows,
                          int64_t start_row, int64_t n_eval, const int64_t *arena_bytes /* [ARENA_COUNT] of this rank */);
-/* Overwrite row `row` (0-based) and, last, /rows. Independent transfers; Local. */
+/* Overwrite row `row` (0-based) and, when every rank has written its columns, /rows. Independent transfers. Collective over the world. */
 void trace_write(struct trace *t, int64_t row, const struct trace_row *values);
 /* Append (or overwrite the same iteration's) validation row; rank 0's values count. Local. */
 void trace_write_eval(struct trace *t, int64_t iteration, double lm_loss, double lm_loss_ablated);

@@ -387,6 +387,8 @@ void trace_write(struct trace *t, int64_t row, const struct trace_row *values)
                      (int64_t[2]){ row, t->topo->size }, (int64_t[2]){ 1, absent }, unknown);
         free(unknown);
     }
+    /* A row is valid when every rank has written its columns: one that is killed before it has must not leave a valid row without. */
+    comm_host_barrier(t->topo->world);
     if (rank) return;
     if (t->n_moe > 0 && values->tokens_per_expert)
         io_write_box(t->path, experts_path, t->experts, H5T_STD_I64LE, 3, (int64_t[3]){ row, 0, 0 },
