@@ -369,7 +369,7 @@ static void report_timers(struct train *t, int64_t iterations)
 
     timer_report(t->topo->world, role, roles, 3, seconds);
     if (t->deck->run.backend == DECK_BACKEND_CUDA)
-        log_line("NOTE: these are times of the hosts: the GPUs' work is issued in forward and backward and waited for in grad sync and optimizer");
+        log_line("NOTE: these are times of the hosts: the GPUs' work is issued in every section and waited for in grad sync");
     if (!t->board || iterations == 0) return;
     for (int i = 0; i < TIMER_SECTIONS; i++) {
         char tag[40];

@@ -303,6 +303,7 @@ def hangs(r):
     def begin(name, more=args):
         p = r.begin(name, *more, ranks=2, iterations=4000, batch=2, save=True)
         r.tap.result(wait_for(lambda: p.text().count("lm loss:") >= 5 or p.poll() is not None, 60) and p.poll() is None, name + "_was_running", p.text()[-800:])
+        time.sleep(1.3)     # until each rank has written into LIVE where it is in the loop
         return p, descendants(p.pid)
 
     def named(name, p, start, *words):
