@@ -161,6 +161,8 @@ static struct grouped carve_groups(const struct stream *s, size_t experts)
 {
     char *at = (char *)cuda_scratch(s, groups_bytes(s, experts));
     struct grouped g = {};
+    g.stream = cuda_stream_of(s);
+    g.sm_count = cuda_context_of(s)->sm_count;
     g.groups = (int)experts;
     g.workspace_bytes = (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM;
     g.workspace = carve(&at, g.workspace_bytes);
@@ -209,15 +211,20 @@ static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a
     return p.g;
 }
 
+extern "C" [[noreturn]] void cuda_grouped_refused(const struct grouped *g)
+{
+    FATAL(EXIT_INTERNAL, "CUTLASS refuses a grouped GEMM of %d groups: %s", g->groups, cudaGetErrorString(cudaGetLastError()));
+}
+
 static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, out_t c)
 {
     const struct grouped g = set_up(s, mode, a, b, offsets, c, c);
     if (mode == BACKEND_GROUPED_NT)
-        cuda_grouped_nt(s, &g);
+        cuda_grouped_nt(&g);
     else if (mode == BACKEND_GROUPED_NN)
-        cuda_grouped_nn(s, &g);
+        cuda_grouped_nn(&g);
     else
-        cuda_grouped_tn(s, &g);
+        cuda_grouped_tn(&g);
 }
 
 /* Whether TMA can address all of it. */
@@ -266,7 +273,7 @@ extern "C" void cuda_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t 
     }
     const struct grouped g = set_up(s, BACKEND_GROUPED_NT, a, w, offsets, y, y);
     const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, h->data, h->ld, NULL};
-    cuda_grouped_nt_act(s, &g, &act);
+    cuda_grouped_nt_act(&g, &act);
 }
 
 /* dprob[r] = the parts of row r in the order of the tiles. */
@@ -301,7 +308,7 @@ extern "C" void cuda_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t
     const struct grouped g = set_up(s, BACKEND_GROUPED_NN, a, w, offsets, h, dh);
     const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, y ? y->data : NULL,
                                     y ? y->ld : 0, partial};
-    cuda_grouped_nn_act(s, &g, &act);
+    cuda_grouped_nn_act(&g, &act);
     sum_parts_kernel<<<blocks_for(rows, THREADS), THREADS, 0, cuda_stream_of(s)>>>(partial, (int)tiles, rows,
                                                                                   (float *)dprob->data);
     CHECK_LAUNCH();

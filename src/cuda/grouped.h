@@ -2,7 +2,8 @@
  * grouped.cu.
  *
  * Group e computes D_e[M_e,N_e] = A_e[M_e,K_e] B_e[K_e,N_e] (TN: += in place). Sizes, addresses and row strides lie on the
- * device, made from the offsets by a kernel, so that the host never learns how many rows an expert has. Local, all.
+ * device, made from the offsets by a kernel, so that the host never learns how many rows an expert has. Includes nothing of the
+ * program's, so that what takes minutes to compile depends on no header that often changes. Local, all.
  */
 #ifndef MIMO_CUDA_GROUPED_H
 #define MIMO_CUDA_GROUPED_H
@@ -11,13 +12,17 @@
 extern "C" {
 #endif
 
-#include "backend.h"
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
 
 /* Tile of the CUTLASS kernels. */
 enum { GROUPED_TILE_M = 128, GROUPED_TILE_N = 192 };
 
 /* Device arrays over the groups, all in the stream's scratch. */
 struct grouped {
+    cudaStream_t stream;
+    int sm_count;                    /* of the device */
     int groups;
     int (*size)[3];                  /* M, N, K; all 0 for an expert without rows */
     const void **a, **b, **c;        /* c: read with d's shape, or NULL */
@@ -37,12 +42,15 @@ struct grouped_act {
 };
 
 /* BF16 operands, 16-byte aligned rows; accumulation in fp32. D: BF16 for nt and nn, F32 for tn, which adds to it. */
-void cuda_grouped_nt(struct stream *s, const struct grouped *g);
-void cuda_grouped_nn(struct stream *s, const struct grouped *g);
-void cuda_grouped_tn(struct stream *s, const struct grouped *g);
+void cuda_grouped_nt(const struct grouped *g);
+void cuda_grouped_nn(const struct grouped *g);
+void cuda_grouped_tn(const struct grouped *g);
 /* d = relu(h)^2 prob, second = h = a b; d = dh from c = h and dy = a b, second = relu(h)^2 prob, partial. */
-void cuda_grouped_nt_act(struct stream *s, const struct grouped *g, const struct grouped_act *act);
-void cuda_grouped_nn_act(struct stream *s, const struct grouped *g, const struct grouped_act *act);
+void cuda_grouped_nt_act(const struct grouped *g, const struct grouped_act *act);
+void cuda_grouped_nn_act(const struct grouped *g, const struct grouped_act *act);
+
+/* CUTLASS refuses them: fatal. */
+[[noreturn]] void cuda_grouped_refused(const struct grouped *g);
 
 #ifdef __cplusplus
 }

@@ -15,7 +15,6 @@
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
-#include "cuda_util.h"
 #include "grouped.h"
 
 using grouped_row = cutlass::layout::RowMajor;
@@ -48,7 +47,7 @@ template <class LayoutA, class LayoutB, class ElementC, class ElementD, class Fu
     static_assert(sizeof(typename Kernel::InternalStrideB) == sizeof(int64_t));
     static_assert(sizeof(typename Kernel::InternalStrideD) == sizeof(int64_t));
 
-    static void run(struct stream *s, const struct grouped *g, typename Epilogue::FusionCallbacks::Arguments fusion)
+    static void run(const struct grouped *g, typename Epilogue::FusionCallbacks::Arguments fusion)
     {
         typename Gemm::Arguments args{};
         args.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
@@ -61,14 +60,13 @@ template <class LayoutA, class LayoutB, class ElementC, class ElementD, class Fu
         args.epilogue.dC = (typename Kernel::InternalStrideC *)g->ldc;
         args.epilogue.ptr_D = (ElementD **)g->d;
         args.epilogue.dD = (typename Kernel::InternalStrideD *)g->ldd;
-        args.hw_info.sm_count = cuda_context_of(s)->sm_count;
+        args.hw_info.sm_count = g->sm_count;
         args.scheduler.raster_order = Kernel::TileScheduler::RasterOrderOptions::AlongM;
         Gemm gemm;
         if (Gemm::get_workspace_size(args) > g->workspace_bytes
-            || gemm.initialize(args, g->workspace, cuda_stream_of(s)) != cutlass::Status::kSuccess
-            || gemm.run(cuda_stream_of(s)) != cutlass::Status::kSuccess)
-            FATAL(EXIT_INTERNAL, "CUTLASS refuses a grouped GEMM of %d groups: %s", g->groups,
-                  cudaGetErrorString(cudaGetLastError()));
+            || gemm.initialize(args, g->workspace, g->stream) != cutlass::Status::kSuccess
+            || gemm.run(g->stream) != cutlass::Status::kSuccess)
+            cuda_grouped_refused(g);
     }
 };
 
