@@ -153,6 +153,10 @@ struct backend_ops {
      * row_prob acc [T*K]; token_row I32 [T,K] sorted row of each copy; tokens_per_expert I64 [E] += (NULL: not counted). */
     void (*moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token, out_t row_prob, out_t token_row,
                      out_t tokens_per_expert);
+    /* Rows on their way to the rank that owns experts [first, first+n). all I32 [ranks,E+1]: each rank's offsets as of moe_sort. It receives by
+     * (rank, expert, row) and wants (expert, rank, row): offsets I32 [n+1] of the experts' wanted rows; order I32 [most] the received row of
+     * each wanted one; inverse I32 [most] the other way. Rows from `most` on are left out of both. */
+    void (*dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse);
     /* dprob [T,K] = drow[token_row]. */
     void (*moe_unsort_prob)(struct stream *s, in_t drow, in_t token_row, out_t dprob);
     /* y = relu(h)^2 * prob[row]; backward: dh = 2 relu(h) dy prob, dprob[row] = sum_F relu(h)^2 dy, and y once more for the gradient

@@ -13,7 +13,7 @@
     X(attention_backward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) X(embed_merge_backward) X(loss_max) \
     X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) X(ssd_backward) \
     X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) X(router_balance_loss) \
-    X(router_backward) X(moe_sort) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) X(expert_bias_update) \
+    X(router_backward) X(moe_sort) X(dispatch_order) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) X(expert_bias_update) \
     X(vit_assemble_forward) X(vit_assemble_backward) X(sum_squares) X(count_zeros) X(sum_wide) X(decide_update) X(adamw)
 /* What a table may leave NULL. */
 #define BACKEND_OPTIONAL_OPS(X) X(grouped_act_forward) X(grouped_act_backward)

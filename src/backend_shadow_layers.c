@@ -264,6 +264,16 @@ void backend_shadow_moe_sort(struct stream *s, in_t expert, in_t prob, out_t off
     shadow_end(&c);
 }
 
+void backend_shadow_dispatch_order(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse)
+{
+    BEGIN(dispatch_order, 0);
+    const in_t hall = IN(all, NULL, NULL);
+    const out_t hoffsets = OUT(offsets, NULL, NULL), horder = OUT(order, NULL, NULL), hinverse = OUT(inverse, NULL, NULL);
+    c.primary->dispatch_order(s, all, first, offsets, order, inverse);
+    c.truth->dispatch_order(&c.cpu, hall, first, hoffsets, horder, hinverse);
+    shadow_end(&c);
+}
+
 void backend_shadow_moe_unsort_prob(struct stream *s, in_t drow, in_t token_row, out_t dprob)
 {
     BEGIN(moe_unsort_prob, tensor_numel(dprob));

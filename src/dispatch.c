@@ -1,4 +1,5 @@
-/* dispatch.c - see dispatch.h. The order arrays are made on the host from the counts that the host needs anyway for the splits. */
+/* dispatch.c - see dispatch.h. All ranks' offsets are gathered on the device, which makes the order of the rows of them; the host gets a copy for
+ * the splits of the messages alone, on a stream of its own beside what the compute stream does meanwhile. */
 #include "dispatch.h"
 
 #include <stdlib.h>
@@ -14,14 +15,15 @@ struct dispatch *dispatch_init(struct model *m, int64_t experts)
         d->own.deferred = true;
         d->stream = &d->own;
     }
+    d->be->stream_create(&d->copies, "copy");
     d->be->event_create(&d->event);
+    d->be->event_create(&d->known);
     d->size = g->ep_size;
     d->rank = g->ep_rank;
     d->experts = experts;
     d->owned = experts / g->ep_size;
     d->send_rows = xcalloc((size_t)d->size, sizeof *d->send_rows);
     d->recv_rows = xcalloc((size_t)d->size, sizeof *d->recv_rows);
-    d->count = xcalloc((size_t)(d->size * experts), sizeof *d->count);
     return d;
 }
 
@@ -30,91 +32,28 @@ void dispatch_free(struct dispatch *d)
     if (!d)
         return;
     d->be->event_destroy(&d->event);
+    d->be->event_destroy(&d->known);
+    d->be->stream_destroy(&d->copies);
     if (d->stream == &d->own)
         d->be->stream_destroy(&d->own);
     free(d->send_rows);
     free(d->recv_rows);
-    free(d->count);
     free(d);
 }
 
 void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64_t copies)
 {
-    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *comm = &as->a[ARENA_COMM], *data = &as->a[ARENA_DATA];
+    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *comm = &as->a[ARENA_COMM];
     d->max_rows = copies * d->size;
-    d->mine = arena_1d(acts, "dispatch.count", DTYPE_I32, d->experts);
-    d->all = arena_2d(acts, "dispatch.counts", DTYPE_I32, d->size, d->experts);
+    d->all = arena_2d(acts, "dispatch.all_offsets", DTYPE_I32, d->size, d->experts + 1);
     d->offsets = arena_1d(acts, "dispatch.offsets", DTYPE_I32, d->owned + 1);
     d->order = arena_1d(acts, "dispatch.order", DTYPE_I32, d->max_rows);
     d->inverse = arena_1d(acts, "dispatch.inverse", DTYPE_I32, d->max_rows);
-    d->host_mine = arena_1d(data, "dispatch.host_count", DTYPE_I32, d->experts + 1);
-    d->host_offsets = arena_1d(data, "dispatch.host_offsets", DTYPE_I32, d->owned + 1);
-    d->host_order = arena_1d(data, "dispatch.host_order", DTYPE_I32, d->max_rows);
-    d->host_inverse = arena_1d(data, "dispatch.host_inverse", DTYPE_I32, d->max_rows);
+    d->host_all = arena_2d(&as->a[ARENA_DATA], "dispatch.host_offsets", DTYPE_I32, d->size, d->experts + 1);
     const size_t mark = arena_mark(comm);
     d->buffer[DISPATCH_ROWS] = arena_2d(comm, "dispatch.rows", m->act, d->max_rows, m->deck->language.hidden_size);
     d->buffer[DISPATCH_PROBS] = arena_2d(comm, "dispatch.probs", m->acc, d->max_rows, 1);
     arena_rewind(comm, mark);   /* one layer exchanges at a time */
-}
-
-static int32_t count_of(const struct dispatch *d, int source, int64_t expert)
-{
-    return d->count[source * d->experts + d->rank * d->owned + expert];
-}
-
-/* Received rows lie by (source, owned expert); sorted rows by (owned expert, source). */
-static void make_order(struct dispatch *d)
-{
-    int32_t *offsets = d->host_offsets.data, *order = d->host_order.data, *inverse = d->host_inverse.data;
-    int32_t sorted = 0;
-    for (int64_t x = 0; x < d->owned; x++) {
-        offsets[x] = sorted;
-        int32_t received = 0;
-        for (int source = 0; source < d->size; source++) {
-            for (int64_t y = 0; y < x; y++)
-                received += count_of(d, source, y);
-            for (int32_t i = 0; i < count_of(d, source, x); i++) {
-                inverse[received + i] = sorted;
-                order[sorted++] = received + i;
-            }
-            for (int64_t y = x; y < d->owned; y++)
-                received += count_of(d, source, y);
-        }
-    }
-    offsets[d->owned] = sorted;
-    d->received = sorted;
-}
-
-void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *offsets)
-{
-    const struct backend_ops *be = m->be;
-    struct comm *ep = m->topo->language.ep.comm;
-    const struct tensor host = tensor_2d(d->count, DTYPE_I32, PLACE_HOST, d->size, d->experts);
-    const struct tensor counts = tensor_first(&d->host_mine, d->experts);
-    int32_t *mine = d->host_mine.data;
-    be->copy(m->compute, offsets, &d->host_mine);
-    be->stream_sync(m->compute);
-    for (int64_t x = 0; x < d->experts; x++)
-        mine[x] = mine[x + 1] - mine[x];
-    be->copy(m->compute, &counts, &d->mine);
-    m->comm->all_gather(ep, &d->mine, &d->all, m->compute);
-    be->copy(m->compute, &d->all, &host);
-    be->stream_sync(m->compute);
-    d->sent = 0;
-    for (int r = 0; r < d->size; r++) {
-        d->send_rows[r] = d->recv_rows[r] = 0;
-        for (int64_t x = 0; x < d->owned; x++) {
-            d->send_rows[r] += d->count[d->rank * d->experts + r * d->owned + x];
-            d->recv_rows[r] += count_of(d, r, x);
-        }
-        d->sent += d->send_rows[r];
-    }
-    make_order(d);
-    const struct tensor order = tensor_first(&d->order, d->received), inverse = tensor_first(&d->inverse, d->received);
-    const struct tensor from = tensor_first(&d->host_order, d->received), back = tensor_first(&d->host_inverse, d->received);
-    be->copy(m->compute, &d->host_offsets, &d->offsets);
-    be->copy(m->compute, &from, &order);
-    be->copy(m->compute, &back, &inverse);
 }
 
 /* `later` goes on after what `first` holds now. */
@@ -126,6 +65,33 @@ static void order(struct dispatch *d, struct stream *first, struct stream *later
     d->be->stream_wait(later, &d->event);
 }
 
+void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *offsets)
+{
+    m->comm->all_gather(m->topo->language.ep.comm, offsets, &d->all, m->compute);
+    order(d, m->compute, &d->copies);
+    d->be->copy(&d->copies, &d->all, &d->host_all);
+    d->be->event_record(&d->known, &d->copies);
+    m->be->dispatch_order(m->compute, &d->all, d->rank * d->owned, &d->offsets, &d->order, &d->inverse);
+    d->sent = d->received = -1;
+}
+
+void dispatch_learn(struct dispatch *d)
+{
+    const int32_t *all = d->host_all.data;
+
+    if (d->sent >= 0)
+        return;
+    d->be->event_sync(&d->known);
+    d->sent = d->received = 0;
+    for (int r = 0; r < d->size; r++) {
+        const int32_t *mine = all + d->rank * (d->experts + 1) + r * d->owned, *their = all + r * (d->experts + 1) + d->rank * d->owned;
+        d->send_rows[r] = mine[d->owned] - mine[0];
+        d->recv_rows[r] = their[d->owned] - their[0];
+        d->sent += d->send_rows[r];
+        d->received += d->recv_rows[r];
+    }
+}
+
 static struct tensor received_rows(const struct dispatch *d, enum dispatch_load load)
 {
     return tensor_first(&d->buffer[load], d->received);
@@ -133,6 +99,7 @@ static struct tensor received_rows(const struct dispatch *d, enum dispatch_load 
 
 void dispatch_send(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *rows)
 {
+    dispatch_learn(d);
     const struct tensor received = received_rows(d, load);
     order(d, m->compute, d->stream);
     m->comm->all_to_all_v(m->topo->language.ep.comm, rows, d->send_rows, &received, d->recv_rows, d->stream);

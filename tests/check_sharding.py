@@ -179,10 +179,10 @@ def tensor_parallel_sent(tensors, layout):
 
 def expert_parallel_sent(tensors, layout):
     """Balanced by force, a rank sends (ep-1)/ep of its rows' copies: each passes there and back in forward and backward, its
-    probability there and back; and its counts to every other rank."""
+    probability there and back; and its offsets to every other rank."""
     ep = layout.ep
     copies = layout.mbs * S * TOPK * (ep - 1) // ep
-    layer = 4 * copies * H * ITEM + 2 * copies * ITEM + 4 * EXPERTS * (ep - 1)
+    layer = 4 * copies * H * ITEM + 2 * copies * ITEM + 4 * (EXPERTS + 1) * (ep - 1)
     microbatches = BATCH // (layout.mbs * layout.language[1])
     return microbatches * E_LAYERS * layer + data_parallel_sent(tensors, layout)
 

@@ -466,6 +466,7 @@ static void check_dispatch(int tp, int ep)
     const struct tensor offsets = tensor_1d(offset, DTYPE_I32, PLACE_DEVICE, experts + 1), rows = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, sent, COLS);
     const struct tensor probs = tensor_2d(p, DTYPE_F64, PLACE_DEVICE, sent, 1), back = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, sent, COLS);
     dispatch_begin(&m.model, d, &offsets);
+    dispatch_learn(d);
     must(d->sent == sent, "not every copy is sent", tp, ep);
     const int64_t n = d->received;
     double *in = xcalloc((size_t)(n * COLS) + 1, sizeof *in), *prob = xcalloc((size_t)n + 1, sizeof *prob), *z = xcalloc((size_t)(n * COLS) + 1, sizeof *z);

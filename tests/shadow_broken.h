@@ -114,6 +114,8 @@ BROKEN(router_backward, (struct stream *s, in_t scores, in_t expert, in_t prob, 
        (s, scores, expert, prob, dprob, scaling, count, coeff, first_row, seq_len, dlogits), dlogits)
 BROKEN(moe_sort, (struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token, out_t row_prob, out_t token_row, out_t tokens_per_expert),
        (s, expert, prob, offsets, row_token, row_prob, token_row, tokens_per_expert), token_row)
+BROKEN(dispatch_order, (struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse),
+       (s, all, first, offsets, order, inverse), inverse)
 BROKEN(moe_unsort_prob, (struct stream *s, in_t drow, in_t token_row, out_t dprob),
        (s, drow, token_row, dprob), dprob)
 BROKEN(expert_act_forward, (struct stream *s, in_t h, in_t prob, out_t y),

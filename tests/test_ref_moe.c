@@ -696,9 +696,29 @@ static void test_zero_rows_are_legal(void **state)
     route_free(&r);
 }
 
+/* Two ranks, six experts; rank 1 owns 3, 4, 5. Rank 0 sends 2, 0, 1 rows for them, rank 1 has 1, 2, 0. */
+static void dispatch_order_by_hand(void **state)
+{
+    int32_t all[2][7] = { { 0, 4, 4, 5, 7, 7, 8 }, { 0, 0, 3, 3, 4, 6, 6 } }, offsets[4], order[6], inverse[6];
+    const int32_t want_order[6] = { 0, 1, 3, 4, 5, 2 }, want_inverse[6] = { 0, 1, 5, 2, 3, 4 }, want_offsets[4] = { 0, 3, 5, 6 };
+    const struct tensor from = tensor_2d(all, DTYPE_I32, PLACE_DEVICE, 2, 7), start = tensor_1d(offsets, DTYPE_I32, PLACE_DEVICE, 4);
+    for (int64_t most = 6; most >= 4; most -= 2) {         /* and without room for the last two */
+        const struct tensor there = tensor_1d(order, DTYPE_I32, PLACE_DEVICE, most), back = tensor_1d(inverse, DTYPE_I32, PLACE_DEVICE, most);
+        memset(order, -1, sizeof order);
+        memset(inverse, -1, sizeof inverse);
+        ref_dispatch_order_f64(NULL, &from, 3, &start, &there, &back);
+        assert_memory_equal(offsets, want_offsets, sizeof offsets);
+        assert_memory_equal(order, want_order, (size_t)most * sizeof *order);
+        assert_memory_equal(inverse, want_inverse, (size_t)most * sizeof *inverse);
+        for (int64_t i = most; i < 6; i++)
+            assert_true(order[i] == -1 && inverse[i] == -1);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(dispatch_order_by_hand),
         cmocka_unit_test(test_router_golden_m6_13_bias_selects),
         cmocka_unit_test(test_balance_golden_m6_13_map_ignores_bias),
         cmocka_unit_test(test_router_m6_13_ties_take_the_lower_index),

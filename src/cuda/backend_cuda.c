@@ -1,7 +1,7 @@
 /* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables are checked member by member.
  *
- * One process drives one GPU. Compute runs on the stream the training loop makes; copies from pageable host memory return
- * once the source may be reused.
+ * One process drives one GPU. Compute runs on the stream the training loop makes. Copies from the host pass through pinned memory
+ * (staging.c) and return at once; copies to the host do so too when they go to memory of alloc_host.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -110,6 +110,7 @@ static void cuda_stream_destroy(struct stream *s)
     CHECK_CUDA(cudaStreamSynchronize(c->stream));
     cuda_gemm_free(c->gemm);
     cuda_attention_free(c->attention);
+    cuda_staging_free(c->staging);
     CHECK_CUDA(cudaStreamDestroy(c->stream));
     free(c);
     *s = (struct stream){ 0 };
@@ -120,6 +121,7 @@ static void cuda_stream_scratch(struct stream *s, in_t memory)
     struct cuda_context *c = s->native;
     c->scratch = memory->data;
     c->scratch_bytes = (size_t)tensor_numel(memory);
+    cuda_staging_start(c);
 }
 
 static void cuda_stream_sync(struct stream *s)

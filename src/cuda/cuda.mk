@@ -40,7 +40,7 @@ GPU_NEEDS_shadow    = $(basename $(notdir $(CUDA_CU))) gemm backend_cuda
 $(BUILD)/tests/gpu_shadow: $(addprefix $(BUILD)/,backend_shadow.o backend_shadow_layers.o shadow.o shadow_choice.o)
 
 GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/gpu_check.c,$(wildcard tests/gpu/gpu_*.c))))
-GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o ref/backend_ref.o) \
+GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o cuda/staging.o ref/backend_ref.o) \
             $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 
 $(BUILD)/gpu_%.o: tests/gpu/gpu_%.c

@@ -16,6 +16,7 @@ extern "C" {
 #include "check.h"
 
 struct cuda_gemm;        /* gemm.c: cuBLASLt's handle, workspace and chosen algorithms */
+struct cuda_staging;     /* staging.c: pinned memory */
 struct cuda_attention;   /* attention_cudnn.cpp: cuDNN's handle and plans */
 
 struct cuda_context {
@@ -25,7 +26,15 @@ struct cuda_context {
     int sm_count;
     struct cuda_gemm *gemm;
     struct cuda_attention *attention;
+    struct cuda_staging *staging;    /* of a stream that computes; NULL: copies from the host are the driver's business */
 };
+
+enum { CUDA_STAGING_PIECE = 4 << 20 };
+/* Local. Pinned memory of at most CUDA_STAGING_PIECE bytes for one copy to the device, which cuda_staged must follow at once; start allocates. */
+void cuda_staging_start(struct cuda_context *c);
+void cuda_staging_free(struct cuda_staging *g);
+void *cuda_stage(struct cuda_context *c, size_t bytes);
+void cuda_staged(struct cuda_context *c);
 
 /* Local. */
 void cuda_gemm_free(struct cuda_gemm *g);

@@ -1,8 +1,11 @@
 /* memory.cu - copies between any places, fills and casts.
  *
+ * A copy from the host goes through pinned memory; one to the host is asynchronous when that is pinned, else complete on return.
+ *
  * A cast between host and device goes through the stream's scratch in pieces: the raw bytes cross the bus, the kernel
  * converts. Casts round to nearest even.
  */
+#include <string.h>
 #include "cuda_util.cuh"
 #define RNG_CORE static __host__ __device__ __forceinline__
 #include "rng_core.h"
@@ -20,23 +23,49 @@ static bool dense(in_t t)
     return t->ld == tensor_cols(t) || tensor_rows(t) <= 1;
 }
 
+/* From the host through pinned memory, in pieces: rows of at most a piece, or runs of a dense tensor. False: no staging, or rows too wide. */
+static bool upload(struct stream *s, in_t src, out_t dst)
+{
+    struct cuda_context *c = cuda_context_of(s);
+    const bool flat = dense(src) && dense(dst);
+    const int64_t width = width_of(src), row = flat ? 1 : tensor_cols(src) * width;
+    const int64_t rows = flat ? tensor_numel(src) * width : tensor_rows(src), per = CUDA_STAGING_PIECE / row;
+    if (!c->staging || per == 0)
+        return false;
+    for (int64_t first = 0; first < rows; first += per) {
+        const int64_t n = rows - first < per ? rows - first : per;
+        const int64_t from_ld = flat ? row : src->ld * width, to_ld = flat ? row : dst->ld * width;
+        const char *from = (const char *)src->data + first * from_ld;
+        char *to = (char *)dst->data + first * to_ld, *pinned = (char *)cuda_stage(c, n * row);
+        if (from_ld == row)
+            memcpy(pinned, from, n * row);
+        else
+            for (int64_t i = 0; i < n; i++)
+                memcpy(pinned + i * row, from + i * from_ld, row);
+        if (to_ld == row)
+            CHECK_CUDA(cudaMemcpyAsync(to, pinned, n * row, cudaMemcpyHostToDevice, c->stream));
+        else
+            CHECK_CUDA(cudaMemcpy2DAsync(to, to_ld, pinned, row, row, n, cudaMemcpyHostToDevice, c->stream));
+        cuda_staged(c);
+    }
+    return true;
+}
+
 extern "C" void cuda_copy(struct stream *s, in_t src, out_t dst)
 {
     const int64_t n = tensor_numel(src), width = width_of(src);
     ASSERT(src->dtype == dst->dtype && n == tensor_numel(dst));
-    if (n == 0)
+    ASSERT((dense(src) && dense(dst)) || tensor_cols(src) == tensor_cols(dst));
+    if (n == 0 || (src->place == PLACE_HOST && dst->place == PLACE_DEVICE && upload(s, src, dst)))
         return;
     const cudaStream_t st = cuda_stream_of(s);
     if (dense(src) && dense(dst))
         CHECK_CUDA(cudaMemcpyAsync(dst->data, src->data, n * width, cudaMemcpyDefault, st));
-    else {
-        ASSERT(tensor_cols(src) == tensor_cols(dst));
+    else
         CHECK_CUDA(cudaMemcpy2DAsync(dst->data, dst->ld * width, src->data, src->ld * width, tensor_cols(src) * width,
                                      tensor_rows(src), cudaMemcpyDefault, st));
-    }
-    /* What the host is to read must be there when the call returns, and what it may write next must have been read: from the pinned
-     * memory of the arenas a copy to the device only begins here. */
-    if (dst->place == PLACE_HOST || src->place == PLACE_HOST)
+    /* Without staging: from pinned memory a copy only begins here, and its source may be written next. */
+    if (src->place == PLACE_HOST)
         CHECK_CUDA(cudaStreamSynchronize(st));
 }
 

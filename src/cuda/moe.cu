@@ -477,6 +477,42 @@ static __global__ void unsort_kernel(const float *drow, const int32_t *token_row
         dprob.row(i / dprob.cols)[i % dprob.cols] = drow[token_row[i]];
 }
 
+/* One block for each rank and owned expert: its rows lie in one piece on both sides. */
+static __global__ void dispatch_order_kernel(const int32_t *all, int ranks, int stride, int first, int owned, int64_t most, int32_t *offsets,
+                                             int32_t *order, int32_t *inverse)
+{
+    const int x = blockIdx.x, rank = blockIdx.y;
+    int64_t wanted = 0, received = 0, n = 0;
+    for (int r = 0; r < ranks; r++) {
+        const int32_t *own = all + (int64_t)r * stride + first;
+        wanted += own[x] - own[0] + (r < rank ? own[x + 1] - own[x] : 0);
+        received += r < rank ? own[owned] - own[0] : r == rank ? own[x] - own[0] : 0;
+        if (r == rank)
+            n = own[x + 1] - own[x];
+    }
+    if (threadIdx.x == 0 && rank == 0)
+        offsets[x] = (int32_t)wanted;
+    if (threadIdx.x == 0 && rank == ranks - 1 && x == owned - 1)
+        offsets[owned] = (int32_t)(wanted + n);
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+        if (wanted + i < most)
+            order[wanted + i] = (int32_t)(received + i);
+        if (received + i < most)
+            inverse[received + i] = (int32_t)(wanted + i);
+    }
+}
+
+extern "C" void cuda_dispatch_order(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse)
+{
+    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all), owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
+    ASSERT(all->dtype == DTYPE_I32 && all->ld == stride && offsets->dtype == DTYPE_I32 && order->dtype == DTYPE_I32 && inverse->dtype == DTYPE_I32);
+    ASSERT(owned > 0 && ranks > 0 && first >= 0 && first + owned < stride && tensor_numel(inverse) == most);
+    dispatch_order_kernel<<<dim3((unsigned)owned, (unsigned)ranks), 256, 0, cuda_stream_of(s)>>>(
+        (const int32_t *)all->data, (int)ranks, (int)stride, (int)first, (int)owned, most, (int32_t *)offsets->data, (int32_t *)order->data,
+        (int32_t *)inverse->data);
+    CHECK_LAUNCH();
+}
+
 extern "C" void cuda_moe_unsort_prob(struct stream *s, in_t drow, in_t token_row, out_t dprob)
 {
     const int64_t tokens = tensor_rows(token_row), topk = tensor_cols(token_row), n = tokens * topk;

@@ -266,6 +266,34 @@ void REF(moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_
     first[0] = 0;
 }
 
+void REF(dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse)
+{
+    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all), owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
+    const int32_t *from = ref_index(all, ranks * stride);
+    int32_t *start = offsets->data, *received = order->data, *wanted = inverse->data;
+    int64_t at = 0;
+    ref_index(offsets, owned + 1);
+    ref_index(order, most);
+    ref_index(inverse, most);
+    ASSERT(first >= 0 && owned >= 0 && first + owned < stride);
+    for (int64_t e = first; e < first + owned; e++) {
+        int64_t source = 0;                /* first row that rank r sends here */
+        start[e - first] = (int32_t)at;
+        for (int64_t r = 0; r < ranks; r++) {
+            const int32_t *own = from + r * stride;
+            for (int64_t i = own[e]; i < own[e + 1]; i++, at++) {
+                const int64_t row = source + i - own[first];
+                if (at < most)
+                    received[at] = (int32_t)row;
+                if (row < most)
+                    wanted[row] = (int32_t)at;
+            }
+            source += own[first + owned] - own[first];
+        }
+    }
+    start[owned] = (int32_t)at;
+}
+
 void REF(moe_unsort_prob)(struct stream *s, in_t drow, in_t token_row, out_t dprob)
 {
     const int64_t tokens = tensor_rows(token_row), topk = tensor_cols(token_row), rows = tensor_numel(drow);

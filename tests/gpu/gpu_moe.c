@@ -288,6 +288,44 @@ static void sort_case(struct gpu_check *g, int64_t tokens, int64_t experts, int6
     gpu_report(g, 12.0 * (double)copies, 0);
 }
 
+/* `ranks` sources with random counts, some experts of some ranks without rows; order and inverse hold `most` rows. */
+static void dispatch_case(struct gpu_check *g, int64_t ranks, int64_t experts, int64_t rows, bool short_of_room)
+{
+    if (!gpu_case(g, "dispatch_order", "%lld ranks, %lld experts, about %lld rows%s", (long long)ranks, (long long)experts,
+                  (long long)rows, short_of_room ? ", too many" : ""))
+        return;
+    const int64_t owned = experts / ranks;
+    struct gpu_tensor *all = integers(g, DTYPE_I32, ranks, experts + 1), *offsets = gpu_vector(g, DTYPE_I32, owned + 1);
+    const int64_t first = owned * (int64_t)(gpu_random(g) % (uint64_t)ranks);
+    int64_t received = 0;
+    for (int64_t r = 0; r < ranks; r++) {
+        int32_t *own = (int32_t *)all->host.data + r * (experts + 1);
+        own[0] = 0;
+        for (int64_t e = 0; e < experts; e++)
+            own[e + 1] = own[e] + (gpu_random(g) % 4 == 0 ? 0 : (int32_t)(gpu_random(g) % (uint64_t)(1 + 2 * rows / experts / ranks)));
+        received += own[first + owned] - own[first];
+    }
+    gpu_upload(g, all);
+    const int64_t most = short_of_room ? received / 2 : received;
+    struct gpu_tensor *order = gpu_vector(g, DTYPE_I32, most), *inverse = gpu_vector(g, DTYPE_I32, most);
+    gpu_run(g) cuda_dispatch_order(g->stream, &all->dev, first, &offsets->dev, &order->dev, &inverse->dev);
+    backend_ref_f32.dispatch_order(g->cpu, &all->host, first, &offsets->host, &order->host, &inverse->host);
+    gpu_equal(g, offsets, "offsets");
+    gpu_equal(g, order, "order");
+    gpu_equal(g, inverse, "inverse");
+    gpu_report(g, 0, 0);
+}
+
+static void dispatch_cases(struct gpu_check *g)
+{
+    for (int64_t ranks = 1; ranks <= 64; ranks *= 2)
+        for (int few = 0; few < 2; few++) {
+            dispatch_case(g, ranks, 64, 500, few);
+            dispatch_case(g, ranks, 128, 49152, few);
+        }
+    dispatch_case(g, 3, 3, 0, false);
+}
+
 static void sort_cases(struct gpu_check *g, bool production)
 {
     /* tokens, experts, K, experts in use (0: all), counted */
@@ -377,5 +415,7 @@ int main(int argc, char **argv)
         sort_cases(g, production);
         act_cases(g, production);
     }
+    gpu_layout(g, 0, 0);
+    dispatch_cases(g);
     return gpu_check_end(g);
 }
