@@ -23,12 +23,20 @@ static enum width core_width(const char *core);
 static enum width cpu_width(void);
 static bool has_flag(const char *line, const char *flag);
 
+/* What a shadow compares is the table that repeats. */
+static bool any_order(const struct deck *deck)
+{
+    return deck->run.backend == DECK_BACKEND_CUDA && deck->derived.bf16 && !deck->run.deterministic;
+}
+
 const struct backend_ops *backend_select(const struct deck *deck)
 {
     if (deck->run.backend == DECK_BACKEND_REF)
         return deck->derived.fp64 ? &backend_ref_f64 : &backend_ref_f32;
     if (deck->run.backend == DECK_BACKEND_SHADOW)
         return deck->derived.bf16 ? &backend_shadow_bf16 : &backend_shadow_f32;
+    if (any_order(deck))
+        return &backend_cuda_bf16_any_order;
     return deck->derived.bf16 ? &backend_cuda_bf16 : &backend_cuda_f32;
 }
 
@@ -36,6 +44,8 @@ const struct backend_ops *backend_sizing(const struct deck *deck)
 {
     if (deck->run.backend == DECK_BACKEND_REF)
         return backend_select(deck);
+    if (any_order(deck))
+        return &backend_sizes_bf16_any_order;
     return deck->derived.bf16 ? &backend_sizes_bf16 : &backend_sizes_f32;
 }
 

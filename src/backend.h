@@ -199,12 +199,14 @@ struct backend_ops {
 extern const struct backend_ops backend_ref_f32, backend_ref_f64;
 /* act = BF16, F32; empty in a binary without CUDA (cuda/none.c). */
 extern const struct backend_ops backend_cuda_bf16, backend_cuda_f32;
+/* The same with operations that need not repeat bitwise where that is faster: run.deterministic = .false. */
+extern const struct backend_ops backend_cuda_bf16_any_order;
 struct deck;
 /* The table for a resolved deck (backend, precision). Local. */
 const struct backend_ops *backend_select(const struct deck *deck);
 /* The same table's types and sizes, with streams that do nothing: what counts memory where no GPU is. Local. */
 const struct backend_ops *backend_sizing(const struct deck *deck);
-extern const struct backend_ops backend_sizes_bf16, backend_sizes_f32;   /* of the cuda tables */
+extern const struct backend_ops backend_sizes_bf16, backend_sizes_bf16_any_order, backend_sizes_f32;   /* of the cuda tables */
 /* The table's optional entries, or the same made of its others. Local. */
 void backend_grouped_act_forward(const struct backend_ops *be, struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h,
                                  out_t y);

@@ -526,12 +526,14 @@ CASE(dispatch_order)
     const int64_t ranks = BY_KIND(b, 1, 3, 7, 8), owned = BY_KIND(b, 2, 5, 11, 16), experts = ranks * owned, each = BY_KIND(b, 3, 9, 60, 400);
     struct bench_tensor *all = bench_integers(b, bench_dense(b, DTYPE_I32, ranks, experts + 1), 0, 1);
     int64_t rows = 0;
-    for (int64_t r = 0; r < ranks; r++)
+    for (int64_t r = 0; r < ranks; r++) {
+        bench_store(all, r, 0, 0);
         for (int64_t e = 0, at = 0; e < experts; e++) {
             const int64_t n = (int64_t)(bench_random(b) % (uint64_t)each);
             rows += e / owned == ranks - 1 ? n : 0;
             bench_store(all, r, e + 1, (double)(at += n));
         }
+    }
     struct bench_tensor *offsets = bench_vector(b, DTYPE_I32, owned + 1), *order = bench_vector(b, DTYPE_I32, rows),
                         *inverse = bench_vector(b, DTYPE_I32, rows);
     CALL(dispatch_order, &all->t, (ranks - 1) * owned, &offsets->t, &order->t, &inverse->t);

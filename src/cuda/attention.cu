@@ -199,9 +199,11 @@ struct problem {
     out_t dqkv;
     int64_t max_len;
     int n, g, d;
-    bool causal, backward;
+    bool causal, backward, any_order;
     int64_t segments() const { return tensor_numel(cu) - 1; }
     int64_t rows() const { return tensor_rows(qkv); }
+    /* Heads of one plan, with keys of `groups` kinds. */
+    int at_once(int64_t slots, int64_t len, int groups) const { return any_order ? n : cuda_attention_chunk(slots, len, n, groups); }
 };
 
 static bool aligned(in_t t)
@@ -223,13 +225,13 @@ static char *at(in_t t, int64_t row, int64_t col)
 
 static void run_plain(const problem &p)
 {
-    const int per = p.n / p.g, chunk = cuda_attention_chunk(1, p.max_len, p.n, p.g) / per;
+    const int per = p.n / p.g, chunk = p.at_once(1, p.max_len, p.g) / per;
     const int64_t len = p.max_len, group = (int64_t)(per + 2) * p.d;
     float *stats = (float *)p.work->data;
     const size_t used = ((size_t)(p.n * len) * sizeof(float) + 255) / 256 * 256;
     const struct cuda_attention_shape shape = { .batch = chunk, .heads = per, .d = p.d, .max_len = len, .row = p.qkv->ld, .head = p.d,
                                                 .group = group, .o_row = p.o->ld, .stats_row = 0, .total = 0, .packed = false,
-                                                .causal = p.causal, .backward = p.backward };
+                                                .causal = p.causal, .backward = p.backward, .any_order = p.any_order };
     ASSERT((size_t)tensor_numel(p.work) > used);
     for (int64_t i = 0; i < p.segments(); i++) {
         const int64_t first = i * len;
@@ -270,9 +272,9 @@ static int64_t bucket_slots(int64_t n)
 static void run_packed(const problem &p)
 {
     const int64_t len = bucket_length(p.max_len), segments = p.segments();
-    const int heads = cuda_attention_chunk(1, len, p.n, p.n);
+    const int heads = p.at_once(1, len, p.n);
     int64_t slots = bucket_slots(segments);
-    while (slots > 1 && cuda_attention_chunk(slots, len, p.n, p.n) < heads)
+    while (slots > 1 && p.at_once(slots, len, p.n) < heads)
         slots /= 2;
     const int64_t all = (segments + slots - 1) / slots * slots;
     int64_t *offset = (int64_t *)p.work->data;
@@ -285,7 +287,7 @@ static void run_packed(const problem &p)
     const int64_t head = 3 * (int64_t)p.d, total = slots * len < p.rows() ? slots * len : p.rows();
     const struct cuda_attention_shape shape = { .batch = slots, .heads = heads, .d = p.d, .max_len = len, .row = p.qkv->ld, .head = head, .group = 0,
                                                 .o_row = p.o->ld, .stats_row = p.lse->ld, .total = total, .packed = true,
-                                                .causal = p.causal, .backward = p.backward };
+                                                .causal = p.causal, .backward = p.backward, .any_order = p.any_order };
     for (int64_t i = 0; i < all; i += slots)
         for (int j = 0; j < p.n; j += heads) {
             const int64_t q = j * head;
@@ -339,11 +341,17 @@ static void run(const problem &p)
 extern "C" void cuda_attention_forward(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal, in_t work,
                                        out_t o, out_t lse)
 {
-    run(problem{ s, qkv, cu, o, lse, NULL, work, NULL, max_len, n, g, d, causal, false });
+    run(problem{ s, qkv, cu, o, lse, NULL, work, NULL, max_len, n, g, d, causal, false, false });
 }
 
 extern "C" void cuda_attention_backward(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal, in_t o,
                                         in_t lse, in_t do_, in_t work, out_t dqkv)
 {
-    run(problem{ s, qkv, cu, o, lse, do_, work, dqkv, max_len, n, g, d, causal, true });
+    run(problem{ s, qkv, cu, o, lse, do_, work, dqkv, max_len, n, g, d, causal, true, false });
+}
+
+extern "C" void cuda_attention_backward_any_order(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g, int d, bool causal,
+                                                  in_t o, in_t lse, in_t do_, in_t work, out_t dqkv)
+{
+    run(problem{ s, qkv, cu, o, lse, do_, work, dqkv, max_len, n, g, d, causal, true, true });
 }

@@ -23,6 +23,7 @@ struct cuda_attention_shape {
     int64_t o_row, stats_row;       /* of o and of the statistics (packed): next token */
     int64_t total;                  /* packed: rows of all slots at most; bounds the workspace */
     bool packed, causal, backward;
+    bool any_order;                 /* of the sums in backward: faster, not repeatable */
 };
 
 struct cuda_attention_pointers {

@@ -1,7 +1,7 @@
 /* attention_cudnn.cpp - scaled dot-product attention through cuDNN's graphs (cudnn-frontend), behind attention.h.
  *
  * The only file that speaks C++ to cuDNN. A plan belongs to one shape and is kept for the life of the stream; the backward
- * is the deterministic one. Statistics are log-sum-exps in fp32.
+ * is the deterministic one unless any order is allowed. Statistics are log-sum-exps in fp32.
  */
 #define CUDNN_FRONTEND_SKIP_JSON_LIB
 #include <cudnn_frontend.h>
@@ -19,7 +19,7 @@ enum uid : int64_t { Q = 1, K, V, O, STATS, DO, DQ, DK, DV, QKV_OFFSET, O_OFFSET
 struct less_shape {
     static std::vector<int64_t> key(const cuda_attention_shape &s)
     {
-        return { s.batch, s.heads, s.d, s.max_len, s.row, s.head, s.group, s.o_row, s.stats_row, s.total, s.packed, s.causal, s.backward };
+        return { s.batch, s.heads, s.d, s.max_len, s.row, s.head, s.group, s.o_row, s.stats_row, s.total, s.packed, s.causal, s.backward, s.any_order };
     }
     bool operator()(const cuda_attention_shape &a, const cuda_attention_shape &b) const { return key(a) < key(b); }
 };
@@ -113,7 +113,7 @@ static plan build(cudnnHandle_t handle, const cuda_attention_shape &s)
         auto to = g.tensor(describe("o", O, o, half)), tdo = g.tensor(describe("do", DO, o, half)),
              ts = g.tensor(describe("stats", STATS, stats, full));
         auto a = fe::graph::SDPA_backward_attributes().set_name("attention_backward").set_attn_scale(scale).set_causal_mask(s.causal)
-                     .set_deterministic_algorithm(true);
+                     .set_deterministic_algorithm(!s.any_order);
         if (s.packed)
             a.set_padding_mask(true).set_seq_len_q(length).set_seq_len_kv(length).set_max_total_seq_len_q(s.total)
                 .set_max_total_seq_len_kv(s.total);

@@ -158,16 +158,21 @@ static void cuda_event_sync(const struct event *e)
     CHECK_CUDA(cudaEventSynchronize(e->native));
 }
 
-_Static_assert(0 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT), "CUDA_OPS holds every operation");
+/* attention_backward is the one that differs between the tables. */
+_Static_assert(1 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT), "CUDA_OPS holds every other operation");
 
 #define COMMON                                                                                                          \
     .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release, .memory = cuda_memory,      \
     .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
     .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
     .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync, .asynchronous = true,  \
-    .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .attention_work = cuda_attention_work, .ssd_work = cuda_ssd_work,
+    .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .ssd_work = cuda_ssd_work,
 
 #define X(op) .op = cuda_##op,
-const struct backend_ops backend_cuda_bf16 = { COMMON .act = DTYPE_BF16, CUDA_OPS(X) };
-const struct backend_ops backend_cuda_f32 = { COMMON .act = DTYPE_F32, CUDA_OPS(X) };
+const struct backend_ops backend_cuda_bf16 = { COMMON .act = DTYPE_BF16, .attention_work = cuda_attention_work,
+                                               .attention_backward = cuda_attention_backward, CUDA_OPS(X) };
+const struct backend_ops backend_cuda_bf16_any_order = { COMMON .act = DTYPE_BF16, .attention_work = cuda_attention_work_any_order,
+                                                         .attention_backward = cuda_attention_backward_any_order, CUDA_OPS(X) };
+const struct backend_ops backend_cuda_f32 = { COMMON .act = DTYPE_F32, .attention_work = cuda_attention_work,
+                                              .attention_backward = cuda_attention_backward, CUDA_OPS(X) };
 #undef X

@@ -13,7 +13,7 @@ extern "C" {
 #define CUDA_OPS(X) \
     X(copy) X(fill) X(cast) X(initialise) X(gemm) X(grouped_gemm) X(add) X(add_bias) X(bias_backward) X(activation_forward) \
     X(activation_backward) X(rmsnorm_forward) X(rmsnorm_backward) X(layernorm_forward) X(layernorm_backward) \
-    X(attention_forward) X(attention_backward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) \
+    X(attention_forward) X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) \
     X(embed_merge_backward) X(loss_max) X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) \
     X(ssd_forward) X(ssd_backward) X(gated_norm_forward) X(gated_norm_backward) X(router_forward) X(router_balance) \
     X(router_balance_loss) X(router_backward) X(moe_sort) X(dispatch_order) X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) \
@@ -22,7 +22,10 @@ extern "C" {
 
 #define X(op) extern __typeof__(*((struct backend_ops *)0)->op) cuda_##op;
 CUDA_OPS(X)
+/* Two that can stand at one place of the table: sums in a fixed order, or as they come. */
+X(attention_backward)
 #undef X
+extern __typeof__(*((struct backend_ops *)0)->attention_backward) cuda_attention_backward_any_order;
 
 #ifdef __cplusplus
 }

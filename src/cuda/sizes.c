@@ -20,12 +20,13 @@ static void no_stream_end(struct stream *s) { *s = (struct stream){ 0 }; }
 static void no_event(struct event *e) { e->native = NULL; }
 
 #define SIZES                                                                                                        \
-    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .attention_work = cuda_attention_work,          \
+    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH,          \
     .ssd_work = cuda_ssd_work, .stream_create = no_stream, .stream_destroy = no_stream_end, .event_create = no_event, \
     .event_destroy = no_event
 
-const struct backend_ops backend_sizes_bf16 = { SIZES, .act = DTYPE_BF16 };
-const struct backend_ops backend_sizes_f32 = { SIZES, .act = DTYPE_F32 };
+const struct backend_ops backend_sizes_bf16 = { SIZES, .act = DTYPE_BF16, .attention_work = cuda_attention_work };
+const struct backend_ops backend_sizes_bf16_any_order = { SIZES, .act = DTYPE_BF16, .attention_work = cuda_attention_work_any_order };
+const struct backend_ops backend_sizes_f32 = { SIZES, .act = DTYPE_F32, .attention_work = cuda_attention_work };
 
 /* One piece of attention.cu: statistics or slots, the deterministic backward's workspace of the heads (and slots) that run at
  * once, cuDNN's fp32 gradient of the queries, and a margin for its alignment. */
@@ -38,6 +39,12 @@ int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, i
     if (pieces < cuda_attention_chunk(1, max_len, n, g))
         pieces = cuda_attention_chunk(1, max_len, n, g);
     return pieces * square + tokens * n * (int64_t)(4 * d + 64) + 64 * (segments + 1) + ((int64_t)64 << 20);
+}
+
+/* cuDNN's fp32 gradients and corrections of every query row, twice as many when heads share keys; slots; statistics of a segment. */
+int64_t cuda_attention_work_any_order(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d, bool causal)
+{
+    return tokens * n * (int64_t)(8 * d + 64) + 64 * (segments + 1) + ((int64_t)128 << 20);
 }
 
 /* Per chunk the states and their gradients in fp32, seven numbers of each row and head, four sums of each head and an entry of

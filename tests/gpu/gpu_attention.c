@@ -43,11 +43,14 @@ static void attention_case(struct gpu_check *g, enum dtype dtype, const struct s
     const int64_t most = longest(a);
     for (int i = 0; i < a->segments; i++)
         rows += a->len[i];
-    const int64_t bytes = backend_sizes_f32.attention_work(rows, a->segments, most, a->n, a->g, a->d, a->causal);
-    const struct tensor work = tensor_1d(scratch->data, DTYPE_U8, PLACE_DEVICE, bytes);
-    ASSERT(bytes <= tensor_numel(scratch));
-    for (int backward = 0; backward < 2; backward++) {
-        if (!gpu_case(g, backward ? "attention_backward" : "attention_forward", "%d/%d heads d %d %s, %d of %lld, %lld rows %s", a->n, a->g, a->d,
+    /* 0 forward, 1 backward, 2 backward whose sums may take any order */
+    for (int backward = 0; backward < 3; backward++) {
+        static const char *const op[] = { "attention_forward", "attention_backward", "attention_backward_any_order" };
+        const struct backend_ops *sizes = backward == 2 ? &backend_sizes_bf16_any_order : &backend_sizes_bf16;
+        const int64_t bytes = sizes->attention_work(rows, a->segments, most, a->n, a->g, a->d, a->causal);
+        const struct tensor work = tensor_1d(scratch->data, DTYPE_U8, PLACE_DEVICE, bytes);
+        ASSERT(bytes <= tensor_numel(scratch));
+        if (!gpu_case(g, op[backward], "%d/%d heads d %d %s, %d of %lld, %lld rows %s", a->n, a->g, a->d,
                       a->causal ? "causal" : "full", a->segments, (long long)most, (long long)rows, dtype_name(dtype)))
             continue;
         const int64_t width = (int64_t)a->n * a->d, wide = width + 2 * (int64_t)a->g * a->d;
@@ -75,7 +78,8 @@ static void attention_case(struct gpu_check *g, enum dtype dtype, const struct s
             d_o = gpu_matrix(g, dtype, rows, width);
             dqkv = gpu_matrix(g, dtype, rows, wide);
             gpu_normal(g, d_o, 1);
-            gpu_run(g) cuda_attention_backward(g->stream, &qkv->dev, &cu->dev, most, a->n, a->g, a->d, a->causal, &o->dev, &lse->dev, &d_o->dev,
+            dqkv->varies = backward == 2;
+            gpu_run(g) (backward == 2 ? cuda_attention_backward_any_order : cuda_attention_backward)(g->stream, &qkv->dev, &cu->dev, most, a->n, a->g, a->d, a->causal, &o->dev, &lse->dev, &d_o->dev,
                                                &work, &dqkv->dev);
             struct tensor dy = columns(&d_o->host, (int64_t)group * per * a->d, (int64_t)groups * per * a->d), dx = columns(&dqkv->host, 0, tensor_cols(&x));
             backend_ref_f32.attention_backward(g->cpu, &x, &cu->host, most, groups * per, groups, a->d, a->causal, &y, &l, &dy, NULL, &dx);

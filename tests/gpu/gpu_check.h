@@ -29,6 +29,7 @@ struct gpu_tensor {
     struct tensor dev;    /* of the dtype asked for, PLACE_DEVICE, rows ld = cols + pad */
     struct tensor host;   /* dense; floats as F32, rounded to the device's dtype when filled; data NULL with gpu_device_only */
     bool written;         /* by the operation: restored before each run, then compared */
+    bool varies;          /* an output that need not repeat bit by bit */
     char *memory, *image; /* the device allocation and its contents before the operation */
     char *replica[24];    /* copies for timing; [0] is memory */
     unsigned char *got;   /* what the operation left, whole allocation, on the host */
