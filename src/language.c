@@ -225,16 +225,27 @@ static void loss(struct model *m, struct language *lm)
     be->loss_finish(s, &lm->se, &lm->pl, &lm->mask, &lm->loss, &lm->loss_sum);
 }
 
+void model_language_load(struct model *m, int slot, const struct text_batch *text, const struct tensor *image)
+{
+    ASSERT(slot == 0);
+    if (m->topo->language.tp_rank == 0 && tensor_rows(image) != text->image_rows)
+        FATAL(EXIT_DATA, "the tokens of the micro-batch have places for %lld picture embeddings, the encoder gave %lld (first sample %s)",
+              (long long)text->image_rows, (long long)tensor_rows(image), text->key ? text->key[0] : "unnamed");
+    load_batch(m, m->language, text);
+}
+
 void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train)
+{
+    model_language_load(m, slot, text, image);
+    model_language_compute(m, slot, image, train);
+}
+
+void model_language_compute(struct model *m, int slot, const struct tensor *image, bool train)
 {
     struct language *lm = m->language;
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     ASSERT(slot == 0);
-    if (m->topo->language.tp_rank == 0 && tensor_rows(image) != text->image_rows)
-        FATAL(EXIT_DATA, "the tokens of the micro-batch have places for %lld picture embeddings, the encoder gave %lld (first sample %s)",
-              (long long)text->image_rows, (long long)tensor_rows(image), text->key ? text->key[0] : "unnamed");
-    load_batch(m, lm, text);
     ddp_use(m->ddp, true, lm->embedding + 1);
     timer_part(TIMER_VOCABULARY);
     embed(m, lm, image, first_input(lm));

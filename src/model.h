@@ -122,6 +122,11 @@ void model_encoder_backward(struct model *m, int slot, const struct tensor *d_em
  * expert, computes the auxiliary loss and keeps what backward needs.
  * `image` is read on tp rank 0 only. Collective over language tp and ep. */
 void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train);
+/* Its two halves. load: the micro-batch's ids, labels, mask and maps to the device. compute: the rest. compute and model_language_backward give the
+ * device the same commands for every micro-batch without pictures: on one rank they can be captured once in a CUDA graph and replayed after
+ * each load (tests/gpu/gpu_graph.c). */
+void model_language_load(struct model *m, int slot, const struct text_batch *text, const struct tensor *image);
+void model_language_compute(struct model *m, int slot, const struct tensor *image, bool train);
 /* Returns d of the picture embeddings [image_rows, H] (valid until the next call); data NULL when not wanted or on tp ranks other than 0.
  * Collective over language tp and ep. */
 struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient);

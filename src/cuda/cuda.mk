@@ -43,6 +43,11 @@ GPU_TESTS = $(if $(T),$(BUILD)/tests/gpu_$(T),$(patsubst tests/gpu/%.c,$(BUILD)/
 GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/sizes.o cuda/staging.o ref/backend_ref.o) \
             $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 
+# The whole program's library: MPI and HDF5 come from the bundle.
+$(BUILD)/tests/gpu_graph: tests/gpu/gpu_graph.c $(BUILD)/libmimo.a
+	@mkdir -p $(@D)
+	$(MPICC) $(CFLAGS) $(CUDA_INC) -Isrc/cuda $(LDFLAGS) -Wl,-rpath,'$$ORIGIN' -o $@ $< $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS)
+
 $(BUILD)/gpu_%.o: tests/gpu/gpu_%.c
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(CUDA_INC) -Isrc/cuda -c -o $@ $<
