@@ -268,13 +268,6 @@ int main(int argc, char **argv)
         finish_case(g, 8191);
         for (int t = 0; t < 2; t++)
             skipped_case(g, type[t], 10007);
-        for (int64_t ranks = 1; ranks <= 300; ranks = 7 * ranks + 1) {
-            decision_case(g, ranks, 0, 0, 0);
-            decision_case(g, ranks, 1, 0, 0);
-            decision_case(g, ranks, 1, 1e-3, 0);
-            decision_case(g, ranks, 1, 0, INFINITY);
-            decision_case(g, ranks, 1, 0, NAN);
-        }
         sum_wide_case(g, 0);
         sum_wide_case(g, 1);
         sum_wide_case(g, 300);
@@ -283,6 +276,13 @@ int main(int argc, char **argv)
         bias_case(g, 509);
     }
     gpu_layout(g, 0, 0);
+    for (int64_t ranks = 1; ranks <= 300; ranks = 7 * ranks + 1) {
+        decision_case(g, ranks, 0, 0, 0);
+        decision_case(g, ranks, 1, 0, 0);
+        decision_case(g, ranks, 1, 1e-3, 0);
+        decision_case(g, ranks, 1, 0, INFINITY);
+        decision_case(g, ranks, 1, 0, NAN);
+    }
     if (gpu_production(g)) {
         loss_case(g, DTYPE_BF16, 1024, 131072, 0);
         adamw_case(g, DTYPE_BF16, 1 << 26, 7);
