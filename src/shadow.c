@@ -406,7 +406,7 @@ double shadow_largest(in_t host)
     double most = 0;
     ASSERT(host->dtype == DTYPE_F32);
     for (int64_t i = 0; i < n; i++)
-        most = isfinite(x[i]) && fabs(x[i]) > most ? fabs(x[i]) : most;
+        most = isfinite(x[i]) && fabs((double)x[i]) > most ? fabs((double)x[i]) : most;
     return most;
 }
 
@@ -545,7 +545,7 @@ static void compare_part(struct shadow_call *c, const struct shadow_operand *o, 
     for (int64_t i = 0; i < n; i++) {
         if (!in_part(o, i, part) || x[i] == w[i] || (isnan(x[i]) && isnan(w[i])))
             continue;
-        const double error = fabs((double)x[i] - w[i]), most = b.element * (fabs(w[i]) + rms) + 20 * u * (fabs(w[i]) + scale);
+        const double error = fabs((double)x[i] - w[i]), most = b.element * (fabs((double)w[i]) + rms) + 20 * u * (fabs((double)w[i]) + scale);
         if (!(error <= most))
             fail_at(c, o, i, x[i], w[i], most, "");
         difference += error * error;
@@ -559,7 +559,7 @@ static void compare_part(struct shadow_call *c, const struct shadow_operand *o, 
     if (norm > most) {
         char why[120];
         snprintf(why, sizeof why, "as a whole by %.3g, tolerance %.3g", norm, most);
-        fail_at(c, o, at, x[at], w[at], b.element * (fabs(w[at]) + rms) + 20 * u * (fabs(w[at]) + scale), why);
+        fail_at(c, o, at, x[at], w[at], b.element * (fabs((double)w[at]) + rms) + 20 * u * (fabs((double)w[at]) + scale), why);
     }
     note(c, o->name, fmax(largest, norm > 0 ? norm / most : 0));
 }

@@ -70,11 +70,11 @@ int64_t *shadow_choice_ties(in_t scores, int64_t topk, int64_t first_row, int64_
         for (int64_t e = 0; e < experts; e++)
             sorted[e] = isnan(score[e]) ? INFINITY : score[e];
         qsort(sorted, (size_t)experts, sizeof *sorted, descending);
-        const float last = sorted[topk - 1], near = (float)(NEAR * fabs(last));
+        const float last = sorted[topk - 1], near = (float)(NEAR * fabs((double)last));
         if (last - sorted[topk] > near)
             continue;
         for (int64_t e = 0; e < experts; e++)
-            ties[(first_row + t) / seq_len * experts + e] += !(fabs(score[e] - last) > near);
+            ties[(first_row + t) / seq_len * experts + e] += !(fabs((double)(score[e] - last)) > near);
     }
     free(sorted);
     return ties;
