@@ -2,7 +2,7 @@
 
 tests/bench_yardstick.c does this work before and after every run, on as many processors as the run can use, so that a cost means the
 same on a slower machine or with other matrix kernels. A machine that does something else besides gives no number: a SKIP says what a
-yardstick got of a processor. The least cost of ROUNDS counts; a case asks that it be at most so many times that in reference.h5.
+yardstick got of a processor. Up to ROUNDS rounds are made; a case asks that the cost be at most so many times that in reference.h5.
 """
 import os
 import shutil
@@ -12,7 +12,7 @@ import time
 import h5py
 import numpy as np
 
-ROUNDS, WARM = 3, 5
+ROUNDS, WARM = 5, 5
 QUIET = 0.85   # of a processor
 
 
@@ -28,9 +28,9 @@ def processors(ranks):
     return min(ranks, cores())
 
 
-def yardstick(runner, copies):
+def yardstick(runner, copies, seconds=0.4):
     """Seconds of its work with so many copies side by side; Busy when one of them had to wait for a processor."""
-    command = [os.path.join(runner.tests, "bench_yardstick"), "0.4"]
+    command = [os.path.join(runner.tests, "bench_yardstick"), str(seconds)]
     p = [subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=runner.environment()) for _ in range(copies)]
     said = [np.array([float(x) for x in x.communicate()[0].split()]) for x in p]
     share = min(processor / clock for _, clock, processor in said)
@@ -40,17 +40,26 @@ def yardstick(runner, copies):
     return float(np.mean([median for median, _, _ in said]))
 
 
-def once(runner, case, launch):
-    """(cost, iterations per second) of one run."""
-    before = yardstick(runner, processors(launch.ranks))
-    out, fault = runner.launch(case, launch.ranks, launch.overrides)
-    if fault:
-        raise RuntimeError(fault)
-    after = yardstick(runner, processors(launch.ranks))
-    with h5py.File(os.path.join(out, "trace.h5"), "r", locking=False) as f:
-        seconds = float(np.median(f["iteration_seconds"][WARM:int(f["rows"][()])]))
-    shutil.rmtree(out)
-    return seconds * processors(launch.ranks) / ((before + after) / 2), 1 / seconds
+class Best:
+    """The shortest iteration and the shortest yardstick of the rounds so far: whatever disturbs a measurement makes it longer."""
+
+    def __init__(self):
+        self.seconds = self.unit = np.inf
+
+    def measure(self, runner, case, launch):
+        """One round more: the cost so far."""
+        copies = processors(launch.ranks)
+        yardstick(runner, cores(), 0.1)   # all processors: those that the run leaves idle share caches and clocks with it
+        before = yardstick(runner, copies)
+        out, fault = runner.launch(case, launch.ranks, launch.overrides)
+        if fault:
+            raise RuntimeError(fault)
+        self.unit = min(self.unit, before, yardstick(runner, copies))
+        yardstick(runner, cores(), 0.1)
+        with h5py.File(os.path.join(out, "trace.h5"), "r", locking=False) as f:
+            self.seconds = min(self.seconds, float(np.median(f["iteration_seconds"][WARM:int(f["rows"][()])])))
+        shutil.rmtree(out)
+        return self.seconds * copies / self.unit
 
 
 def judge(cost, reference, most):
@@ -61,7 +70,7 @@ def judge(cost, reference, most):
 
 
 def check(runner, case, launch):
-    """The outcome of one launch: a run that is fast enough ends it, the least of ROUNDS is judged otherwise."""
+    """The outcome of one launch: a round that is fast enough ends it."""
     if not os.path.exists(case.reference):
         return "WRONG reference.h5 is missing (regression/run --update -k %s writes it)" % case.name
     if not os.path.exists(os.path.join(runner.tests, "bench_yardstick")):
@@ -73,24 +82,27 @@ def check(runner, case, launch):
         return "WRONG reference.h5: %s" % e
     if launch.ranks > 1 and processors(launch.ranks) != processors(theirs):
         return "SKIP the reference of several ranks is for %d processors, there are %d" % (theirs, cores())
-    best = np.inf, 0.0
+    best, cost = Best(), np.inf
     try:
         for _ in range(ROUNDS):
-            best = min(best, once(runner, case, launch))
-            if not judge(best[0], reference, case.speed):
-                return "OK %.2f times the reference's cost, %.1f iterations/s" % (best[0] / reference, best[1])
+            cost = best.measure(runner, case, launch)
+            if not judge(cost, reference, case.speed):
+                return "OK %.2f times the reference's cost, %.1f iterations/s" % (cost / reference, 1 / best.seconds)
     except Busy as e:
         return "SKIP %s" % e
     except RuntimeError as e:
         return str(e)
-    return "WRONG " + judge(best[0], reference, case.speed)
+    return "WRONG " + judge(cost, reference, case.speed)
 
 
 def update(runner, case):
     """Write the costs of this machine into reference.h5; '' or the outcome that prevented it."""
     partial = case.reference + ".new"
     try:
-        cost = {l.name: min(once(runner, case, l) for _ in range(ROUNDS)) for l in case.launches}
+        cost = {}
+        for l in case.launches:
+            best = Best()
+            cost[l.name] = [best.measure(runner, case, l) for _ in range(ROUNDS)][-1], 1 / best.seconds
     except Busy as e:
         return "SKIP %s" % e
     except RuntimeError as e:
