@@ -7,6 +7,10 @@
  * Forward: counts first, then rows, each phase started for all peers before any is waited for. The counts of a slot are kept until
  * its gradient passes, so a fan-in gradient is cut exactly as the embeddings arrived and backward needs no counts of its own. Inside an
  * encoder lane each part of a gradient is broadcast by its holder.
+ *
+ * Messages have a stream of their own: it goes on after what the compute stream holds when a call is made, and the compute stream waits for what
+ * was received. What is sent may be overwritten only behind bridge_embedding_free and bridge_gradient_free, so that a rank computes while its
+ * peer is not ready yet.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +37,10 @@ struct bridge {
     const struct comm_ops *ops;
     const struct backend_ops *be;
     struct comm *comm;               /* of the leaders */
-    struct stream *stream;
+    struct stream *compute, own;     /* messages travel on `own` */
+    struct event event;              /* between the two */
+    struct event *embedding_sent;    /* [source.n_slots] */
+    struct event gradient_sent;
     enum dtype act;
     int64_t width;
     struct end source, dest;
@@ -140,7 +147,10 @@ struct bridge *bridge_init(const struct deck *deck, const struct topology *topo,
     b->topo = topo;
     b->ops = comm;
     b->be = be;
-    b->stream = stream;
+    b->compute = stream;
+    be->stream_create(&b->own, "bridge");
+    be->event_create(&b->event);
+    be->event_create(&b->gradient_sent);
     b->act = deck->derived.fp64 ? DTYPE_F64 : deck->derived.bf16 ? DTYPE_BF16 : DTYPE_F32;
     b->comm = topo->bridge.leaders.comm;
     b->width = deck->language.hidden_size;
@@ -155,6 +165,8 @@ struct bridge *bridge_init(const struct deck *deck, const struct topology *topo,
     b->call_peer = xcalloc((size_t)b->source.n + (size_t)b->dest.n, sizeof *b->call_peer);
     b->count = xcalloc((size_t)b->source.n + (size_t)b->dest.n, sizeof *b->count);
     b->leaving = xcalloc((size_t)b->dest.n, sizeof *b->leaving);
+    b->embedding_sent = xcalloc((size_t)b->source.n_slots, sizeof *b->embedding_sent);
+    for (int i = 0; i < b->source.n_slots; i++) be->event_create(&b->embedding_sent[i]);
     return b;
 }
 
@@ -172,6 +184,11 @@ void bridge_plan(struct bridge *b, struct arenas *arenas)
 void bridge_free(struct bridge *b)
 {
     if (!b) return;
+    for (int i = 0; i < b->source.n_slots; i++) b->be->event_destroy(&b->embedding_sent[i]);
+    b->be->event_destroy(&b->gradient_sent);
+    b->be->event_destroy(&b->event);
+    b->be->stream_destroy(&b->own);
+    free(b->embedding_sent);
     for (int i = 0; i < 2; i++) {
         struct end *e = i ? &b->dest : &b->source;
         free(e->peer);
@@ -276,12 +293,29 @@ static void exchange_counts(struct bridge *b, const int64_t *source_rows, const 
         }
 }
 
+/* `later` goes on after what `first` holds now. */
+static void order(struct bridge *b, struct stream *first, struct stream *later)
+{
+    b->be->event_record(&b->event, first);
+    b->be->stream_wait(later, &b->event);
+}
+
+void bridge_embedding_free(struct bridge *b, int slot)
+{
+    if (b->source.here) b->be->stream_wait(b->compute, &b->embedding_sent[slot]);
+}
+
+void bridge_gradient_free(struct bridge *b)
+{
+    b->be->stream_wait(b->compute, &b->gradient_sent);
+}
+
 /* Start the messages of one tensor that holds all parts of its side. */
 static void start_parts(struct bridge *b, const struct end *e, const int64_t *rows, const struct tensor *t, bool send)
 {
     for (int i = 0; i < e->n; i++) {
         const struct tensor part = part_of(rows, t, i);
-        if (rows[i] > 0 && e->peer[i] >= 0) (send ? b->ops->send : b->ops->recv)(b->comm, &part, e->peer[i], b->stream);
+        if (rows[i] > 0 && e->peer[i] >= 0) (send ? b->ops->send : b->ops->recv)(b->comm, &part, e->peer[i], &b->own);
     }
 }
 
@@ -297,12 +331,13 @@ static bool has_peers(const struct end *e)
 static void exchange_rows(struct bridge *b, const struct end *from, const int64_t *out_rows, const struct tensor *out,
                           const struct end *to, const int64_t *in_rows, const struct tensor *in)
 {
+    order(b, b->compute, &b->own);
     if (!(out && has_peers(from)) && !(in && has_peers(to))) return;
     b->ops->group_begin(b->comm);
     if (out) start_parts(b, from, out_rows, out, true);
     if (in) start_parts(b, to, in_rows, in, false);
-    b->ops->group_end(b->comm, b->stream);
-    b->ops->drain(b->stream);
+    b->ops->group_end(b->comm, &b->own);
+    b->ops->drain(&b->own);
 }
 
 /* Every part of a gradient from its holder to the other tp ranks of the encoder lane. */
@@ -310,7 +345,7 @@ static void share_in_lane(struct bridge *b, const int64_t *rows, const struct te
 {
     for (int i = 0; b->topo->bridge.source_lane.size > 1 && i < b->source.n; i++) {
         const struct tensor part = part_of(rows, gradient, i);
-        if (rows[i] > 0) b->ops->broadcast(b->topo->bridge.source_lane.comm, &part, b->holder[i], b->stream);
+        if (rows[i] > 0) b->ops->broadcast(b->topo->bridge.source_lane.comm, &part, b->holder[i], &b->own);
     }
 }
 
@@ -339,6 +374,7 @@ void bridge_send_forward(struct bridge *b, int slot, const struct tensor *e, con
     check_rows(b, &b->source, slot, e);
     exchange_counts(b, slot_counts(&b->source, slot), NULL);
     exchange_rows(b, &b->source, slot_counts(&b->source, slot), e, NULL, NULL, NULL);
+    b->be->event_record(&b->embedding_sent[slot], &b->own);
     b->wait_seconds += timer_now() - start;
 }
 
@@ -352,6 +388,7 @@ struct tensor bridge_recv_forward(struct bridge *b, int slot, const int64_t *row
     in = inbox(&b->dest, slot, slot);
     exchange_counts(b, NULL, slot_counts(&b->dest, slot));
     exchange_rows(b, NULL, NULL, NULL, &b->dest, slot_counts(&b->dest, slot), &in);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }
@@ -364,6 +401,7 @@ void bridge_send_backward(struct bridge *b, int slot, const struct tensor *de)
     if (!b->leads) return;
     check_rows(b, &b->dest, slot, de);
     exchange_rows(b, &b->dest, slot_counts(&b->dest, slot), de, NULL, NULL, NULL);
+    b->be->event_record(&b->gradient_sent, &b->own);
     b->wait_seconds += timer_now() - start;
 }
 
@@ -374,6 +412,7 @@ struct tensor bridge_recv_backward(struct bridge *b, int slot)
 
     exchange_rows(b, NULL, NULL, NULL, &b->source, slot_counts(&b->source, slot), &in);
     share_in_lane(b, slot_counts(&b->source, slot), &in);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }
@@ -389,7 +428,9 @@ struct tensor bridge_send_forward_recv_backward(struct bridge *b, int slot, cons
     check_rows(b, &b->source, slot, e);
     exchange_counts(b, slot_counts(&b->source, slot), NULL);
     exchange_rows(b, &b->source, slot_counts(&b->source, slot), e, &b->source, slot_counts(&b->source, backward_slot), &in);
+    b->be->event_record(&b->embedding_sent[slot], &b->own);
     share_in_lane(b, slot_counts(&b->source, backward_slot), &in);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }
@@ -411,6 +452,8 @@ struct tensor bridge_send_backward_recv_forward(struct bridge *b, int slot, cons
     in = inbox(&b->dest, forward_slot, forward_slot);
     exchange_counts(b, NULL, slot_counts(&b->dest, forward_slot));
     exchange_rows(b, &b->dest, b->leaving, de, &b->dest, slot_counts(&b->dest, forward_slot), &in);
+    b->be->event_record(&b->gradient_sent, &b->own);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }
@@ -423,7 +466,7 @@ static void copy_own(struct bridge *b, const int64_t *from_rows, const struct te
 {
     const struct tensor out = part_of(from_rows, from, from_part), in = part_of(to_rows, to, to_part);
 
-    if (tensor_rows(&out) > 0) b->be->copy(b->stream, &out, &in);
+    if (tensor_rows(&out) > 0) b->be->copy(b->compute, &out, &in);
 }
 
 struct tensor bridge_local_forward(struct bridge *b, const struct tensor *e, const int64_t *encoder_rows, int64_t encoder_samples,
@@ -447,6 +490,7 @@ struct tensor bridge_local_forward(struct bridge *b, const struct tensor *e, con
         copy_own(b, source, e, sent, dest, &in, received);
     }
     exchange_rows(b, &b->source, source, e, &b->dest, dest, b->leads ? &in : NULL);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }
@@ -467,6 +511,7 @@ struct tensor bridge_local_backward(struct bridge *b, const struct tensor *de)
     }
     exchange_rows(b, &b->dest, dest, b->leads ? de : NULL, &b->source, source, &in);
     share_in_lane(b, source, &in);
+    order(b, &b->own, b->compute);
     b->wait_seconds += timer_now() - start;
     return in;
 }

@@ -39,6 +39,9 @@ struct tensor bridge_send_backward_recv_forward(struct bridge *b, int slot, cons
 struct tensor bridge_local_forward(struct bridge *b, const struct tensor *e, const int64_t *encoder_rows, int64_t encoder_samples,
                                    const int64_t *language_rows, int64_t language_samples);
 struct tensor bridge_local_backward(struct bridge *b, const struct tensor *de);
+/* What the compute stream is given from here on may overwrite the embeddings that were sent from this slot; the gradient that was sent. Local. */
+void bridge_embedding_free(struct bridge *b, int slot);
+void bridge_gradient_free(struct bridge *b);
 double bridge_take_wait_seconds(struct bridge *b);   /* and reset. Local. */
 void bridge_free(struct bridge *b);
 

@@ -19,17 +19,41 @@ void linear_forward(struct model *m, const struct param *w, const struct tensor 
     count_flops(m, w, tensor_rows(x));
 }
 
+void linear_weight_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dy)
+{
+    if (!w->trainable)
+        return;
+    m->be->gemm(m->compute, true, false, 1.0, dy, x, 1.0, &w->grad, &w->grad);
+    count_flops(m, w, tensor_rows(dy));
+}
+
+void linear_input_backward(struct model *m, const struct param *w, const struct tensor *dy, double beta, const struct tensor *dx)
+{
+    if (!dx)
+        return;
+    m->be->gemm(m->compute, false, false, 1.0, dy, &w->value, beta, beta != 0.0 ? dx : NULL, dx);
+    count_flops(m, w, tensor_rows(dy));
+}
+
 void linear_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dy, double beta,
                      const struct tensor *dx)
 {
-    if (w->trainable) {
-        m->be->gemm(m->compute, true, false, 1.0, dy, x, 1.0, &w->grad, &w->grad);
-        count_flops(m, w, tensor_rows(dy));
-    }
-    if (dx) {
-        m->be->gemm(m->compute, false, false, 1.0, dy, &w->value, beta, beta != 0.0 ? dx : NULL, dx);
-        count_flops(m, w, tensor_rows(dy));
-    }
+    linear_weight_backward(m, w, x, dy);
+    linear_input_backward(m, w, dy, beta, dx);
+}
+
+/* ---- beside compute ------------------------------------------------------------------------------------------------ */
+
+void linear_fork(struct model *m)
+{
+    m->be->event_record(&m->tp_event, m->compute);
+    m->be->stream_wait(&m->tp, &m->tp_event);
+}
+
+void linear_join(struct model *m)
+{
+    m->be->event_record(&m->tp_event, &m->tp);
+    m->be->stream_wait(m->compute, &m->tp_event);
 }
 
 /* ---- sequence-parallel regions ------------------------------------------------------------------------------------- */
@@ -81,7 +105,18 @@ void linear_row_backward(struct model *m, const struct param *w, const struct te
 void linear_column_backward(struct model *m, const struct param *w, const struct tensor *u, const struct tensor *dz,
                             const struct tensor *du)
 {
-    const struct tensor *du_full = alone(m) ? du : &m->partial;
-    linear_backward(m, w, linear_gather(m, u, &m->gathered), dz, 0.0, du_full);
-    linear_reduce(m, du_full, du);
+    if (alone(m)) {
+        linear_backward(m, w, u, dz, 0.0, du);
+        return;
+    }
+    /* The rows of u travel beside the product that makes du, the sums of du beside the product that needs u. */
+    linear_fork(m);
+    m->comm->all_gather(m->topo->language.tp.comm, u, &m->gathered, &m->tp);
+    m->be->event_record(&m->tp_gathered, &m->tp);
+    linear_input_backward(m, w, dz, 0.0, &m->partial);
+    linear_fork(m);
+    m->comm->reduce_scatter(m->topo->language.tp.comm, &m->partial, du, COMM_SUM, &m->tp);
+    m->be->stream_wait(m->compute, &m->tp_gathered);
+    linear_weight_backward(m, w, &m->gathered, dz);
+    linear_join(m);
 }

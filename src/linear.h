@@ -17,6 +17,15 @@ void linear_forward(struct model *m, const struct param *w, const struct tensor 
 void linear_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dy, double beta,
                      const struct tensor *dx);
 
+/* The two halves. Local. */
+void linear_weight_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dy);
+void linear_input_backward(struct model *m, const struct param *w, const struct tensor *dy, double beta, const struct tensor *dx);
+
+/* With tensor parallelism, of either grid: model->tp goes on after what the compute stream holds now; the compute stream after what model->tp
+ * holds now. In between messages on model->tp travel beside compute; one communicator is never used on both at a time. Local. */
+void linear_fork(struct model *m);
+void linear_join(struct model *m);
+
 /* Rows of the residual stream on this rank: T/t. Local. */
 int64_t linear_local_rows(const struct model *m, int64_t tokens);
 /* All rows [T,w] from this rank's [T/t,w]: `full`, or `local` itself with one tensor-parallel rank. Collective over language tp. */

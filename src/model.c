@@ -117,11 +117,22 @@ void model_init(struct model *m, const struct deck *deck, const struct topology 
     m->has_language = topo->language.member;
     declare(m);
     m->ddp = ddp_init(m);
+    m->has_tp_stream = topo->encoder.tp_size > 1 || topo->language.tp_size > 1;
+    if (m->has_tp_stream) {
+        be->stream_create(&m->tp, "tensor-parallel");
+        be->event_create(&m->tp_event);
+        be->event_create(&m->tp_gathered);
+    }
 }
 
 void model_free(struct model *m)
 {
     ddp_free(m->ddp);
+    if (m->has_tp_stream) {
+        m->be->event_destroy(&m->tp_event);
+        m->be->event_destroy(&m->tp_gathered);
+        m->be->stream_destroy(&m->tp);
+    }
     radio_free(m->encoder);
     language_free(m->language);
     free(m->param);

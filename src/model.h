@@ -71,8 +71,10 @@ struct model {
     const struct comm_ops *comm;
     struct ddp *ddp;             /* buffers of gradients and trainable values */
     enum dtype act, acc;         /* of parameters and activations; of statistics, gradients and masters */
+    struct stream tp;            /* of tensor-parallel messages that overlap compute; tp > 1 only: see linear.h */
+    struct event tp_event, tp_gathered;
     struct tensor gathered, partial;   /* [T,H] workspace of the sequence-parallel regions (linear.h); language tp > 1 only */
-    bool has_encoder, has_language;
+    bool has_encoder, has_language, has_tp_stream;
     struct param *param;         /* [n_params] of this rank, in registration order */
     int n_params, param_capacity;
     struct encoder *encoder;

@@ -55,9 +55,15 @@ void replicated_gather_backward(struct model *m, const struct param *w, const st
 void replicated_column_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dz,
                                 const struct tensor *dx)
 {
-    linear_backward(m, w, x, dz, 0.0, dx);
-    if (dx)
-        sum_over_ranks(m, dx);
+    if (ranks(m) == 1 || !dx) {
+        linear_backward(m, w, x, dz, 0.0, dx);
+        return;
+    }
+    linear_input_backward(m, w, dz, 0.0, dx);
+    linear_fork(m);
+    m->comm->all_reduce(m->topo->encoder.tp.comm, dx, COMM_SUM, &m->tp);
+    linear_weight_backward(m, w, x, dz);
+    linear_join(m);
 }
 
 void replicated_row_forward(struct model *m, const struct param *w, const struct param *bias, const struct tensor *a,

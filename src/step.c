@@ -185,6 +185,7 @@ static void run_encoder_forward(void *ctx, const struct action *a)
 
     load_pictures(s, a->microbatch, a->slot);
     enter(s, TIMER_FORWARD);
+    bridge_embedding_free(s->bridge, a->slot);
     s->embedding[a->slot] = model_encoder_forward(s->model, a->slot, &s->pictures[a->slot], s->training);
     leave(s, TIMER_FORWARD);
 }
@@ -280,6 +281,7 @@ static void run_language_backward(void *ctx, const struct action *a)
 
     enter(s, TIMER_BACKWARD);
     announce_last(s, a, true);
+    if (s->bridge) bridge_gradient_free(s->bridge);
     s->dimage = model_language_backward(s->model, a->slot, s->topo->encoder.present && encoder_trains(s->deck));
     leave(s, TIMER_BACKWARD);
 }

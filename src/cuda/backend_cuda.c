@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <cublasLt.h>
 #include <cudnn_version.h>
 #include <nccl.h>
@@ -97,10 +98,12 @@ static void cuda_release_host(void *p)
 static void cuda_stream_create(struct stream *s, const char *name)
 {
     struct cuda_context *c = xcalloc(1, sizeof *c);
-    int device = 0;
+    int device = 0, least, greatest;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, device));
-    CHECK_CUDA(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+    /* Messages and copies get the next free multiprocessors: what overlaps must start before the products beside it end. */
+    CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CHECK_CUDA(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, strcmp(name, "compute") == 0 ? least : greatest));
     *s = (struct stream){ .name = name, .native = c };
 }
 
