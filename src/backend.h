@@ -64,6 +64,9 @@ struct backend_ops {
     void (*event_record)(struct event *e, struct stream *s);
     void (*stream_wait)(struct stream *s, const struct event *e);     /* s continues after what e recorded */
     void (*event_sync)(const struct event *e);                        /* host waits for what e recorded */
+    /* Events that know their time, and seconds of the device between two that have passed. NULL, both: the host's clock will do. */
+    void (*event_create_timed)(struct event *e);
+    double (*event_seconds)(const struct event *from, const struct event *to);
 
     /* ---- dense ----------------------------------------------------------------------------------------------- */
     /* d[m,n] = alpha * op(a) op(b) + beta * c, op = transpose if ta/tb; c may be d, NULL when beta = 0; accumulation in acc.

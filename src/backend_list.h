@@ -21,7 +21,7 @@
 /* What computes nothing. */
 #define BACKEND_CONTROL(X) \
     X(alloc) X(release) X(alloc_host) X(release_host) X(memory) X(stream_create) X(stream_destroy) X(stream_scratch) X(stream_sync) X(event_create) \
-    X(event_destroy) X(event_record) X(stream_wait) X(event_sync) X(attention_work) X(ssd_work)
+    X(event_destroy) X(event_record) X(stream_wait) X(event_sync) X(event_create_timed) X(event_seconds) X(attention_work) X(ssd_work)
 
 #define BACKEND_COUNT(op) +1
 _Static_assert(sizeof(struct backend_ops) == offsetof(struct backend_ops, alloc) +

@@ -96,7 +96,7 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
     s->n_moe = expert_layers(deck);
     s->sum = xcalloc(SUMS, sizeof *s->sum);
     s->pending.sum = xcalloc(SUMS, sizeof *s->pending.sum);
-    be->event_create(&s->pending.done);
+    for (int i = 0; i < 2; i++) (be->event_create_timed ? be->event_create_timed : be->event_create)(&s->mark[i]);
     s->late = xcalloc((size_t)(LATE_EXPERTS + expert_counts(s)), sizeof *s->late);
     s->expert_count = xcalloc((size_t)expert_counts(s), sizeof *s->expert_count);
     find_senders(s);
@@ -122,7 +122,7 @@ void step_free(struct step *s)
     free(s->pending.sum);
     free(s->late);
     free(s->expert_count);
-    s->be->event_destroy(&s->pending.done);
+    for (int i = 0; i < 2; i++) s->be->event_destroy(&s->mark[i]);
     free(s->sender);
     bridge_free(s->bridge);
     schedule_free(&s->train);
@@ -487,6 +487,7 @@ static void fill_row(struct step *s, const struct optim_result *o, struct trace_
         s->n_moe > 0 ? s->late[LATE_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
     row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;
     row->iteration_seconds = timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
+    if (s->be->event_seconds) row->iteration_seconds = s->be->event_seconds(&s->mark[1 - s->last], &s->mark[s->last]);
     for (int i = 0; i < TRACE_SECTIONS; i++) row->section_seconds[i] = (float)seconds[section[i]];
     row->gemm_flops = p->gemm_flops;
     row->sent_bytes = p->sent_bytes;
@@ -517,6 +518,7 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
     s->change = NULL;
     s->iteration = iteration;
     s->training = true;
+    if (!s->pending.open) s->be->event_record(&s->mark[s->last], s->stream);
     timer_start(TIMER_OPTIMIZER);
     model_zero_grads(s->model);
     timer_stop(TIMER_OPTIMIZER);
@@ -539,7 +541,9 @@ void step_update(struct step *s, double lr, double weight_decay)
     fetch_numbers(s);
     optim_expert_bias(s->optim);
     optim_begin(s->optim, counts_tokens(s) ? &loss : NULL, s->sum[SUM_TOKENS], participation(s), lr, weight_decay);
-    s->be->event_record(&p->done, s->stream);
+    s->last = 1 - s->last;
+    s->be->event_record(&s->mark[s->last], s->stream);
+    p->open = true;
     p->gemm_flops = model_take_gemm_flops(s->model);
     p->sent_bytes = 0;
     for (int i = 0; i < s->n_senders; i++) p->sent_bytes += comm_take_sent_bytes(s->sender[i]);
@@ -551,7 +555,8 @@ struct step_result step_finish(struct step *s, struct trace_row *row)
     struct optim_result o;
 
     timer_start(TIMER_GRAD_SYNC);
-    s->be->event_sync(&s->pending.done);
+    s->be->event_sync(&s->mark[s->last]);
+    s->pending.open = false;
     o = optim_finish(s->optim);
     add_up_late(s);
     timer_stop(TIMER_GRAD_SYNC);

@@ -57,8 +57,10 @@ struct step {
         int64_t iteration, gemm_flops, sent_bytes;
         double lr, weight_decay;
         double *sum;                     /* the world's */
-        struct event done;               /* its numbers are on the host */
+        bool open;                       /* there is one */
     } pending;
+    struct event mark[2];                /* its numbers are on the host: mark[last]; before it began, or the one before it was done: the other */
+    int last;
     struct tensor host_balance;          /* acc [1] */
     struct tensor host_count;            /* I64 [n_moe, E] of this rank */
     double *late;                        /* [1 + n_moe*E] what the world adds up of these */
@@ -82,7 +84,7 @@ void step_plan(struct step *s, struct arenas *arenas);
  * step_begin: all micro-batches of iteration `iteration` (0-based); request [STEP_REQUESTS] = what any rank asked for.
  * step_update: its update, with this learning rate and weight decay.
  * step_finish: waits for its numbers and fills `row` but for consumed_samples; iteration_seconds is the time since the last call without saving
- * and evaluation. Collective over the world. */
+ * and evaluation, of the device where it has a clock. Collective over the world. */
 void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request);
 void step_update(struct step *s, double lr, double weight_decay);
 struct step_result step_finish(struct step *s, struct trace_row *row);

@@ -384,7 +384,8 @@ static void report_iteration(struct train *t, const struct trace_row *row)
 {
     int64_t iterations = t->advanced + t->skipped;
     bool due = t->state.iteration % t->deck->log.log_interval == 0;
-    double elapsed = (timer_now() - t->interval_start) / (double)iterations;
+    /* Iterations that are settled late end before the host looks at the clock. */
+    double elapsed = (t->late ? t->seconds : timer_now() - t->interval_start) / (double)iterations;
     double tflops = row->tflops_per_gpu * row->iteration_seconds / elapsed;
 
     timer_start(TIMER_LOG);
@@ -395,7 +396,7 @@ static void report_iteration(struct train *t, const struct trace_row *row)
     if (due) {
         tensorboard_put(t->board, "iteration-time", TENSORBOARD_ITERATIONS, elapsed);
         tensorboard_put(t->board, "throughput", TENSORBOARD_ITERATIONS, tflops);
-        t->loss_sum = t->balance_sum = 0.0;
+        t->loss_sum = t->balance_sum = t->seconds = 0.0;
         t->advanced = t->skipped = t->nan = 0;
         t->interval_start = timer_now();
     }
@@ -507,6 +508,7 @@ static void settle(struct train *t)
     timer_start(TIMER_LOG);
     trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
     timer_stop(TIMER_LOG);
+    t->seconds += row.iteration_seconds;
     t->advanced += r.applied;
     t->skipped += !r.applied;
     t->nan += !r.finite;

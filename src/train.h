@@ -38,7 +38,7 @@ struct train {
     bool stop;                          /* leave the loop before the last iteration */
     const char *why;                    /* text of the EXIT line */
     /* since the last log line */
-    double loss_sum, balance_sum, interval_start;
+    double loss_sum, balance_sum, seconds, interval_start;
     int64_t advanced, skipped, nan;
     bool logged_first;
 };

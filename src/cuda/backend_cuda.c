@@ -139,6 +139,20 @@ static void cuda_event_create(struct event *e)
     e->native = event;
 }
 
+static void cuda_event_create_timed(struct event *e)
+{
+    cudaEvent_t event;
+    CHECK_CUDA(cudaEventCreate(&event));
+    e->native = event;
+}
+
+static double cuda_event_seconds(const struct event *from, const struct event *to)
+{
+    float ms = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, from->native, to->native));
+    return 1e-3 * (double)ms;
+}
+
 static void cuda_event_destroy(struct event *e)
 {
     if (e->native)
@@ -169,6 +183,7 @@ _Static_assert(1 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT), "CUDA_
     .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
     .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
     .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync, .asynchronous = true,  \
+    .event_create_timed = cuda_event_create_timed, .event_seconds = cuda_event_seconds,                                 \
     .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .ssd_work = cuda_ssd_work,
 
 #define X(op) .op = cuda_##op,
