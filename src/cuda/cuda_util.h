@@ -43,6 +43,8 @@ void cuda_gemm_finish(struct stream *s, const float *product, double beta, in_t 
 /* dense.cu, for gemm.c: three BF16 matrices like t at `to`, `apart` elements from each other, rows `ld` apart: of F32 numbers the
  * three terms whose sum they are, BF16 numbers three times. */
 void cuda_gemm_terms(struct stream *s, in_t t, void *to, int64_t apart, int64_t ld);
+/* d = sum of three products + beta*c, all F32; the products dense, of d's shape, one behind the other; c NULL when beta is 0. */
+void cuda_gemm_add_terms(struct stream *s, const float *products, double beta, in_t c, out_t d);
 void cuda_attention_free(struct cuda_attention *a);
 
 #define CHECK_CUDA(call) cuda_check((call), #call, __FILE__, __LINE__)

@@ -140,6 +140,24 @@ extern "C" void cuda_gemm_terms(struct stream *s, in_t t, void *to, int64_t apar
     CHECK_LAUNCH();
 }
 
+static __global__ void __launch_bounds__(THREADS) add_terms_kernel(const float *products, float beta, matrix<const float> c, matrix<float> d)
+{
+    const int64_t n = d.rows * d.cols;
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+        const int64_t row = i / d.cols, col = i % d.cols;
+        const float sum = products[i] + (products[n + i] + products[2 * n + i]);
+        d.row(row)[col] = c.p ? sum + beta * c.row(row)[col] : sum;
+    }
+}
+
+/* Declared in cuda_util.h. */
+extern "C" void cuda_gemm_add_terms(struct stream *s, const float *products, double beta, in_t c, out_t d)
+{
+    add_terms_kernel<<<blocks_for(tensor_numel(d), THREADS), THREADS, 0, cuda_stream_of(s)>>>(products, (float)beta, operand<const float>(c, false),
+                                                                                           as_matrix<float>(d));
+    CHECK_LAUNCH();
+}
+
 /* ---- activations ---- */
 
 /* fgelu of model.md 2.5 through exp(-2u), u the argument of its tanh: (1+tanh u)/2 = 1/(1+exp(-2u)) and (1-tanh u)/2 =

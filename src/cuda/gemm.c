@@ -144,47 +144,42 @@ static void multiply_in_scratch(struct stream *s, bool ta, bool tb, double alpha
     }
 }
 
-/* The largest multiple of 8 (any number below 8) of pieces of `each` bytes that fit the scratch, at most n. */
-static int64_t pieces_that_fit(int64_t n, int64_t each, int64_t taken)
+/* Rows of d at a time: the largest multiple of 8 (any number below 8) of which each takes `each` bytes of what is left. */
+static int64_t rows_that_fit(int64_t m, int64_t each, int64_t taken)
 {
     const int64_t room = (CUDA_SCRATCH - CUDA_GEMM_WORKSPACE - taken) / each, fit = room < 8 ? room : room / 8 * 8;
     if (fit < 1)
-        FATAL(EXIT_INTERNAL, "a product of fp32 and bf16 with rows of %lld bytes is too wide for the scratch", (long long)(each / 6));
-    return fit < n ? fit : n;
+        FATAL(EXIT_INTERNAL, "a product of fp32 and bf16 that takes %lld bytes for a row is too wide for the scratch", (long long)each);
+    return fit < m ? fit : m;
 }
 
-/* d in fp32 takes the products of the three terms one after the other, pieces of the inner dimension at a time. In BF16 that
- * would round three times: there terms and copies of b lie behind each other along the inner dimension, rows of d at a time. */
+/* a's three terms lie one behind the other. For d in fp32 as rows of a, so that their products are added up in the end; in
+ * BF16, where few terms are summed (the router's experts), along the inner dimension, with three copies of b. */
 static void multiply_terms(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
 {
+    const bool apart = d->dtype == DTYPE_F32;
     const int64_t m = tensor_rows(d), n = tensor_cols(d), k = ta ? tensor_rows(a) : tensor_cols(a);
     char *memory = (char *)cuda_scratch(s, CUDA_SCRATCH) + CUDA_GEMM_WORKSPACE;
+    const int64_t copies = apart ? 0 : (2 * 3 * n * k + 255) / 256 * 256;
+    const int64_t step = rows_that_fit(m, 3 * 2 * k + (apart ? 3 * 4 * n : 0), copies + (apart ? 256 : 0));
+    const struct tensor stacked = tb ? tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, n, 3 * k) : tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, 3 * k, n);
+    const struct tensor *right = apart ? b : &stacked;
     ASSERT(!c || c->dtype == d->dtype);
-    if (d->dtype == DTYPE_F32) {
-        const int64_t step = pieces_that_fit(k, 3 * 2 * m, 0);
-        for (int64_t first = 0; first < k; first += step) {
-            const int64_t depth = k - first < step ? k - first : step, size = depth * m;
-            const struct tensor from = part_of(a, !ta, first, depth), right = part_of(b, tb, first, depth);
-            cuda_gemm_terms(s, &from, memory, size, tensor_cols(&from));
-            for (int i = 0; i < 3; i++) {
-                const struct tensor term = tensor_2d(memory + 2 * i * size, DTYPE_BF16, PLACE_DEVICE, tensor_rows(&from), tensor_cols(&from));
-                const bool more = first > 0 || i > 0;
-                multiply(s, ta, tb, alpha, &term, &right, more ? 1.0 : beta, more || !c ? d : c, d);
-            }
-        }
-        return;
-    }
-    const struct tensor right = tb ? tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, n, 3 * k) : tensor_2d(memory, DTYPE_BF16, PLACE_DEVICE, 3 * k, n);
-    const int64_t taken = (2 * 3 * n * k + 255) / 256 * 256, step = pieces_that_fit(m, 3 * 2 * k, taken);
-    cuda_gemm_terms(s, b, memory, tb ? k : n * k, tensor_cols(&right));
+    if (!apart)
+        cuda_gemm_terms(s, b, memory, tb ? k : n * k, tensor_cols(&stacked));
     for (int64_t first = 0; first < m; first += step) {
-        const int64_t rows = m - first < step ? m - first : step;
+        const int64_t rows = m - first < step ? m - first : step, high = apart ? 3 * rows : rows, deep = apart ? k : 3 * k;
         const struct tensor from = part_of(a, ta, first, rows), to = tensor_row_range(d, first, rows);
-        const struct tensor left = ta ? tensor_2d(memory + taken, DTYPE_BF16, PLACE_DEVICE, 3 * k, rows)
-                                      : tensor_2d(memory + taken, DTYPE_BF16, PLACE_DEVICE, rows, 3 * k);
         const struct tensor addend = c ? tensor_row_range(c, first, rows) : to;
-        cuda_gemm_terms(s, &from, memory + taken, ta ? k * rows : k, tensor_cols(&left));
-        multiply(s, ta, tb, alpha, &left, &right, beta, &addend, &to);
+        const struct tensor left = tensor_2d(memory + copies, DTYPE_BF16, PLACE_DEVICE, ta ? deep : high, ta ? high : deep);
+        /* Terms follow each other along left's rows or along its columns. */
+        cuda_gemm_terms(s, &from, left.data, apart == ta ? tensor_cols(&from) : rows * k, tensor_cols(&left));
+        if (apart) {
+            const struct tensor product = tensor_2d(memory + (2 * 3 * rows * k + 255) / 256 * 256, DTYPE_F32, PLACE_DEVICE, high, n);
+            multiply(s, ta, tb, alpha, &left, right, 0.0, &product, &product);
+            cuda_gemm_add_terms(s, product.data, beta, c ? &addend : NULL, &to);
+        } else
+            multiply(s, ta, tb, alpha, &left, right, beta, &addend, &to);
     }
 }
 
