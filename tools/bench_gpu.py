@@ -29,6 +29,7 @@ PEAK_TFLOPS, PEAK_GBS = 790.0, 4300.0          # one H200: bf16 product 8192^3 i
 FIRST_LOSS = (12.166, 12.206)                  # of the untrained 20-layer model, and of a part of its layers
 WARM = 4                                       # iterations that do not count
 LIMIT = 150.0                                  # seconds of one program
+NOT_TIMED = ("gpu_graph", "gpu_shadow")         # of tests/gpu: they compare whole modules
 OVERLAP = ("optimizer.overlap_grad_reduce=T", "optimizer.overlap_param_gather=T")
 ALONE = ("topology.layout=language_only", "topology.encoder_dp=0", "data.mock_text_only_every=1")   # a deck's language grid without its encoder
 
@@ -224,7 +225,7 @@ def main():
     b = Bench(arg.out, there, scratch)
     try:
         for path in host.operations() if 1 in wanted else ():
-            if chosen(os.path.basename(path)):
+            if os.path.basename(path) not in NOT_TIMED and chosen(os.path.basename(path)):
                 operation(b, path)
                 b.write()
         for n, name, deck, overrides in RUNS:
