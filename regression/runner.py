@@ -202,7 +202,8 @@ class Runner:
             shutil.copy(os.path.join(out, "trace.h5"), os.path.join(self.arg.traces, "%s.%s.h5" % (case.name, launch.name)))
         fault, note = (fault, "") if fault else compare(case, launch, out)
         if watch and not fault:
-            fault, note = self.memory(case, launch, [watch.most().get(i, 0) for i in lent])
+            used = watch.most()
+            fault, note = self.memory(case, launch, [used.get(i, 0) for i in lent])
         if not fault and "gradients" in launch.section.tolerance:
             first, fault = self.first_step(case, launch)
             stored = fault or c.read_group(case.reference, launch.section.group)
