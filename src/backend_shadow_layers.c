@@ -10,8 +10,9 @@
 static struct shadow_pick some_groups(const struct shadow_call *c, int groups, int per_group)
 {
     const int64_t most = per_group > 1 ? 1 : 2, places = groups - most + 1;
-    const int64_t place = (c->number + c->number / places) % places;
-    return c->sampled && places > 1 ? shadow_range(places - 1 - place, most) : shadow_range(0, groups);
+    if (!c->sampled || places <= 1)
+        return shadow_range(0, groups);
+    return shadow_range(places - 1 - (c->number + c->number / places) % places, most);
 }
 
 static double attention_steps(in_t qkv, int64_t max_len, int n, int d)
