@@ -305,9 +305,9 @@ KEYS = {
     "checkpoint.override_opt_param_scheduler":
         Probe("T", holds(lambda b, n: b.status == 5 and n.status == 0 and n.trace["learning_rate"][0] == 5e-4, "the deck's curve rules"),
               "lr.lr=5e-4", *LOAD),
-    "checkpoint.import_language": Probe("absent", ends(5, "absent: error: No such file")),
-    "checkpoint.import_vision": Probe("absent", ends(5, "absent: error: No such file")),
-    "checkpoint.import_projector": Probe("absent", ends(5, "absent: error: No such file")),
+    "checkpoint.import_language": Probe("absent", ends(5, "= 'absent': No such file")),
+    "checkpoint.import_vision": Probe("absent", ends(5, "= 'absent': No such file")),
+    "checkpoint.import_projector": Probe("absent", ends(5, "= 'absent': No such file")),
     "log.log_interval": Probe("3", holds(lambda b, n: b.stdout.count("lm loss:") == 3 and 1 <= n.stdout.count("lm loss:") <= 2,
                                          "fewer lines")),
     "log.tensorboard_dir": Probe("%OUT%/tb", makes("tb")),
