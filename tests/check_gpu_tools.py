@@ -110,6 +110,13 @@ def launches(tap, m):
     code, text = c.run("--backend", "ref", "-k", "/one")
     tap.result(code == 1 and re.search(r"^WRONG .*: lm_loss: value 6\.\d+ in iteration 2, must lie within 6 and 6\.1 \(narrow\)$", text, re.M),
                "a_value_outside_its_range_is_wrong", text)
+    os.remove(os.path.join(c.folder, c.name, "reference.h5"))
+    c.edit("identity restart", "unpinned\nidentity restart")
+    code, text = c.run("--backend", "ref", "-k", "/one")
+    tap.result(code == 1 and "must lie within 6 and 6.1 (narrow)" in text, "without_a_reference_the_range_is_looked_at", text)
+    c.edit("within lm_loss 2 4 6.0 6.1 narrow", "within lm_loss 2 4 6.0 6.5 wide")
+    code, text = c.run("--backend", "ref", "-k", "/one")
+    tap.result(code == 0 and re.search(r"^OK .*/one .*: without a reference$", text, re.M), "an_outcome_without_a_reference_says_so", text)
     c.edit("within lm_loss", "within lr")
     code, text = c.run("--list")
     tap.result(code == 1 and "unknown word 'within'" in text, "a_range_for_what_is_not_compared_is_refused", text)
