@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Eight ranks on real shards, every feature of a run at once: all layouts' kinds, overlaps, validation, saving, resuming.
 
-Nothing is compared here but that each run ends well with finite numbers and without a word from a sanitizer: tests/run --asan gives
-it the sanitizers' build.
+Of these it is asked that each run ends well with finite numbers and without a word from a sanitizer: tests/run --asan gives it the
+sanitizers' build. The decks for four and eight GPUs, in tiny widths on their own grids, give one rank's losses.
 """
 import re
 
@@ -31,6 +31,23 @@ RUNS = {
 }
 ITERATIONS = 4
 
+# Decks and their ranks.
+GRIDS = {"mock_20l": 8, "l8": 8, "v2l2": 4, "l4": 4}
+ONE = ["topology.%s=1" % k for k in ("llm_tp", "llm_dp", "llm_ep")]
+
+
+def deck_in_tiny_widths(tap, m, deck, ranks):
+    tiny = ("input/%s.nml" % deck, "run.backend=ref", "language.preset=tiny", "vision.preset=tiny", "run.train_iters=3")
+    one = ONE if deck.startswith("l") else [*ONE, "topology.layout=colocated", "topology.encoder_tp=1", "topology.encoder_dp=1"]
+    losses = []
+    for n, overrides in ((ranks, []), (1, one)):
+        name = "%s_on_%d" % (deck, n)
+        code, out, err = m.run(*tiny, "run.output_dir=" + m.path(name), *overrides, ranks=n, limit=600)
+        if not tap.result(code == 0 and not re.search(r"Sanitizer|runtime error", out + err), name, "status %s\n%s\n%s" % (code, out[-1500:], err[-3000:])):
+            return
+        losses.append(trace(m.path(name))["lm_loss"])
+    tap.result(len(losses[0]) == 3 and np.all(np.abs(losses[0] - losses[1]) <= 2e-5 * np.abs(losses[1])), deck + "_gives_the_losses_of_one_rank", losses)
+
 
 def main():
     tap, m = Tap(), Mimo()
@@ -53,6 +70,8 @@ def main():
             t = trace(m.path(name))
             tap.result(list(t["iteration"]) == list(range(1, ITERATIONS + 1)) and np.all(np.isfinite(t["lm_loss"])) and np.all(np.isfinite(t["grad_norm"])),
                        name + "_has_every_row", t["lm_loss"])
+    for deck, ranks in GRIDS.items():
+        deck_in_tiny_widths(tap, m, deck, ranks)
     m.close()
     tap.close()
 
