@@ -277,7 +277,7 @@ def planted(tap):
 
 
 def costs(tap, m):
-    """What counts as slow, in numbers; then real runs against references four times as slow and as fast as this machine, whose own speed wavers."""
+    """What counts as slow, in numbers; then real runs against references of this machine as it is and as if it had been 1.5 times as fast."""
     case, = (c for c in cases(os.path.dirname(RUN)) if c.name == "900_speed")
     slow = [bool(speed.judge(x, 1.0, case.speed)) for x in (1.5, 1.01 * case.speed, float("nan"), 0.99 * case.speed, 0.5)]
     tap.result(case.speed <= 1.4 and slow == [True, True, True, False, False], "one_and_a_half_times_as_long_is_wrong", slow)
@@ -287,17 +287,23 @@ def costs(tap, m):
     c = Copy(m, "900_speed", "language")
     with open(os.path.join(c.case, "expect"), "w") as f:
         f.write("speed %g\nranks 1\nlaunch language %s\n" % (case.speed, " ".join(next(l for l in case.launches if l.name == "language").overrides)))
-    names = ("a_run_faster_than_its_reference_is_ok", "a_run_4_times_as_slow_is_wrong", "a_timed_launch_without_a_reference_fails")
-    said = [c.run("--update")]
-    for factor, pattern in ((1 / 4, r"^OK .*: [\d.]+ times the reference's cost, [\d.]+ iterations/s$"), (4 * 4, r"^WRONG .*: cost: .* tolerance 1\.\d+$")):
+    names = ("a_run_as_fast_as_its_reference_is_ok", "a_run_1.5_times_as_slow_is_wrong", "a_timed_launch_without_a_reference_fails")
+    wanted = (r"^OK .*: [\d.]+ times the reference's cost, [\d.]+ iterations/s$", r"^WRONG .*: cost: .* tolerance 1\.\d+$")
+    # A shared host may change its speed between a reference and the runs it judges: then all three are measured again.
+    for _ in range(3):
+        said = [c.run("--update"), c.run()]
         with h5py.File(c.reference, "r+") as f:
-            f["cost/language"][...] = f["cost/language"][()] / factor
+            f["cost/language"][...] = f["cost/language"][()] / 1.5
         said.append(c.run())
+        right = [s[0] == i and bool(re.search(w, s[1], re.M)) for i, (w, s) in enumerate(zip(wanted, said[1:]))]
         busy = re.search(r"^900_speed: SKIP the machine is busy|^SKIP .*: the machine is busy: the yardstick got \d+ % of a processor", "\n".join(s[1] for s in said), re.M)
-        if busy:
-            tap.skip(names[factor > 1], "the machine is busy")
+        if all(right) or busy:
+            break
+    for name, fine in zip(names, right):
+        if busy and not fine:
+            tap.skip(name, "the machine is busy")
         else:
-            tap.result(said[-1][0] == (factor > 1) and re.search(pattern, said[-1][1], re.M), names[factor > 1], said)
+            tap.result(fine, name, said)
     os.remove(c.reference)
     code, text = c.run()
     tap.result(code == 1 and re.search(r"^WRONG .*: reference.h5 is missing", text, re.M), names[2], text)
