@@ -1,6 +1,8 @@
 # Rules only, no probing: what a site sets is in Makefile.inc. `make help` lists the targets.
 include Makefile.inc
 
+# Named here: rules of the included files come before `all`.
+.DEFAULT_GOAL = all
 BUILD  ?= build
 SAN    ?= 0
 WARN    = -Wall -Wextra -Werror -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wno-unused-parameter

@@ -79,6 +79,13 @@ def links(d):
                  [t for t in targets if not re.search("^%s " % t, helped, re.M)])
 
 
+def default_target(d):
+    """`make` without a target, the README's build command, makes the program and nothing for GPUs."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    p = subprocess.run(["make", "-n", "-B"], cwd=ROOT, env=plain, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    d.tap.result(p.returncode == 0 and " -o mimo " in p.stdout and "tests/" not in p.stdout, "make_alone_builds_the_program", p.stdout[-2000:])
+
+
 def manual(d):
     got = d.m.run("--man")
     d.tap.result(got[0] == 0 and got[1].startswith(".TH MIMO 1"), "man_prints_a_page", got[1][:200] + got[2])
@@ -111,7 +118,7 @@ class Documents:
 
 def main():
     d = Documents()
-    for group in (examples, commands, links, manual, install):
+    for group in (examples, commands, links, default_target, manual, install):
         if d.m.arg.k in group.__name__:
             group(d)
     d.m.close()
