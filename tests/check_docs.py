@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""What the documents say: the Python examples of docs/files.md run on the files of a run, commands of README.md are understood, files and
-links that README.md, CONTRIBUTING.md, SECURITY.md and docs/ name exist, the man page is well-formed, `make install` installs what works."""
+"""What the documents say: the Python examples of docs/files.md run on the files of a run, commands are understood, the README's way from
+one's own pictures to a training is walked, files and links that are named exist, the man page is well-formed, `make install` installs what
+works."""
 import glob
 import os
 import re
@@ -8,10 +9,13 @@ import shutil
 import subprocess
 import sys
 
+from PIL import Image
+
 from harness import ROOT, Mimo, Tap
 
 DECK = os.path.join(ROOT, "input", "mock_tiny.nml")
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "src/README.md", "tests/README.md", "regression/README.md",
+         *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 # Made by a build or a run, not part of the tree.
 MADE = ("build", "run", "data", "mimo", "latest_checkpointed_iteration", "iter_0000010", "trace.h5", "checkpoint.h5", "batches.h5")
 
@@ -38,17 +42,40 @@ def examples(d):
     d.tap.result(os.path.getsize(os.path.join(work, "mine-000000.tar")) >= 10240, "the_example_shard_is_there")
 
 
+def own_data(d):
+    """The lines of the README under "Your own data", on thirty pictures, with a few short iterations on two ranks."""
+    section = page("README.md").split("\n### Your own data\n")[1].split("\n#")[0]
+    lines = [x[4:].split("  #")[0] for x in section.splitlines() if x.startswith("    ")]
+    work = d.m.path("own")
+    os.makedirs(os.path.join(work, "DIR"))
+    for name in ("tools", "input", "mimo"):
+        os.symlink(d.m.binary if name == "mimo" else os.path.join(ROOT, name), os.path.join(work, name))
+    with open(os.path.join(work, "FILE"), "w") as f:
+        for i in range(30):
+            Image.new("RGB", (40, 30 + i), (8 * i, 0, 255 - 8 * i)).save(os.path.join(work, "DIR", "%d.png" % i))
+            f.write("%d.png\ta plain picture of the height %d\n" % (i, 30 + i))
+    d.tap.result(len(lines) == 5 and lines[-1].startswith("mpiexec -n 8 ./mimo mine.nml "), "the_way_has_five_steps", lines)
+    for i, line in enumerate(lines, 1):
+        line = line.replace("mpiexec -n 8", d.m.arg.mpiexec + " -n 2")
+        if i == len(lines):
+            line += " run.train_iters=2 lr.lr_warmup_iters=1 batch.global_batch_size=2 eval.eval_iters=1"
+        p = subprocess.run(line, shell=True, cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           env=dict(os.environ, HWLOC_PLUGINS_PATH="/nonexistent", UCX_TLS="self,posix"))
+        d.tap.result(p.returncode == 0, "step_%d_from_own_pictures_to_a_training" % i, line + "\n" + p.stdout[-1500:])
+    d.tap.result(os.path.exists(os.path.join(work, "run", "mine", "iter_0000002", "checkpoint.h5")), "it_leaves_a_checkpoint")
+
+
 def commands(d):
-    """Every ./mimo line of the README that starts nothing long: its options and decks are known."""
-    text = page("README.md")
+    """Every ./mimo line of the README and docs/ that starts nothing long: its options and decks are known."""
+    text = "\n".join(page(x) for x in PAGES)
     lines = [x.strip().split("   #")[0].strip() for x in re.findall(r"^    (?:mpiexec -n \d+ )?(\./mimo .*)$", text, re.M)]
     lines += re.findall(r"`(\./mimo --[^`]*)`", text)
-    d.tap.result(len(lines) >= 8, "the_readme_names_commands", lines)
+    d.tap.result(len(lines) >= 8, "the_documents_name_commands", lines)
     known = set(re.findall(r"^  (--[a-z-]+)", d.m.run("--help")[1], re.M))
     unknown = [x for line in lines for x in re.findall(r"(?:^| )(--[a-z-]+)", line) if x not in known]
-    d.tap.result(not unknown, "the_readme_names_only_options_that_exist", unknown)
-    for line in lines:
-        deck = re.search(r"(?:< )?(input/\w+\.nml)", line)
+    d.tap.result(not unknown, "they_name_only_options_that_exist", unknown)
+    for line in dict.fromkeys(lines):
+        deck = re.search(r"(?<!> )(input/\w+\.nml)", line)
         if not deck:
             continue
         given = re.findall(r" (\w+\.\w+=\S+)", line)
@@ -56,7 +83,7 @@ def commands(d):
         n = ranks.group(1) if ranks else "8"
         got = d.m.run("--check", "--ranks", n, deck.group(1), *given, limit=120)
         unbuilt = [x for x in got[2].splitlines() if ": error: " in x and "is not built yet" not in x]
-        d.tap.result(got[0] in (0, 2) and not unbuilt and "\nschedule" in got[1], "readme_checks: " + line, "%s\n%s" % (got[0], got[2][-600:]))
+        d.tap.result(got[0] in (0, 2) and not unbuilt and "\nschedule" in got[1], "this_deck_checks: " + line, "%s\n%s" % (got[0], got[2][-600:]))
 
 
 def exists(name):
@@ -73,7 +100,7 @@ def links(d):
         named += [x for x in re.findall(r"`((?:src|tests|tools|docs|input|jobs|regression)/[\w./*-]*)`", text)]
         lost = [x for x in named if not exists(x) and not x.startswith(MADE)]
         d.tap.result(not lost, "files_named_in_%s_exist" % name, lost)
-    targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", " ".join(re.findall(r"`[^`]*`|^    .*$", page("README.md") + page("CONTRIBUTING.md"), re.M))))
+    targets = set(re.findall(r"\bmake ([a-z][a-z-]+)", " ".join(re.findall(r"`[^`]*`|^    .*$", "\n".join(page(x) for x in PAGES), re.M))))
     helped = subprocess.run(["make", "-s", "help"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
     d.tap.result(targets and not [t for t in targets if not re.search("^%s " % t, helped, re.M)], "make_targets_that_are_named_exist",
                  [t for t in targets if not re.search("^%s " % t, helped, re.M)])

@@ -187,6 +187,20 @@ def short(path, most):
     return [] if n <= most else ["%s has %d lines, at most %d" % (path, n, most)]
 
 
+def unmapped():
+    """Source files that the map, src/README.md, does not name in their folder's tables, and names there without a file."""
+    with open(os.path.join(SRC, "README.md"), encoding="utf-8") as f:
+        parts = re.split(r"^### (ref|cuda)/\n(.*?)(?=^##|\Z)", f.read(), flags=re.M | re.S)
+    mapped = {"": "".join(parts[::3]), **dict(zip(parts[1::3], parts[2::3]))}
+    found = []
+    for folder, text in mapped.items():
+        named = {n for cell in re.findall(r"^\| (`[^|]*`) \|", text, re.M) for n in re.findall(r"`([^`]*)`", cell)}
+        there = {n.split(".")[0] for n in os.listdir(os.path.join(SRC, folder)) if n.endswith((".c", ".h", ".cu", ".cuh", ".cpp", ".def"))}
+        found += ["src/README.md lacks src/%s" % os.path.join(folder, n) for n in sorted(there - named)]
+        found += ["src/README.md names %s, which is not in src/%s" % (n, folder) for n in sorted(named - there)]
+    return found
+
+
 # The lists of behaviours that tests pin: name in tests and in docs/pinned.md, and how many items.
 PINNED = {"p12": 105, "m6": 40}
 
@@ -262,6 +276,7 @@ def main():
         ("Makefile has at most 150 lines", lambda: short("Makefile", 150)),
         ("Makefile.inc has at most 60 lines", lambda: short("Makefile.inc", 60)),
         ("make help lists every target", undocumented_targets),
+        ("the map of the source names every file", unmapped),
         ("cppcheck finds nothing", cppcheck),
     ]
     pinned = functools.lru_cache(None)(pinned_rules)

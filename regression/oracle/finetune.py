@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tuning of a Hugging Face model from end to end: the page "Your model" of README.md, and its test.
+"""Fine-tuning of a Hugging Face model from end to end: the page docs/models.md, and its test.
 
     regression/oracle/finetune.py draw DIR            a small model with random numbers, and the demo's tokenizer
     regression/oracle/finetune.py loss DIR BATCHES    held-out loss of a directory in transformers, on the batches that mimo dumped
@@ -73,10 +73,9 @@ def held_out(directory, batches, double):
 # ---- the page and its test -----------------------------------------------------------------------------------------------------
 
 def page():
-    """The commands of README.md under "Your model"."""
-    with open(os.path.join(ROOT, "README.md")) as f:
-        text = f.read()
-    section = re.search(r"^### Your model\n(.*?)^##", text, re.M | re.S).group(1)
+    """The commands of docs/models.md under "From end to end"."""
+    with open(os.path.join(ROOT, "docs", "models.md")) as f:
+        section = f.read().split("\n## From end to end\n")[1]
     return re.sub(r"\\\n\s*", "", "\n".join(l[4:] for l in section.splitlines() if l.startswith("    "))).splitlines()
 
 
@@ -132,7 +131,7 @@ def main():
     x.add_argument("directory")
     x.add_argument("batches")
     x.add_argument("--fp64", action="store_true")
-    k = sub.add_parser("check", help="run the page of README.md and compare")
+    k = sub.add_parser("check", help="run the page docs/models.md and compare")
     k.add_argument("--mpiexec", default="mpiexec.mpich")
     arg = ap.parse_args()
     torch.set_num_threads(2)
