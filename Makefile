@@ -141,7 +141,8 @@ install: all man                   ## program, manual, decks and documents below
 	install -m 644 docs/* $(DESTDIR)$(PREFIX)/share/doc/mimo/docs
 
 format:                            ## clang-format every source file in place
-	clang-format -i src/*.c src/*.h src/ref/*.c src/ref/*.h src/cuda/*.c src/cuda/*.h tests/*.c tests/*.h
+	clang-format -i $(wildcard $(foreach d,src src/ref src/cuda tests tests/gpu,$(addprefix $d/*.,c h cu cuh cpp)))
+
 
 clean:                             ## remove what was built (not run/ and data/)
 	rm -rf build mimo

@@ -41,13 +41,14 @@ static void check_fit(const struct arenas *as, const struct backend_ops *be)
         if (as->a[i].place != PLACE_DEVICE)
             continue;
         wanted += as->a[i].high;
-        used += snprintf(table + used, sizeof table - (size_t)used, "%s%s %.2f", used ? ", " : "", as->a[i].name,
-                         (double)as->a[i].high / 0x1p30);
+        used += snprintf(table + used, sizeof table - (size_t)used, "%s%s %.2f", used ? ", " : "",
+                         as->a[i].name, (double)as->a[i].high / 0x1p30);
     }
     be->memory(&available, &total);
     if (wanted > available)
-        FATAL(EXIT_ENVIRONMENT, "this rank needs %.2f GiB of device memory (%s), %.2f of %.2f are free", (double)wanted / 0x1p30,
-              table, (double)available / 0x1p30, (double)total / 0x1p30);
+        FATAL(EXIT_ENVIRONMENT,
+              "this rank needs %.2f GiB of device memory (%s), %.2f of %.2f are free",
+              (double)wanted / 0x1p30, table, (double)available / 0x1p30, (double)total / 0x1p30);
 }
 
 void arenas_commit(struct arenas *as, const struct backend_ops *be)
@@ -104,11 +105,10 @@ struct tensor arena_tensor(struct arena *a, const char *name, enum dtype dtype, 
                   name, a->n_blocks);
         const struct arena_block *b = &a->block[a->next_block++];
         if (strcmp(b->name, name) != 0 || b->bytes != bytes || b->offset != a->used)
-            FATAL(
-                EXIT_INTERNAL,
-                "arena %s, block %d: counted '%s' %zu bytes at %zu, "
+            FATAL(EXIT_INTERNAL,
+                  "arena %s, block %d: counted '%s' %zu bytes at %zu, "
                   "now asked for '%s' %zu bytes at %zu",
-                a->name, a->next_block - 1, b->name, b->bytes, b->offset, name, bytes, a->used);
+                  a->name, a->next_block - 1, b->name, b->bytes, b->offset, name, bytes, a->used);
         data = a->base ? a->base + a->used : NULL;
     }
     a->used += (bytes + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;

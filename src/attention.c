@@ -1,10 +1,12 @@
 /* attention.c - causal grouped-query self-attention layer `*` (model.md 1.5).
  *
- *   u = RMSNorm(x); qkv = u W_qkv^T; o = softmax(q k^T / sqrt(d), causal, inside a segment) v; y = x + o W_proj^T
+ *   u = RMSNorm(x); qkv = u W_qkv^T; o = softmax(q k^T / sqrt(d), causal, inside a segment) v; y =
+ *     x + o W_proj^T
  *
- * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary embedding, no bias.
- * Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows, attention on all rows of its heads.
- * Kept for backward: the norm's statistics, qkv, o and the log-sum-exp; u is recomputed.
+ * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary
+ * embedding, no bias. Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows,
+ * attention on all rows of its heads. Kept for backward: the norm's statistics, qkv, o and the
+ * log-sum-exp; u is recomputed.
  */
 #include "attention.h"
 
@@ -16,16 +18,16 @@
 #include "linear.h"
 
 struct attention {
-    int n, g, d;                           /* query heads, KV groups, head width on this rank */
+    int n, g, d; /* query heads, KV groups, head width on this rank */
     double eps;
-    int norm, qkv_weight, proj_weight;     /* parameter indices */
-    struct tensor rs;                      /* acc [T/t] */
-    struct tensor qkv;                     /* [T,(n+2g)d] */
-    struct tensor o;                       /* [T,n*d] */
-    struct tensor lse;                     /* acc [T,n] */
-    struct tensor u, du;                   /* [T/t,H] temporaries */
-    struct tensor work;                    /* U8: the backend's */
-    struct tensor d_o, dqkv;               /* [T,n*d], [T,(n+2g)d] temporaries */
+    int norm, qkv_weight, proj_weight; /* parameter indices */
+    struct tensor rs;                  /* acc [T/t] */
+    struct tensor qkv;                 /* [T,(n+2g)d] */
+    struct tensor o;                   /* [T,n*d] */
+    struct tensor lse;                 /* acc [T,n] */
+    struct tensor u, du;               /* [T/t,H] temporaries */
+    struct tensor work;                /* U8: the backend's */
+    struct tensor d_o, dqkv;           /* [T,n*d], [T,(n+2g)d] temporaries */
 };
 
 struct attention *attention_init(struct model *m, int i)
@@ -41,20 +43,23 @@ struct attention *attention_init(struct model *m, int i)
     l->d = (int)d;
     l->eps = deck->language.layernorm_epsilon;
     struct param p = { .module = MODEL_LANGUAGE };
-    snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.layer_norm_weight", i);
+    snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.layer_norm_weight",
+             i);
     l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.weight", i);
     l->qkv_weight = model_add_matrix(m, &p, (n + 2 * g) * d, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_proj.weight", i);
-    l->proj_weight = model_add_matrix(m, &p, h, n * d, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
+    l->proj_weight = model_add_matrix(m, &p, h, n * d, PARAM_SPLIT_COLS,
+                                      sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 
-void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens, int64_t segments,
-                    int64_t max_len)
+void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens,
+                    int64_t segments, int64_t max_len)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
-    const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d, qkv = nd + 2 * (int64_t)l->g * l->d;
+    const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d,
+                  qkv = nd + 2 * (int64_t)l->g * l->d;
     const int64_t local = linear_local_rows(m, tokens);
     l->rs = arena_1d(acts, "attention.rs", m->acc, local);
     l->qkv = arena_2d(acts, "attention.qkv", m->act, tokens, qkv);
@@ -70,25 +75,26 @@ void attention_plan(struct model *m, struct attention *l, struct arenas *as, int
     arena_rewind(work, mark);
 }
 
-void attention_forward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
-                       const struct tensor *y)
+void attention_forward(struct model *m, struct attention *l, const struct ragged *b,
+                       const struct tensor *x, const struct tensor *y)
 {
     const struct backend_ops *be = m->be;
     be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
-    linear_forward(m, model_param(m, l->qkv_weight), linear_gather(m, &l->u, &m->gathered), NULL, &l->qkv);
+    linear_forward(m, model_param(m, l->qkv_weight), linear_gather(m, &l->u, &m->gathered), NULL,
+                   &l->qkv);
     be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->work,
                           &l->o, &l->lse);
     linear_row_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
 }
 
-void attention_backward(struct model *m, struct attention *l, const struct ragged *b, const struct tensor *x,
-                        const struct tensor *dx)
+void attention_backward(struct model *m, struct attention *l, const struct ragged *b,
+                        const struct tensor *x, const struct tensor *dx)
 {
     const struct backend_ops *be = m->be;
     const struct param *norm = model_param(m, l->norm);
     linear_row_backward(m, model_param(m, l->proj_weight), &l->o, dx, &l->d_o);
-    be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o, &l->lse, &l->d_o,
-                           &l->work, &l->dqkv);
+    be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o,
+                           &l->lse, &l->d_o, &l->work, &l->dqkv);
     be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
     linear_column_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, &l->du);
     be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));

@@ -121,11 +121,11 @@ const char *backend_blas_core(char *warning, size_t size)
         return "unknown";
     const enum width cpu = cpu_width(), used = core_width(core);
     if (used != WIDTH_UNKNOWN && cpu > used && cpu >= WIDTH_256)
-        snprintf(
-            warning, size,
-            "OpenBLAS uses its %s kernels although this CPU has %s: "
+        snprintf(warning, size,
+                 "OpenBLAS uses its %s kernels although this CPU has %s: "
                  "start with OPENBLAS_CORETYPE=%s",
-            core, cpu == WIDTH_512 ? "AVX-512" : "AVX2", cpu == WIDTH_512 ? "SkylakeX" : "Haswell");
+                 core, cpu == WIDTH_512 ? "AVX-512" : "AVX2",
+                 cpu == WIDTH_512 ? "SkylakeX" : "Haswell");
     return core;
 }
 

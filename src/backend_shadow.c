@@ -1,6 +1,7 @@
-/* backend_shadow.c - the shadow tables: every operation of backend.h run by the primary and by ref fp32 on copies of its inputs, and
- * compared. What is sampled of a large operation is chosen so that the reference still sees whole sums: rows of what treats rows apart,
- * columns of what treats columns apart, blocks of a product's result, four experts, whole heads or groups of heads.
+/* backend_shadow.c - the shadow tables: every operation of backend.h run by the primary and by ref
+ * fp32 on copies of its inputs, and compared. What is sampled of a large operation is chosen so
+ * that the reference still sees whole sums: rows of what treats rows apart, columns of what treats
+ * columns apart, blocks of a product's result, four experts, whole heads or groups of heads.
  */
 #include "backend_shadow.h"
 #include <math.h>
@@ -18,7 +19,8 @@ void backend_shadow_copy(struct stream *s, in_t src, out_t dst)
 {
     const bool flat = dense(src) && dense(dst);
     const int64_t n = tensor_numel(src);
-    const struct tensor from = tensor_1d(src->data, src->dtype, src->place, n), to = tensor_1d(dst->data, dst->dtype, dst->place, n);
+    const struct tensor from = tensor_1d(src->data, src->dtype, src->place, n),
+                        to = tensor_1d(dst->data, dst->dtype, dst->place, n);
     BEGIN(copy, n);
     const struct shadow_pick cols = shadow_columns(&c, flat ? n : tensor_cols(dst));
     const in_t hsrc = shadow_in(&c, "src", flat ? &from : src, NULL, &cols);
@@ -50,31 +52,37 @@ void backend_shadow_cast(struct stream *s, in_t src, out_t dst)
 }
 
 /* The last columns of the last rows, if not all. */
-void backend_shadow_initialise(struct stream *s, enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride,
-                              out_t t)
+void backend_shadow_initialise(struct stream *s, enum rng_init init, double scale,
+                               struct rng_key key, uint64_t base, uint64_t stride, out_t t)
 {
     enum { SIDE = 256 };
     BEGIN(initialise, 20 * tensor_numel(t));
     const int64_t row = c.sampled && tensor_rows(t) > SIDE ? tensor_rows(t) - SIDE : 0,
                   col = c.sampled && tensor_cols(t) > SIDE ? tensor_cols(t) - SIDE : 0;
-    const struct shadow_pick rows = shadow_range(row, tensor_rows(t) - row), cols = shadow_range(col, tensor_cols(t) - col);
+    const struct shadow_pick rows = shadow_range(row, tensor_rows(t) - row),
+                             cols = shadow_range(col, tensor_cols(t) - col);
     const out_t ht = OUT(t, t->ndim > 1 ? &rows : NULL, &cols);
     c.primary->initialise(s, init, scale, key, base, stride, t);
-    c.truth->initialise(&c.cpu, init, scale, key, base + (uint64_t)row * stride + (uint64_t)col, stride, ht);
+    c.truth->initialise(&c.cpu, init, scale, key, base + (uint64_t)row * stride + (uint64_t)col,
+                        stride, ht);
     shadow_end(&c);
 }
 
 /* ---- dense ---- */
 
-void backend_shadow_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c_, out_t d)
+void backend_shadow_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
+                         double beta, in_t c_, out_t d)
 {
     const int64_t m = tensor_rows(d), n = tensor_cols(d), k = ta ? tensor_rows(a) : tensor_cols(a);
     BEGIN(gemm, (double)m * (double)n * (double)(k + 64) / 64);
     const struct shadow_pick rows = shadow_rows(&c, m), cols = shadow_columns(&c, n);
-    const in_t ha = IN(a, ta ? NULL : &rows, ta ? &rows : NULL), hb = IN(b, tb ? &cols : NULL, tb ? NULL : &cols);
+    const in_t ha = IN(a, ta ? NULL : &rows, ta ? &rows : NULL),
+               hb = IN(b, tb ? &cols : NULL, tb ? NULL : &cols);
     const in_t hc = shadow_in(&c, "c", c_, &rows, &cols);
     const out_t hd = OUT(d, &rows, &cols);
-    shadow_sums(&c, k, fabs(alpha) * sqrt((double)k) * shadow_rms(ha) * shadow_rms(hb) + (hc ? fabs(beta) * shadow_rms(hc) : 0));
+    shadow_sums(&c, k,
+                fabs(alpha) * sqrt((double)k) * shadow_rms(ha) * shadow_rms(hb) +
+                    (hc ? fabs(beta) * shadow_rms(hc) : 0));
     c.primary->gemm(s, ta, tb, alpha, a, b, beta, c_, d);
     c.truth->gemm(&c.cpu, ta, tb, alpha, ha, hb, beta, hc, hd);
     shadow_end(&c);
@@ -83,16 +91,19 @@ void backend_shadow_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t 
 /* The experts compared, and their rows: at most `most` of each. */
 struct experts {
     struct shadow_pick weights, rows;
-    int64_t shape[3], longest;           /* of their weights [n, out, in]; the most rows of one */
+    int64_t shape[3], longest; /* of their weights [n, out, in]; the most rows of one */
     int32_t offset[SHADOW_SPREAD + 1];
-    struct tensor offsets;               /* theirs, on the host */
+    struct tensor offsets; /* theirs, on the host */
 };
 
-static void pick_experts(struct experts *e, const struct shadow_call *c, in_t offsets, in_t w, int64_t most)
+static void pick_experts(struct experts *e, const struct shadow_call *c, in_t offsets, in_t w,
+                         int64_t most)
 {
     const int32_t *first = offsets->data;
     const int64_t n = w->shape[0], out = w->shape[1];
-    *e = (struct experts){ .weights = shadow_range(0, n * out), .rows = shadow_range(0, first[n]), .shape = { n, out, w->shape[2] },
+    *e = (struct experts){ .weights = shadow_range(0, n * out),
+                           .rows = shadow_range(0, first[n]),
+                           .shape = { n, out, w->shape[2] },
                            .offsets = *offsets };
     if (c->sampled && n > SHADOW_SPREAD) {
         const struct shadow_pick chosen = shadow_blocks(c, n, 1);
@@ -108,7 +119,8 @@ static void pick_experts(struct experts *e, const struct shadow_call *c, in_t of
         e->offsets = tensor_1d(e->offset, DTYPE_I32, PLACE_HOST, SHADOW_SPREAD + 1);
     }
     for (int64_t i = 0; i < e->shape[0]; i++) {
-        const int64_t rows = ((const int32_t *)e->offsets.data)[i + 1] - ((const int32_t *)e->offsets.data)[i];
+        const int64_t rows =
+            ((const int32_t *)e->offsets.data)[i + 1] - ((const int32_t *)e->offsets.data)[i];
         e->longest = rows > e->longest ? rows : e->longest;
     }
 }
@@ -121,7 +133,8 @@ static double experts_steps(int64_t rows, in_t w)
     return (double)rows * (double)w->shape[1] * (double)w->shape[2] / 64;
 }
 
-void backend_shadow_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, int64_t max_rows, out_t c_)
+void backend_shadow_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b,
+                                 in_t offsets, int64_t max_rows, out_t c_)
 {
     const bool tn = mode == BACKEND_GROUPED_TN;
     in_t w = tn ? c_ : b;
@@ -138,17 +151,21 @@ void backend_shadow_grouped_gemm(struct stream *s, enum backend_grouped mode, in
         shadow_sums(&c, length, terms);
     const struct tensor stack = tensor_reshape(tn ? hc : hb, 3, e.shape);
     c.primary->grouped_gemm(s, mode, a, b, offsets, max_rows, c_);
-    c.truth->grouped_gemm(&c.cpu, mode, ha, tn ? hb : &stack, &e.offsets, shadow_count(&e.rows), tn ? &stack : hc);
+    c.truth->grouped_gemm(&c.cpu, mode, ha, tn ? hb : &stack, &e.offsets, shadow_count(&e.rows),
+                          tn ? &stack : hc);
     shadow_end(&c);
 }
 
-/* The truth's fused operations are its single ones in turn. A square of a sum has twice its relative error, and a little more. */
-void backend_shadow_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h, out_t y)
+/* The truth's fused operations are its single ones in turn. A square of a sum has twice its
+ * relative error, and a little more. */
+void backend_shadow_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob,
+                                        out_t h, out_t y)
 {
     struct experts e;
     BEGIN(grouped_act_forward, experts_steps(tensor_rows(h), w));
     pick_experts(&e, &c, IN(offsets, NULL, NULL), w, EXPERT_ROWS);
-    const in_t ha = IN(a, &e.rows, NULL), hw = IN(w, &e.weights, NULL), hprob = IN(prob, &e.rows, NULL);
+    const in_t ha = IN(a, &e.rows, NULL), hw = IN(w, &e.weights, NULL),
+               hprob = IN(prob, &e.rows, NULL);
     const double terms = sqrt((double)e.shape[2]) * shadow_rms(ha) * shadow_rms(hw);
     const out_t hh = OUT(h, &e.rows, NULL);
     shadow_sums(&c, e.shape[2], terms);
@@ -156,18 +173,22 @@ void backend_shadow_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t o
     shadow_sums(&c, 9 * e.shape[2], terms * terms);
     const struct tensor stack = tensor_reshape(hw, 3, e.shape);
     c.primary->grouped_act_forward(s, a, w, offsets, prob, h, y);
-    c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NT, ha, &stack, &e.offsets, shadow_count(&e.rows), hh);
+    c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NT, ha, &stack, &e.offsets, shadow_count(&e.rows),
+                          hh);
     c.truth->expert_act_forward(&c.cpu, hh, hprob, hy);
     shadow_end(&c);
 }
 
-void backend_shadow_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob, out_t dh, out_t dprob, out_t y)
+void backend_shadow_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t offsets, in_t h,
+                                         in_t prob, out_t dh, out_t dprob, out_t y)
 {
     struct experts e;
     BEGIN(grouped_act_backward, experts_steps(tensor_rows(h), w));
     pick_experts(&e, &c, IN(offsets, NULL, NULL), w, EXPERT_ROWS);
-    const in_t ha = IN(a, &e.rows, NULL), hw = IN(w, &e.weights, NULL), hh = IN(h, &e.rows, NULL), hprob = IN(prob, &e.rows, NULL);
-    const double size = shadow_rms(hh), terms = sqrt((double)e.shape[1]) * shadow_rms(ha) * shadow_rms(hw);
+    const in_t ha = IN(a, &e.rows, NULL), hw = IN(w, &e.weights, NULL), hh = IN(h, &e.rows, NULL),
+               hprob = IN(prob, &e.rows, NULL);
+    const double size = shadow_rms(hh),
+                 terms = sqrt((double)e.shape[1]) * shadow_rms(ha) * shadow_rms(hw);
     const out_t hdh = OUT(dh, &e.rows, NULL);
     shadow_sums(&c, 9 * e.shape[1], terms * size);
     const out_t hdprob = OUT(dprob, &e.rows, NULL);
@@ -175,7 +196,8 @@ void backend_shadow_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t 
     const out_t hy = OUT(y, &e.rows, NULL);
     const struct tensor stack = tensor_reshape(hw, 3, e.shape);
     c.primary->grouped_act_backward(s, a, w, offsets, h, prob, dh, dprob, y);
-    c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NN, ha, &stack, &e.offsets, shadow_count(&e.rows), hdh);
+    c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NN, ha, &stack, &e.offsets, shadow_count(&e.rows),
+                          hdh);
     c.truth->expert_act_backward(&c.cpu, hh, hprob, hdh, hdh, hdprob, hy);
     shadow_end(&c);
 }
@@ -227,7 +249,8 @@ void backend_shadow_activation_forward(struct stream *s, enum backend_activation
     shadow_end(&c);
 }
 
-void backend_shadow_activation_backward(struct stream *s, enum backend_activation f, in_t x, in_t dy, out_t dx)
+void backend_shadow_activation_backward(struct stream *s, enum backend_activation f, in_t x,
+                                        in_t dy, out_t dx)
 {
     BEGIN(activation_backward, 10 * tensor_numel(dx));
     const struct shadow_pick cols = shadow_columns(&c, tensor_cols(dx));
@@ -252,11 +275,13 @@ void backend_shadow_rmsnorm_forward(struct stream *s, in_t x, in_t w, double eps
     shadow_end(&c);
 }
 
-void backend_shadow_rmsnorm_backward(struct stream *s, in_t x, in_t w, in_t rs, in_t dy, out_t dx, out_t dw)
+void backend_shadow_rmsnorm_backward(struct stream *s, in_t x, in_t w, in_t rs, in_t dy, out_t dx,
+                                     out_t dw)
 {
     const int64_t rows = tensor_rows(x);
     BEGIN(rmsnorm_backward, tensor_numel(x));
-    const in_t hx = IN(x, NULL, NULL), hw = IN(w, NULL, NULL), hrs = IN(rs, NULL, NULL), hdy = IN(dy, NULL, NULL);
+    const in_t hx = IN(x, NULL, NULL), hw = IN(w, NULL, NULL), hrs = IN(rs, NULL, NULL),
+               hdy = IN(dy, NULL, NULL);
     const out_t hdx = OUT(dx, NULL, NULL);
     shadow_adds(&c, tensor_cols(x), backend_shadow_norm_terms(hw, hrs, hdy));
     const out_t hdw = OUT(dw, NULL, NULL);
@@ -267,7 +292,8 @@ void backend_shadow_rmsnorm_backward(struct stream *s, in_t x, in_t w, in_t rs, 
     shadow_end(&c);
 }
 
-void backend_shadow_layernorm_forward(struct stream *s, in_t x, in_t w, in_t b, double eps, out_t y, out_t mean, out_t rs)
+void backend_shadow_layernorm_forward(struct stream *s, in_t x, in_t w, in_t b, double eps, out_t y,
+                                      out_t mean, out_t rs)
 {
     BEGIN(layernorm_forward, tensor_numel(x));
     const struct shadow_pick rows = shadow_rows(&c, tensor_rows(x));
@@ -288,11 +314,13 @@ void backend_shadow_layernorm_forward(struct stream *s, in_t x, in_t w, in_t b, 
     shadow_end(&c);
 }
 
-void backend_shadow_layernorm_backward(struct stream *s, in_t x, in_t w, in_t mean, in_t rs, in_t dy, out_t dx, out_t dw, out_t db)
+void backend_shadow_layernorm_backward(struct stream *s, in_t x, in_t w, in_t mean, in_t rs,
+                                       in_t dy, out_t dx, out_t dw, out_t db)
 {
     const int64_t rows = tensor_rows(x);
     BEGIN(layernorm_backward, tensor_numel(x));
-    const in_t hx = IN(x, NULL, NULL), hw = IN(w, NULL, NULL), hmean = IN(mean, NULL, NULL), hrs = IN(rs, NULL, NULL), hdy = IN(dy, NULL, NULL);
+    const in_t hx = IN(x, NULL, NULL), hw = IN(w, NULL, NULL), hmean = IN(mean, NULL, NULL),
+               hrs = IN(rs, NULL, NULL), hdy = IN(dy, NULL, NULL);
     const double terms = sqrt((double)rows) * shadow_rms(hdy);
     const out_t hdx = OUT(dx, NULL, NULL);
     shadow_adds(&c, tensor_cols(x), backend_shadow_norm_terms(hw, hrs, hdy));
@@ -333,23 +361,27 @@ void backend_shadow_gather_sum_rows(struct stream *s, in_t in, in_t index, doubl
     shadow_end(&c);
 }
 
-void backend_shadow_embed_merge_forward(struct stream *s, in_t ids, in_t image_row, in_t table, int64_t first, in_t image, out_t out)
+void backend_shadow_embed_merge_forward(struct stream *s, in_t ids, in_t image_row, in_t table,
+                                        int64_t first, in_t image, out_t out)
 {
     BEGIN(embed_merge_forward, tensor_numel(out) + tensor_numel(table));
     const struct shadow_pick cols = shadow_columns(&c, tensor_cols(out));
-    const in_t hids = IN(ids, NULL, NULL), hrow = IN(image_row, NULL, NULL), htable = IN(table, NULL, &cols), himage = IN(image, NULL, &cols);
+    const in_t hids = IN(ids, NULL, NULL), hrow = IN(image_row, NULL, NULL),
+               htable = IN(table, NULL, &cols), himage = IN(image, NULL, &cols);
     const out_t hout = OUT(out, NULL, &cols);
     c.primary->embed_merge_forward(s, ids, image_row, table, first, image, out);
     c.truth->embed_merge_forward(&c.cpu, hids, hrow, htable, first, himage, hout);
     shadow_end(&c);
 }
 
-void backend_shadow_embed_merge_backward(struct stream *s, in_t ids, in_t image_row, in_t dout, int64_t first, out_t dtable, out_t dimage)
+void backend_shadow_embed_merge_backward(struct stream *s, in_t ids, in_t image_row, in_t dout,
+                                         int64_t first, out_t dtable, out_t dimage)
 {
     const int64_t tokens = tensor_rows(dout);
     BEGIN(embed_merge_backward, tensor_numel(dout) + (dtable ? tensor_numel(dtable) : 0));
     const struct shadow_pick cols = shadow_columns(&c, tensor_cols(dout));
-    const in_t hids = IN(ids, NULL, NULL), hrow = IN(image_row, NULL, NULL), hdout = IN(dout, NULL, &cols);
+    const in_t hids = IN(ids, NULL, NULL), hrow = IN(image_row, NULL, NULL),
+               hdout = IN(dout, NULL, &cols);
     const out_t hdtable = OUT(dtable, NULL, &cols);
     if (dtable)
         shadow_adds(&c, tokens, sqrt((double)tokens) * shadow_rms(hdout));
@@ -372,11 +404,13 @@ void backend_shadow_loss_max(struct stream *s, in_t logits, out_t mx)
     shadow_end(&c);
 }
 
-void backend_shadow_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se, out_t pl)
+void backend_shadow_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx,
+                             out_t se, out_t pl)
 {
     BEGIN(loss_sum, 4 * tensor_numel(logits));
     const struct shadow_pick rows = shadow_rows(&c, tensor_rows(logits));
-    const in_t hlogits = IN(logits, &rows, NULL), hlabels = IN(labels, &rows, NULL), hmx = IN(mx, &rows, NULL);
+    const in_t hlogits = IN(logits, &rows, NULL), hlabels = IN(labels, &rows, NULL),
+               hmx = IN(mx, &rows, NULL);
     const out_t hse = OUT(se, &rows, NULL);
     shadow_sums(&c, tensor_cols(logits) + 200, 0);
     const out_t hpl = OUT(pl, &rows, NULL);
@@ -385,12 +419,14 @@ void backend_shadow_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t
     shadow_end(&c);
 }
 
-void backend_shadow_loss_finish(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss, out_t total)
+void backend_shadow_loss_finish(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss,
+                                out_t total)
 {
     BEGIN(loss_finish, tensor_numel(loss));
     const in_t hse = IN(se, NULL, NULL), hpl = IN(pl, NULL, NULL), hmask = IN(mask, NULL, NULL);
     const int64_t n = tensor_numel(loss);
-    const double terms = 1 + shadow_rms(hpl);   /* the logarithm of a sum that was rounded, and what is taken from it */
+    /* the logarithm of a sum that was rounded, and what is taken from it */
+    const double terms = 1 + shadow_rms(hpl);
     const out_t hloss = OUT(loss, NULL, NULL);
     shadow_sums(&c, 4, terms);
     const out_t htotal = OUT(total, NULL, NULL);
@@ -402,13 +438,16 @@ void backend_shadow_loss_finish(struct stream *s, in_t se, in_t pl, in_t mask, o
     shadow_end(&c);
 }
 
-void backend_shadow_loss_backward(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se, in_t mask, out_t logits)
+void backend_shadow_loss_backward(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se,
+                                  in_t mask, out_t logits)
 {
     BEGIN(loss_backward, 4 * tensor_numel(logits));
     const struct shadow_pick rows = shadow_rows(&c, tensor_rows(logits));
-    const in_t hlabels = IN(labels, &rows, NULL), hmx = IN(mx, &rows, NULL), hse = IN(se, &rows, NULL), hmask = IN(mask, &rows, NULL);
+    const in_t hlabels = IN(labels, &rows, NULL), hmx = IN(mx, &rows, NULL),
+               hse = IN(se, &rows, NULL), hmask = IN(mask, &rows, NULL);
     const out_t hlogits = OUT(logits, &rows, NULL);
-    shadow_sums(&c, 1, 0.25);   /* the label's element is a difference from 1: a few units of its last place */
+    /* the label's element is a difference from 1: a few units of its last place */
+    shadow_sums(&c, 1, 0.25);
     c.primary->loss_backward(s, labels, first, mx, se, mask, logits);
     c.truth->loss_backward(&c.cpu, hlabels, first, hmx, hse, hmask, hlogits);
     shadow_end(&c);
@@ -449,8 +488,8 @@ void backend_shadow_sum_wide(struct stream *s, in_t x, out_t total)
     shadow_end(&c);
 }
 
-void backend_shadow_decide_update(struct stream *s, in_t numbers, double tokens, const double *factor, double clip, double threshold,
-                                  out_t result)
+void backend_shadow_decide_update(struct stream *s, in_t numbers, double tokens,
+                                  const double *factor, double clip, double threshold, out_t result)
 {
     BEGIN(decide_update, 0);
     c.wide = true;
@@ -461,8 +500,9 @@ void backend_shadow_decide_update(struct stream *s, in_t numbers, double tokens,
     shadow_end(&c);
 }
 
-void backend_shadow_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1, double beta2, double eps, double wd,
-                          int64_t step, out_t master, out_t m, out_t v, out_t param)
+void backend_shadow_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1,
+                          double beta2, double eps, double wd, int64_t step, out_t master, out_t m,
+                          out_t v, out_t param)
 {
     BEGIN(adamw, 10 * tensor_numel(master));
     const struct shadow_pick cols = shadow_columns(&c, tensor_cols(master));
@@ -476,7 +516,8 @@ void backend_shadow_adamw(struct stream *s, in_t grad, in_t factor, double lr, d
     shadow_adds(&c, 1, fabs(*(const double *)hfactor->data) * shadow_rms(hgrad));
     const out_t hv = OUT(v, NULL, &cols), hparam = OUT(param, NULL, &cols);
     c.primary->adamw(s, grad, factor, lr, beta1, beta2, eps, wd, step, master, m, v, param);
-    c.truth->adamw(&c.cpu, hgrad, hfactor, lr, beta1, beta2, eps, wd, step, hmaster, hm, hv, hparam);
+    c.truth->adamw(&c.cpu, hgrad, hfactor, lr, beta1, beta2, eps, wd, step, hmaster, hm, hv,
+                   hparam);
     shadow_end(&c);
 }
 
@@ -494,29 +535,76 @@ static void shadow_stream_destroy(struct stream *s)
     shadow_detach();
 }
 
-static void shadow_stream_scratch(struct stream *s, in_t memory) { shadow_primary()->stream_scratch(s, memory); }
-static void shadow_stream_sync(struct stream *s) { shadow_primary()->stream_sync(s); }
-static void shadow_event_record(struct event *e, struct stream *s) { shadow_primary()->event_record(e, s); }
-static void shadow_event_sync(const struct event *e) { shadow_primary()->event_sync(e); }
-static void shadow_stream_wait(struct stream *s, const struct event *e) { shadow_primary()->stream_wait(s, e); }
+static void shadow_stream_scratch(struct stream *s, in_t memory)
+{
+    shadow_primary()->stream_scratch(s, memory);
+}
+static void shadow_stream_sync(struct stream *s)
+{
+    shadow_primary()->stream_sync(s);
+}
+static void shadow_event_record(struct event *e, struct stream *s)
+{
+    shadow_primary()->event_record(e, s);
+}
+static void shadow_event_sync(const struct event *e)
+{
+    shadow_primary()->event_sync(e);
+}
+static void shadow_stream_wait(struct stream *s, const struct event *e)
+{
+    shadow_primary()->stream_wait(s, e);
+}
 
-static void create_bf16(struct stream *s, const char *name) { backend_shadow_stream(s, name, &backend_cuda_bf16); }
-static void create_f32(struct stream *s, const char *name) { backend_shadow_stream(s, name, &backend_cuda_f32); }
-static void *shadow_alloc(size_t bytes) { return backend_cuda_f32.alloc(bytes); }
-static void shadow_release(void *p) { backend_cuda_f32.release(p); }
-static void *shadow_alloc_host(size_t bytes) { return backend_cuda_f32.alloc_host(bytes); }
-static void shadow_release_host(void *p) { backend_cuda_f32.release_host(p); }
-static void shadow_memory(size_t *available, size_t *total) { backend_cuda_f32.memory(available, total); }
-static void shadow_event_create(struct event *e) { backend_cuda_f32.event_create(e); }
-static void shadow_event_destroy(struct event *e) { backend_cuda_f32.event_destroy(e); }
+static void create_bf16(struct stream *s, const char *name)
+{
+    backend_shadow_stream(s, name, &backend_cuda_bf16);
+}
+static void create_f32(struct stream *s, const char *name)
+{
+    backend_shadow_stream(s, name, &backend_cuda_f32);
+}
+static void *shadow_alloc(size_t bytes)
+{
+    return backend_cuda_f32.alloc(bytes);
+}
+static void shadow_release(void *p)
+{
+    backend_cuda_f32.release(p);
+}
+static void *shadow_alloc_host(size_t bytes)
+{
+    return backend_cuda_f32.alloc_host(bytes);
+}
+static void shadow_release_host(void *p)
+{
+    backend_cuda_f32.release_host(p);
+}
+static void shadow_memory(size_t *available, size_t *total)
+{
+    backend_cuda_f32.memory(available, total);
+}
+static void shadow_event_create(struct event *e)
+{
+    backend_cuda_f32.event_create(e);
+}
+static void shadow_event_destroy(struct event *e)
+{
+    backend_cuda_f32.event_destroy(e);
+}
 
 #define OP(op) .op = backend_shadow_##op,
 #define COMMON \
-    .name = "shadow", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .attention_work = cuda_attention_work, .ssd_work = cuda_ssd_work, \
-    .alloc = shadow_alloc, .release = shadow_release, .alloc_host = shadow_alloc_host, .release_host = shadow_release_host, \
-    .asynchronous = true, .event_sync = shadow_event_sync, .memory = shadow_memory, .stream_destroy = shadow_stream_destroy, \
-    .stream_scratch = shadow_stream_scratch, .stream_sync = shadow_stream_sync, .event_create = shadow_event_create, \
-    .event_destroy = shadow_event_destroy, .event_record = shadow_event_record, .stream_wait = shadow_stream_wait, BACKEND_OPS(OP)
+    .name = "shadow", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, \
+    .attention_work = cuda_attention_work, .ssd_work = cuda_ssd_work, .alloc = shadow_alloc, \
+    .release = shadow_release, .alloc_host = shadow_alloc_host, \
+    .release_host = shadow_release_host, .asynchronous = true, .event_sync = shadow_event_sync, \
+    .memory = shadow_memory, .stream_destroy = shadow_stream_destroy, \
+    .stream_scratch = shadow_stream_scratch, .stream_sync = shadow_stream_sync, \
+    .event_create = shadow_event_create, .event_destroy = shadow_event_destroy, \
+    .event_record = shadow_event_record, .stream_wait = shadow_stream_wait, BACKEND_OPS(OP)
 
-const struct backend_ops backend_shadow_bf16 = { COMMON .act = DTYPE_BF16, .stream_create = create_bf16 };
-const struct backend_ops backend_shadow_f32 = { COMMON .act = DTYPE_F32, .stream_create = create_f32 };
+const struct backend_ops backend_shadow_bf16 = { COMMON.act = DTYPE_BF16,
+                                                 .stream_create = create_bf16 };
+const struct backend_ops backend_shadow_f32 = { COMMON.act = DTYPE_F32,
+                                                .stream_create = create_f32 };

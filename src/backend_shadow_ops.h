@@ -1,5 +1,5 @@
-/* backend_shadow_ops.h - the shadow of every operation, backend_shadow_<op> with the prototype of the table's member, and what they are
- * written with (shadow.h). Local, all.
+/* backend_shadow_ops.h - the shadow of every operation, backend_shadow_<op> with the prototype of
+ * the table's member, and what they are written with (shadow.h). Local, all.
  */
 #ifndef MIMO_BACKEND_SHADOW_OPS_H
 #define MIMO_BACKEND_SHADOW_OPS_H
@@ -10,7 +10,8 @@
 BACKEND_OPS(BACKEND_SHADOW)
 #undef BACKEND_SHADOW
 
-/* In each: the call `c` of an operation; an argument's copy on the host; that of an argument that is written. */
+/* In each: the call `c` of an operation; an argument's copy on the host; that of an argument that
+ * is written. */
 #define BEGIN(op, steps) \
     struct shadow_call c; \
     shadow_begin(&c, s, SHADOW_##op, (double)(steps))

@@ -5,8 +5,9 @@
  * file of an earlier run, present when check_identify was called, does not silence anybody. No
  * memory is allocated on the way out, and no collective call made.
  *
- * A crash takes the same way from its signal handler, on a stack of its own. What it calls is not all promised to work there, so an
- * alarm ends the process should it hang, and a second crash ends it at once.
+ * A crash takes the same way from its signal handler, on a stack of its own. What it calls is not
+ * all promised to work there, so an alarm ends the process should it hang, and a second crash ends
+ * it at once.
  */
 #include "check.h"
 #include <dlfcn.h>
@@ -25,7 +26,14 @@
 #include "log.h"
 
 /* A checkpoint of another model has a line for every tensor. */
-enum { TEXT_MAX = 2048, ERRORS_SHOWN = 20, TENSORS_SHOWN = 100, CRASH_STACK = 256 << 10, CRASH_FRAMES = 64, CRASH_SECONDS = 10 };
+enum {
+    TEXT_MAX = 2048,
+    ERRORS_SHOWN = 20,
+    TENSORS_SHOWN = 100,
+    CRASH_STACK = 256 << 10,
+    CRASH_FRAMES = 64,
+    CRASH_SECONDS = 10
+};
 
 static _Noreturn void end_job(enum exit_code code, const char *file, int line, const char *hint,
                               const char *text);
@@ -85,9 +93,11 @@ static const struct {
     const char *name, *hint;
 } crashes[] = {
     { SIGSEGV, "SIGSEGV", NULL },
-    { SIGBUS, "SIGBUS", "a full /dev/shm or disk behind mapped memory, or a file that became shorter, is the usual cause" },
+    { SIGBUS, "SIGBUS",
+      "a full /dev/shm or disk behind mapped memory, or a file that became shorter, is the usual cause" },
     { SIGFPE, "SIGFPE", NULL },
-    { SIGILL, "SIGILL", "was the program built for another processor? make clean, then make on this one, or another ARCH in Makefile.inc" },
+    { SIGILL, "SIGILL",
+      "was the program built for another processor? make clean, then make on this one, or another ARCH in Makefile.inc" },
     { SIGABRT, "SIGABRT", NULL },
 };
 
@@ -114,8 +124,8 @@ static void crashed(int number)
     const char *where = write_backtrace(log_process(), path, sizeof path);
     for (size_t i = 0; i < sizeof crashes / sizeof *crashes; i++)
         if (crashes[i].number == number)
-            fatal(EXIT_INTERNAL, __FILE__, __LINE__, crashes[i].hint, "crashed by %s; %s%s", crashes[i].name, where,
-                  where == path ? " has the backtrace" : "");
+            fatal(EXIT_INTERNAL, __FILE__, __LINE__, crashes[i].hint, "crashed by %s; %s%s",
+                  crashes[i].name, where, where == path ? " has the backtrace" : "");
 }
 
 void check_catch_crashes(void)
@@ -256,8 +266,8 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
     if (claim_exit_file(code, clean)) {
         const char *base = strrchr(file, '/');
         size_t n = 0;
-#define PUT(...)                                                                                   \
-    (n += (size_t)snprintf(out + n, sizeof out - n, __VA_ARGS__),                                  \
+#define PUT(...) \
+    (n += (size_t)snprintf(out + n, sizeof out - n, __VA_ARGS__), \
      n = n < sizeof out ? n : sizeof out - 1)
         PUT("mimo: error: ");
         if (p->size > 0)
@@ -271,7 +281,8 @@ static _Noreturn void end_job(enum exit_code code, const char *file, int line, c
         const ssize_t ignored = write(STDERR_FILENO, out, n);
         (void)ignored;
         /* A launcher that is told to end the job may do so before it has read this rank's pipe. */
-        for (int i = 0, waiting = 0; i < 100 && ioctl(STDERR_FILENO, FIONREAD, &waiting) == 0 && waiting > 0; i++)
+        for (int i = 0, waiting = 0;
+             i < 100 && ioctl(STDERR_FILENO, FIONREAD, &waiting) == 0 && waiting > 0; i++)
             nanosleep(&(struct timespec){ .tv_nsec = 10000000 }, NULL);
         nanosleep(&(struct timespec){ .tv_nsec = 100000000 }, NULL);
     } else {

@@ -128,7 +128,8 @@ static void hdf5_version(char *text)
     unsigned v[3] = { 0 };
     snprintf(text, TEXT_MAX, "no");
     if (find(&no_cleanup, sizeof no_cleanup, "H5dont_atexit"))
-        no_cleanup(); /* counts only before the first other call, which may be this one: see io_start */
+        /* counts only before the first other call, which may be this one: see io_start */
+        no_cleanup();
     if (find(&get, sizeof get, "H5get_libversion") && get(&v[0], &v[1], &v[2]) >= 0)
         snprintf(text, TEXT_MAX, "%u.%u.%u%s", v[0], v[1], v[2],
                  dlsym(RTLD_DEFAULT, "H5Pset_fapl_mpio") ? " parallel" : "");

@@ -9,9 +9,9 @@
  *
  * Every call is complete when it returns, but for reduce_scatter, all_gather and all_to_all_v on a
  * deferred stream: these start their exchange and join the stream's list; drain waits for each in
- * turn and adds the parts, in the same order of ranks. MPI moves long messages only inside its calls, so
- * each start also tests what is pending. The messages of a group bracket are all started before
- * the first is waited for, and waited for in group_end.
+ * turn and adds the parts, in the same order of ranks. MPI moves long messages only inside its
+ * calls, so each start also tests what is pending. The messages of a group bracket are all started
+ * before the first is waited for, and waited for in group_end.
  */
 #include <mpi.h>
 #include <stdio.h>
@@ -41,7 +41,7 @@ struct comm_pending {
     MPI_Request request;
     void *parts; /* of `bytes`; sum: [size, count], what all ranks sent; all-to-all: its counts */
     size_t bytes;
-    bool sum;    /* else complete when its request is */
+    bool sum; /* else complete when its request is */
     enum dtype dtype;
     enum comm_op op;
     int64_t count;
@@ -60,7 +60,8 @@ struct comm_native {
     int n_requests, request_capacity;
 };
 
-/* While the call lasts the watchdog knows where this rank waits; each that ends is a sign of progress. */
+/* While the call lasts the watchdog knows where this rank waits; each that ends is a sign of
+ * progress. */
 #define CHECK_MPI(call, c) (enter_mpi(#call, (c)), check_mpi((call), #call, (c), __LINE__))
 static void enter_mpi(const char *call, const struct comm *c);
 static void check_mpi(int status, const char *call, const struct comm *c, int line);
@@ -280,7 +281,8 @@ static void mpi_drain(struct stream *s)
         struct comm_pending *p = s->pending;
         struct comm *c = p->comm;
         /* Started by whoever asked for start_pending. */
-        CHECK_MPI(MPI_Wait(&p->request, MPI_STATUS_IGNORE), c); /* NOLINT(clang-analyzer-optin.mpi.MPI-Checker) */
+        CHECK_MPI(MPI_Wait(&p->request, MPI_STATUS_IGNORE),
+                  c); /* NOLINT(clang-analyzer-optin.mpi.MPI-Checker) */
         if (p->sum)
             comm_sum(p->dtype, p->op, p->parts, c->size, p->count, p->out);
         s->pending = p->next;
@@ -327,9 +329,8 @@ bool comm_start(int *argc, char ***argv, struct comm **world, char *why, size_t 
         return false;
     }
     if (provided < MPI_THREAD_FUNNELED) {
-        snprintf(
-            why, why_size,
-            "this MPI library offers no thread level FUNNELED, "
+        snprintf(why, why_size,
+                 "this MPI library offers no thread level FUNNELED, "
                  "which the data reader's threads need");
         MPI_Finalize();
         return false;
@@ -478,8 +479,7 @@ void comm_host_exchange(struct comm *c, int n_send, const int *send_peer, const 
                   c);
     for (int i = 0; i < n_send; i++)
         CHECK_MPI(MPI_Isend_c((const char *)send + (size_t)i * bytes, (MPI_Count)bytes, MPI_BYTE,
-                              send_peer[i], HOST_TAG, c->native->comm,
-                              next_request(c->native, -1)),
+                              send_peer[i], HOST_TAG, c->native->comm, next_request(c->native, -1)),
                   c);
     wait_all(c);
 }
@@ -601,8 +601,8 @@ static struct comm_pending *start_pending(struct comm *c, struct stream *s, size
     /* The least that is large enough, or else the largest, which grows. */
     for (struct comm_pending **i = &pool->idle; *i; i = &(*i)->next) {
         const bool fits = (*i)->bytes >= bytes, had = best && (*best)->bytes >= bytes;
-        if (!best || (fits && (!had || (*i)->bytes < (*best)->bytes))
-            || (!fits && !had && (*i)->bytes > (*best)->bytes))
+        if (!best || (fits && (!had || (*i)->bytes < (*best)->bytes)) ||
+            (!fits && !had && (*i)->bytes > (*best)->bytes))
             best = i;
     }
     p = best ? *best : xcalloc(1, sizeof *p);
@@ -627,7 +627,8 @@ static void exchange(struct comm *c, const void *send, void *recv)
               c);
 }
 
-/* The same, started: the counts and offsets must live until it is done, those of c->native may not. */
+/* The same, started: the counts and offsets must live until it is done, those of c->native may
+ * not. */
 static void start_exchange(struct comm *c, struct stream *s, const void *send, void *recv)
 {
     const struct comm_native *m = c->native;
@@ -698,11 +699,10 @@ static bool singleton_of_many(int size, char *why, size_t why_size)
         return true;
     }
     if (other && atol(other) > 1) {
-        snprintf(
-            why, why_size,
-            "Open MPI's launcher started %s ranks, but this program uses %s: "
+        snprintf(why, why_size,
+                 "Open MPI's launcher started %s ranks, but this program uses %s: "
                  "use that library's mpiexec",
-            other, comm_library());
+                 other, comm_library());
         return true;
     }
     for (size_t i = 0; i < sizeof pmi / sizeof *pmi; i++)

@@ -171,7 +171,9 @@ void data_gather_positions(struct data *d, struct comm *world)
 const char *data_fingerprint(const struct data *d, char *out, size_t size)
 {
     out[0] = '\0';
-    return d->source && d->source->shards ? data_webdataset_fingerprint(d->source->shards, out, size) : out;
+    return d->source && d->source->shards
+               ? data_webdataset_fingerprint(d->source->shards, out, size)
+               : out;
 }
 
 void data_free(struct data *d)

@@ -73,7 +73,8 @@ bool data_webdataset_load(struct data_webdataset *w, int64_t index, struct data_
                           void *pixels, char why[DATA_WHY]);
 /* For data_check and data_show_sample. Local. */
 int64_t data_webdataset_shards(const struct data_webdataset *w);
-/* "12 shards, 4800 samples, 0123456789abcdef": the hash is of the shards' names and sizes in their order. */
+/* "12 shards, 4800 samples, 0123456789abcdef": the hash is of the shards' names and sizes in their
+ * order. */
 const char *data_webdataset_fingerprint(const struct data_webdataset *w, char *out, size_t size);
 int64_t data_webdataset_ignored(
     const struct data_webdataset *w); /* members that belong to no sample */

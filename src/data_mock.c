@@ -104,9 +104,8 @@ void data_mock_load(const struct data_mock *mock, int64_t index, struct data_sam
         out->picture_of[j] = (int32_t)(j / rows);
     }
     for (int64_t j = image; j < out->n_ids; j++) {
-        int64_t id =
-            1
-            + (int64_t)rng_below(mock->text, (uint64_t)sample, (uint64_t)j, (uint64_t)mock->words);
+        int64_t id = 1 + (int64_t)rng_below(mock->text, (uint64_t)sample, (uint64_t)j,
+                                            (uint64_t)mock->words);
         for (int k = 0; k < mock->n_excluded; k++)
             id += id >= mock->excluded[k];
         out->ids[j] = id;
@@ -159,8 +158,8 @@ static bool dynamic_grid(const struct deck *deck, struct data_mock_shape *s, str
                       s->image_seq_length, s->tiles);
     s->patches = s->image_seq_length / s->tiles * even * even;
     int64_t rows = (int64_t)sqrt((double)s->patches);
-    while (rows > 0
-           && (s->patches % rows != 0 || rows % even != 0 || s->patches / rows % even != 0))
+    while (rows > 0 &&
+           (s->patches % rows != 0 || rows % even != 0 || s->patches / rows % even != 0))
         rows--;
     if (rows <= 0 || s->patches / rows > INT32_MAX / p)
         return refuse(deck, errors, "data", "image_seq_length",

@@ -294,8 +294,8 @@ static void print_tokens(const struct deck *deck, const struct data_webdataset *
     for (int64_t j = 0; j < s->n_ids; j++) {
         char text[512] = "";
         int64_t last = j;
-        while (s->picture_of[j] >= 0 && last + 1 < s->n_ids
-               && s->picture_of[last + 1] == s->picture_of[j] && labels[last + 1] == labels[j])
+        while (s->picture_of[j] >= 0 && last + 1 < s->n_ids &&
+               s->picture_of[last + 1] == s->picture_of[j] && labels[last + 1] == labels[j])
             last++;
         if (w)
             data_webdataset_token(w, s->ids[j], text, sizeof text);

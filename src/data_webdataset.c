@@ -174,8 +174,8 @@ const char *data_webdataset_fingerprint(const struct data_webdataset *w, char *o
         const char *slash = strrchr(f->path, '/'), *name = slash ? slash + 1 : f->path;
         hash = XXH3_64bits_withSeed(name, strlen(name), hash ^ (uint64_t)f->bytes);
     }
-    snprintf(out, size, "%" PRId64 " shard%s, %" PRId64 " samples, %016" PRIx64, w->set.n_shards, w->set.n_shards == 1 ? "" : "s",
-             w->set.n_samples, hash);
+    snprintf(out, size, "%" PRId64 " shard%s, %" PRId64 " samples, %016" PRIx64, w->set.n_shards,
+             w->set.n_shards == 1 ? "" : "s", w->set.n_samples, hash);
     return out;
 }
 
@@ -346,7 +346,8 @@ static void open_tokenizer(struct data_webdataset *w, struct errors *errors)
     if (!w->tokenizer) {
         char hint[512];
         const size_t n = strlen(path);
-        const char *rest = strncmp(why, path, n) == 0 && strncmp(why + n, ": ", 2) == 0 ? why + n + 2 : why;
+        const char *rest =
+            strncmp(why, path, n) == 0 && strncmp(why + n, ": ", 2) == 0 ? why + n + 2 : why;
         errors_add(errors, EXIT_DATA, "%s: error: data.tokenizer = '%s': %s%s", where, path, rest,
                    path_hint(path, hint, sizeof hint));
         return;
@@ -468,8 +469,8 @@ static bool measure(struct data_webdataset *w, int64_t index, int64_t pictures,
     for (int64_t i = 0; i < pictures; i++) {
         size_t size;
         int width, height;
-        if (!read_picture(w, index, i, &size, why)
-            || !image_probe(w->raw, size, &width, &height, why, DATA_WHY))
+        if (!read_picture(w, index, i, &size, why) ||
+            !image_probe(w->raw, size, &width, &height, why, DATA_WHY))
             return false;
         w->original[i][0] = width;
         w->original[i][1] = height;
@@ -511,8 +512,8 @@ static void fit_pictures(struct data_webdataset *w, int64_t pictures, int64_t te
             return;
         bool decreased = false;
         for (int64_t i = 0; i < pictures; i++) {
-            int64_t cap = (int64_t)((__extension__(unsigned __int128) out->picture[i].patches)
-                                    * (uint64_t)budget / (uint64_t)total);
+            int64_t cap = (int64_t)((__extension__(unsigned __int128) out->picture[i].patches) *
+                                    (uint64_t)budget / (uint64_t)total);
             if (cap < w->min_patches)
                 cap = w->min_patches;
             if (cap < w->cap[i]) {
@@ -593,8 +594,8 @@ static bool decode(struct data_webdataset *w, int64_t index, const struct data_s
     int64_t done = 0;
     for (int64_t i = 0; i < out->n_pictures; i++) {
         size_t size;
-        if (!read_picture(w, index, i, &size, why)
-            || !image_decode(w->raw, size, NULL, &w->picture, why, DATA_WHY))
+        if (!read_picture(w, index, i, &size, why) ||
+            !image_decode(w->raw, size, NULL, &w->picture, why, DATA_WHY))
             return false;
         if (w->picture.width != w->original[i][0] || w->picture.height != w->original[i][1]) {
             snprintf(why, DATA_WHY, "picture %" PRId64 " has another size than its header says", i);

@@ -5,9 +5,9 @@
 
 enum { PAD = 128 };
 
-static const int64_t bucket_least = 40000000, bucket_per_rank = 1000000;      /* parallel.md 6.2 */
+static const int64_t bucket_least = 40000000, bucket_per_rank = 1000000; /* parallel.md 6.2 */
 
-/* ---- layout ------------------------------------------------------------------------------------------------------ */
+/* ---- layout ---------------------------------------------------------------------------------- */
 
 bool ddp_separate_experts(const struct grid *grid)
 {
@@ -37,9 +37,11 @@ static void cut_slots(struct ddp_buffer *b, const struct ddp_bucket *k)
     for (int i = k->first_slot; i < k->end_slot; i++) {
         struct ddp_slot *s = &b->slot[i];
         int64_t from = s->start > k->own ? s->start : k->own, to = s->start + s->numel;
-        if (to > k->own + k->n) to = k->own + k->n;
+        if (to > k->own + k->n)
+            to = k->own + k->n;
         s->first = s->n = s->local = 0;
-        if (from >= to) continue;
+        if (from >= to)
+            continue;
         s->first = from - s->start;
         s->n = to - from;
         s->local = k->local + from - k->own;
@@ -58,11 +60,12 @@ void ddp_lay_out(struct ddp_buffer *b, int64_t bucket_size, int size, int rank)
         struct ddp_slot *s = &b->slot[i];
         if (!k) {
             k = &b->bucket[b->n_buckets++];
-            *k = (struct ddp_bucket){.first_slot = i, .start = cursor, .local = cursor / size};
+            *k = (struct ddp_bucket){ .first_slot = i, .start = cursor, .local = cursor / size };
         }
         s->start = round_up(cursor, DDP_ALIGN);
         cursor = s->start + s->numel;
-        if (cursor - k->start < bucket_size && i + 1 < b->n_slots) continue;
+        if (cursor - k->start < bucket_size && i + 1 < b->n_slots)
+            continue;
         k->end_slot = i + 1;
         k->used = cursor;
         cursor = k->end = round_up(cursor, pad);
@@ -76,14 +79,18 @@ void ddp_lay_out(struct ddp_buffer *b, int64_t bucket_size, int size, int rank)
 }
 
 /* Largest number of elements before a bucket closes. */
-static int64_t bucket_size_of(const struct ddp_buffer *b, const struct grid *grid, const struct deck_optimizer *o)
+static int64_t bucket_size_of(const struct ddp_buffer *b, const struct grid *grid,
+                              const struct deck_optimizer *o)
 {
     int64_t total = 0, per_rank = bucket_per_rank * b->group->size;
 
-    if (!b->overlap_reduce || grid->pp_rank > 0) return INT64_MAX;
-    if (o->ddp_bucket_size > 0) return o->ddp_bucket_size;
+    if (!b->overlap_reduce || grid->pp_rank > 0)
+        return INT64_MAX;
+    if (o->ddp_bucket_size > 0)
+        return o->ddp_bucket_size;
     if (o->ddp_num_buckets > 0) {
-        for (int i = 0; i < b->n_slots; i++) total += b->slot[i].numel;
+        for (int i = 0; i < b->n_slots; i++)
+            total += b->slot[i].numel;
         return total > o->ddp_num_buckets ? total / o->ddp_num_buckets : 1;
     }
     return per_rank > bucket_least ? per_rank : bucket_least;
@@ -103,11 +110,15 @@ static void add_buffer(struct ddp *d, bool language, bool expert, const char *na
     const struct grid *grid = language ? &m->topo->language : &m->topo->encoder;
     struct ddp_buffer *b = &d->buffer[d->n];
 
-    *b = (struct ddp_buffer){.name = name, .language = language, .expert = expert, .group = expert ? &grid->expt_dp : &grid->dp_cp};
+    *b = (struct ddp_buffer){ .name = name,
+                              .language = language,
+                              .expert = expert,
+                              .group = expert ? &grid->expt_dp : &grid->dp_cp };
     b->slot = xcalloc((size_t)m->n_params + 1, sizeof *b->slot);
     for (int i = m->n_params - 1; i >= 0; i--)
         if (belongs(b, &m->param[i], grid))
-            b->slot[b->n_slots++] = (struct ddp_slot){.param = i, .numel = model_param_numel(m, &m->param[i])};
+            b->slot[b->n_slots++] =
+                (struct ddp_slot){ .param = i, .numel = model_param_numel(m, &m->param[i]) };
     if (b->n_slots == 0) {
         free(b->slot);
         return;
@@ -126,9 +137,12 @@ struct ddp *ddp_init(struct model *m)
     struct ddp *d = xcalloc(1, sizeof *d);
 
     d->model = m;
-    if (m->has_encoder) add_buffer(d, false, false, "encoder");
-    if (m->has_language) add_buffer(d, true, false, "language, dense");
-    if (m->has_language) add_buffer(d, true, true, "language, experts");
+    if (m->has_encoder)
+        add_buffer(d, false, false, "encoder");
+    if (m->has_language)
+        add_buffer(d, true, false, "language, dense");
+    if (m->has_language)
+        add_buffer(d, true, true, "language, experts");
     return d;
 }
 
@@ -136,7 +150,8 @@ static struct tensor range(const struct tensor *t, int64_t first, int64_t n)
 {
     char *data = t->data;
 
-    return tensor_1d(data ? data + (size_t)first * dtype_bytes(t->dtype) : NULL, t->dtype, t->place, n);
+    return tensor_1d(data ? data + (size_t)first * dtype_bytes(t->dtype) : NULL, t->dtype, t->place,
+                     n);
 }
 
 void ddp_plan(struct ddp *d, struct arenas *as)
@@ -152,15 +167,18 @@ void ddp_plan(struct ddp *d, struct arenas *as)
             struct param *p = &m->param[s->param];
             int64_t shape[TENSOR_MAX_DIMS];
             model_local_shape(m, p, shape);
-            p->value = tensor_view(range(&b->value, s->start, s->numel).data, m->act, b->value.place, p->ndim, shape);
-            p->grad = tensor_view(range(&b->grad, s->start, s->numel).data, m->acc, b->grad.place, p->ndim, shape);
+            p->value = tensor_view(range(&b->value, s->start, s->numel).data, m->act,
+                                   b->value.place, p->ndim, shape);
+            p->grad = tensor_view(range(&b->grad, s->start, s->numel).data, m->acc, b->grad.place,
+                                  p->ndim, shape);
         }
     }
 }
 
 void ddp_free(struct ddp *d)
 {
-    if (!d) return;
+    if (!d)
+        return;
     for (int i = 0; i < d->n; i++) {
         struct ddp_buffer *b = &d->buffer[i];
         d->model->comm->drain(&b->stream);
@@ -172,7 +190,7 @@ void ddp_free(struct ddp *d)
     free(d);
 }
 
-/* ---- gradients --------------------------------------------------------------------------------------------------- */
+/* ---- gradients ------------------------------------------------------------------------------- */
 
 /* `later` goes on after what `first` holds now. */
 static void order(struct ddp *d, struct ddp_buffer *b, struct stream *first, struct stream *later)
@@ -184,18 +202,21 @@ static void order(struct ddp *d, struct ddp_buffer *b, struct stream *first, str
 static void reduce_bucket(struct ddp *d, struct ddp_buffer *b, int i, struct stream *s)
 {
     const struct ddp_bucket *k = &b->bucket[i];
-    const struct tensor all = range(&b->grad, k->start, k->end - k->start), own = range(&b->grad, k->own, k->n);
+    const struct tensor all = range(&b->grad, k->start, k->end - k->start),
+                        own = range(&b->grad, k->own, k->n);
 
     ASSERT(i == b->reduced);
     b->reduced++;
-    if (b->group->size > 1) d->model->comm->reduce_scatter(b->group->comm, &all, &own, COMM_SUM, s);
+    if (b->group->size > 1)
+        d->model->comm->reduce_scatter(b->group->comm, &all, &own, COMM_SUM, s);
 }
 
 void ddp_last_backward(struct ddp *d, bool language)
 {
     for (int i = 0; i < d->n; i++) {
         struct ddp_buffer *b = &d->buffer[i];
-        if (b->language != language || !b->overlap_reduce) continue;
+        if (b->language != language || !b->overlap_reduce)
+            continue;
         ASSERT(!b->armed && b->ready == 0 && b->reduced == 0);
         b->armed = true;
     }
@@ -205,8 +226,10 @@ void ddp_ready(struct ddp *d, bool language, int first)
 {
     for (int i = 0; i < d->n; i++) {
         struct ddp_buffer *b = &d->buffer[i];
-        if (b->language != language || !b->armed) continue;
-        while (b->ready < b->n_slots && b->slot[b->ready].param >= first) b->ready++;
+        if (b->language != language || !b->armed)
+            continue;
+        while (b->ready < b->n_slots && b->slot[b->ready].param >= first)
+            b->ready++;
         while (b->reduced < b->n_buckets && b->bucket[b->reduced].end_slot <= b->ready) {
             order(d, b, d->model->compute, &b->stream);
             reduce_bucket(d, b, b->reduced, &b->stream);
@@ -217,8 +240,10 @@ void ddp_ready(struct ddp *d, bool language, int first)
 static void finish_overlap(struct ddp *d, struct ddp_buffer *b)
 {
     if (b->ready < b->n_slots)
-        FATAL(EXIT_INTERNAL, "%s: %d of %d parameters got no gradient in the last backward, the first is %s", b->name,
-              b->n_slots - b->ready, b->n_slots, d->model->param[b->slot[b->ready].param].name);
+        FATAL(EXIT_INTERNAL,
+              "%s: %d of %d parameters got no gradient in the last backward, the first is %s",
+              b->name, b->n_slots - b->ready, b->n_slots,
+              d->model->param[b->slot[b->ready].param].name);
     d->model->comm->drain(&b->stream);
     order(d, b, &b->stream, d->model->compute);
 }
@@ -227,10 +252,13 @@ void ddp_reduce(struct ddp *d, bool language)
 {
     for (int i = 0; i < d->n; i++) {
         struct ddp_buffer *b = &d->buffer[i];
-        if (b->language != language) continue;
-        if (b->overlap_reduce) finish_overlap(d, b);
+        if (b->language != language)
+            continue;
+        if (b->overlap_reduce)
+            finish_overlap(d, b);
         else
-            while (b->reduced < b->n_buckets) reduce_bucket(d, b, b->reduced, d->model->compute);
+            while (b->reduced < b->n_buckets)
+                reduce_bucket(d, b, b->reduced, d->model->compute);
         ASSERT(b->reduced == b->n_buckets);
         b->armed = false;
         b->ready = b->reduced = 0;
@@ -243,21 +271,24 @@ void ddp_gather_grads(struct ddp *d)
         struct ddp_buffer *b = &d->buffer[i];
         for (int k = 0; k < b->n_buckets && b->group->size > 1; k++) {
             const struct ddp_bucket *c = &b->bucket[k];
-            const struct tensor all = range(&b->grad, c->start, c->end - c->start), own = range(&b->grad, c->own, c->n);
+            const struct tensor all = range(&b->grad, c->start, c->end - c->start),
+                                own = range(&b->grad, c->own, c->n);
             d->model->comm->all_gather(b->group->comm, &own, &all, d->model->compute);
         }
     }
 }
 
-/* ---- values ------------------------------------------------------------------------------------------------------ */
+/* ---- values ---------------------------------------------------------------------------------- */
 
 /* The forward pass meets the buckets from the last to the first. */
 static void gather_bucket(struct ddp *d, struct ddp_buffer *b, struct stream *s)
 {
     const struct ddp_bucket *k = &b->bucket[b->to_gather - 1];
-    const struct tensor all = range(&b->value, k->start, k->end - k->start), own = range(&b->value, k->own, k->n);
+    const struct tensor all = range(&b->value, k->start, k->end - k->start),
+                        own = range(&b->value, k->own, k->n);
 
-    if (b->group->size > 1) d->model->comm->all_gather(b->group->comm, &own, &all, s);
+    if (b->group->size > 1)
+        d->model->comm->all_gather(b->group->comm, &own, &all, s);
 }
 
 void ddp_gather(struct ddp *d)
@@ -270,28 +301,33 @@ void ddp_gather(struct ddp *d)
             order(d, b, d->model->compute, &b->stream);
             gather_bucket(d, b, &b->stream);
         } else {
-            for (; b->to_gather > 0; b->to_gather--) gather_bucket(d, b, d->model->compute);
+            for (; b->to_gather > 0; b->to_gather--)
+                gather_bucket(d, b, d->model->compute);
         }
     }
 }
 
-/* Wait for the bucket on its way while it holds a parameter with index < end, and start the next. */
+/* Wait for the bucket on its way while it holds a parameter with index < end, and start the
+ * next. */
 static void use(struct ddp *d, struct ddp_buffer *b, int end)
 {
     while (b->to_gather > 0 && b->slot[b->bucket[b->to_gather - 1].end_slot - 1].param < end) {
         d->model->comm->drain(&b->stream);
         order(d, b, &b->stream, d->model->compute);
-        if (--b->to_gather > 0) gather_bucket(d, b, &b->stream);
+        if (--b->to_gather > 0)
+            gather_bucket(d, b, &b->stream);
     }
 }
 
 void ddp_use(struct ddp *d, bool language, int end)
 {
     for (int i = 0; i < d->n; i++)
-        if (d->buffer[i].language == language) use(d, &d->buffer[i], end);
+        if (d->buffer[i].language == language)
+            use(d, &d->buffer[i], end);
 }
 
 void ddp_use_all(struct ddp *d)
 {
-    for (int i = 0; i < d->n; i++) use(d, &d->buffer[i], d->model->n_params);
+    for (int i = 0; i < d->n; i++)
+        use(d, &d->buffer[i], d->model->n_params);
 }

@@ -1,4 +1,5 @@
-/* deck_rules.h - between deck_rules.c and deck_grids.c only: how a condition between keys reports. */
+/* deck_rules.h - between deck_rules.c and deck_grids.c only: how a condition between keys
+ * reports. */
 #ifndef MIMO_DECK_RULES_H
 #define MIMO_DECK_RULES_H
 
@@ -7,13 +8,14 @@
 struct deck_rules {
     struct deck *deck;
     struct errors *errors;
-    int size;                    /* ranks of the job */
-    bool failed;                 /* a value is wrong or missing, not just unbuilt */
-    bool blamed[DECK_ROWS];      /* already complained about */
+    int size;               /* ranks of the job */
+    bool failed;            /* a value is wrong or missing, not just unbuilt */
+    bool blamed[DECK_ROWS]; /* already complained about */
 };
 
 /* Report that the row's value breaks a rule; silent when the reader refused the value. Local. */
-void deck_rules_fail(struct deck_rules *c, int row, enum exit_code code, const char *fmt, ...) __attribute__((format(printf, 4, 5)));
+void deck_rules_fail(struct deck_rules *c, int row, enum exit_code code, const char *fmt, ...)
+    __attribute__((format(printf, 4, 5)));
 /* Report that a row without a usable default was not given. Local. */
 void deck_rules_missing(struct deck_rules *c, int row, const char *why);
 /* Set an integer row, origin derived. Local. */

@@ -1,6 +1,7 @@
 /* deck_table.c - the parameter table as data: defaults, formatting, ranges, nearest names.
  *
- * Numbers are written so that reading them gives the same bits: a real in the fewest of 15, 16 or 17 digits that do.
+ * Numbers are written so that reading them gives the same bits: a real in the fewest of 15, 16 or
+ * 17 digits that do.
  */
 #include "deck_table.h"
 
@@ -15,7 +16,11 @@
 #define BUILT NULL, NULL
 #define ONLY(values, what) values, what
 #define ROW_(group_, key_, type_, ...) \
-    [DECK_ROW(group_, key_)] = { .group = #group_, .key = #key_, .type = type_, .offset = offsetof(struct deck, group_.key_), __VA_ARGS__ },
+    [DECK_ROW(group_, key_)] = { .group = #group_, \
+                                 .key = #key_, \
+                                 .type = type_, \
+                                 .offset = offsetof(struct deck, group_.key_), \
+                                 __VA_ARGS__ },
 #define ROW(...) ROW_(__VA_ARGS__)
 /* The `built` column expands to two values; the second macro level splits them. */
 #define BUILT_COLUMN_(only_, feature_) .only = only_, .feature = feature_
@@ -24,16 +29,20 @@
 #define DECK_GROUP_BEGIN(group)
 #define DECK_GROUP_END(group)
 #define DECK_INTEGER(g, k, d, lo, hi, u, b, h) \
-    ROW(g, k, DECK_TYPE_INTEGER, .integer = d, .min = lo, .max = hi, .unit = u, BUILT_COLUMN(b), .help = h)
+    ROW(g, k, DECK_TYPE_INTEGER, .integer = d, .min = lo, .max = hi, .unit = u, BUILT_COLUMN(b), \
+        .help = h)
 #define DECK_REAL(g, k, d, lo, hi, u, b, h) \
-    ROW(g, k, DECK_TYPE_REAL, .real = d, .real_min = lo, .real_max = hi, .unit = u, BUILT_COLUMN(b), .help = h)
-#define DECK_LOGICAL(g, k, d, b, h) ROW(g, k, DECK_TYPE_LOGICAL, .logical = d, .unit = "", BUILT_COLUMN(b), .help = h)
+    ROW(g, k, DECK_TYPE_REAL, .real = d, .real_min = lo, .real_max = hi, .unit = u, \
+        BUILT_COLUMN(b), .help = h)
+#define DECK_LOGICAL(g, k, d, b, h) \
+    ROW(g, k, DECK_TYPE_LOGICAL, .logical = d, .unit = "", BUILT_COLUMN(b), .help = h)
 #define DECK_STRING(g, k, d, l, b, h) \
     ROW(g, k, DECK_TYPE_STRING, .text = d, .longest = l, .unit = "", BUILT_COLUMN(b), .help = h)
 #define DECK_CHOICE(g, k, d, w, b, h) \
     ROW(g, k, DECK_TYPE_CHOICE, .text = d, .words = w, .unit = "", BUILT_COLUMN(b), .help = h)
 #define DECK_INTEGERS(g, k, d, lo, hi, u, b, h) \
-    ROW(g, k, DECK_TYPE_INTEGERS, .text = d, .min = lo, .max = hi, .unit = u, BUILT_COLUMN(b), .help = h)
+    ROW(g, k, DECK_TYPE_INTEGERS, .text = d, .min = lo, .max = hi, .unit = u, BUILT_COLUMN(b), \
+        .help = h)
 #define DECK_STRINGS(g, k, d, w, b, h) \
     ROW(g, k, DECK_TYPE_STRINGS, .text = d, .words = w, .unit = "", BUILT_COLUMN(b), .help = h)
 const struct deck_param deck_table[DECK_ROWS] = {
@@ -43,14 +52,16 @@ const struct deck_param deck_table[DECK_ROWS] = {
 int deck_table_find(const char *group, const char *key)
 {
     for (int r = 0; r < DECK_ROWS; r++)
-        if (!strcasecmp(deck_table[r].group, group) && !strcasecmp(deck_table[r].key, key)) return r;
+        if (!strcasecmp(deck_table[r].group, group) && !strcasecmp(deck_table[r].key, key))
+            return r;
     return -1;
 }
 
 int deck_table_group(const char *group)
 {
     for (int r = 0; r < DECK_ROWS; r++)
-        if (!strcasecmp(deck_table[r].group, group)) return r;
+        if (!strcasecmp(deck_table[r].group, group))
+            return r;
     return -1;
 }
 
@@ -58,13 +69,15 @@ char *deck_table_nth_word(const char *words, int n)
 {
     for (const char *p = words;;) {
         p += strspn(p, " ");
-        if (!*p) return NULL;
+        if (!*p)
+            return NULL;
         size_t length = strcspn(p, " ");
         if (n-- == 0) {
             char *word = xmalloc(length + 1, 1);
             memcpy(word, p, length);
             word[length] = '\0';
-            if (!strcmp(word, "''")) word[0] = '\0';
+            if (!strcmp(word, "''"))
+                word[0] = '\0';
             return word;
         }
         p += length;
@@ -75,10 +88,12 @@ int deck_table_word(const char *words, const char *word)
 {
     for (int n = 0;; n++) {
         char *w = deck_table_nth_word(words, n);
-        if (!w) return -1;
+        if (!w)
+            return -1;
         bool same = !strcmp(w, word);
         free(w);
-        if (same) return n;
+        if (same)
+            return n;
     }
 }
 
@@ -89,7 +104,8 @@ struct deck_text {
 
 const char *deck_table_keep(struct deck *deck, const char *text, size_t length)
 {
-    if (!deck->text) deck->text = xcalloc(1, sizeof *deck->text);
+    if (!deck->text)
+        deck->text = xcalloc(1, sizeof *deck->text);
     struct deck_text *t = deck->text;
     if (t->count == t->capacity) {
         t->capacity = t->capacity ? 2 * t->capacity : 32;
@@ -103,8 +119,10 @@ const char *deck_table_keep(struct deck *deck, const char *text, size_t length)
 
 void deck_table_release(struct deck *deck)
 {
-    if (!deck->text) return;
-    for (int i = 0; i < deck->text->count; i++) free(deck->text->block[i]);
+    if (!deck->text)
+        return;
+    for (int i = 0; i < deck->text->count; i++)
+        free(deck->text->block[i]);
     free(deck->text->block);
     free(deck->text);
     deck->text = NULL;
@@ -135,7 +153,8 @@ void deck_table_default(struct deck *deck, int row)
 
 bool deck_table_equal(const struct deck *a, const struct deck *b, int row)
 {
-    const void *x = (const char *)a + deck_table[row].offset, *y = (const char *)b + deck_table[row].offset;
+    const void *x = (const char *)a + deck_table[row].offset,
+               *y = (const char *)b + deck_table[row].offset;
     switch (deck_table[row].type) {
     case DECK_TYPE_INTEGER: return *(const int64_t *)x == *(const int64_t *)y;
     case DECK_TYPE_REAL: return !memcmp(x, y, sizeof(double));
@@ -148,9 +167,11 @@ bool deck_table_equal(const struct deck *a, const struct deck *b, int row)
     }
     case DECK_TYPE_STRINGS: {
         const struct deck_strings *l = x, *m = y;
-        if (l->n != m->n) return false;
+        if (l->n != m->n)
+            return false;
         for (int i = 0; i < l->n; i++)
-            if (strcmp(l->v[i], m->v[i])) return false;
+            if (strcmp(l->v[i], m->v[i]))
+                return false;
         return true;
     }
     }
@@ -186,7 +207,8 @@ static char *format_real(double x)
     char buffer[64];
     for (int digits = 15; digits <= 17; digits++) {
         snprintf(buffer, sizeof buffer, "%.*g", digits, x);
-        if (strtod(buffer, NULL) == x) break;
+        if (strtod(buffer, NULL) == x)
+            break;
     }
     return xasprintf("%s%s", buffer, strpbrk(buffer, ".e") ? "" : ".0");
 }
@@ -196,7 +218,8 @@ static char *format_string(const char *s)
     char *quoted = xmalloc(2 * strlen(s) + 3, 1), *q = quoted;
     *q++ = '\'';
     for (; *s; s++) {
-        if (*s == '\'') *q++ = '\'';
+        if (*s == '\'')
+            *q++ = '\'';
         *q++ = *s;
     }
     *q++ = '\'';
@@ -272,8 +295,9 @@ char *deck_table_range(int row)
     }
     case DECK_TYPE_REAL: {
         bool outside = p->real < p->real_min || p->real > p->real_max;
-        char *range = outside ? xasprintf("%.10g or %.10g..%.10g", p->real, p->real_min, p->real_max)
-                              : xasprintf("%.10g..%.10g", p->real_min, p->real_max);
+        char *range = outside
+                          ? xasprintf("%.10g or %.10g..%.10g", p->real, p->real_min, p->real_max)
+                          : xasprintf("%.10g..%.10g", p->real_min, p->real_max);
         return range;
     }
     case DECK_TYPE_CHOICE:
@@ -299,10 +323,12 @@ int deck_table_distance(const char *a, const char *b, int limit)
 {
     enum { LONGEST = 2 * DECK_NAME_MAX };
     int m = (int)strnlen(a, LONGEST + 1), n = (int)strnlen(b, LONGEST + 1);
-    if (m > LONGEST || n > LONGEST || abs(m - n) > limit) return limit + 1;
+    if (m > LONGEST || n > LONGEST || abs(m - n) > limit)
+        return limit + 1;
     int rows[3][LONGEST + 1], *before = rows[0], *last = rows[1], *row = rows[2];
     memset(rows, 0, sizeof rows);
-    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int j = 0; j <= n; j++)
+        row[j] = j;
     for (int i = 1; i <= m; i++) {
         int *oldest = before;
         before = last;
@@ -312,10 +338,14 @@ int deck_table_distance(const char *a, const char *b, int limit)
         for (int j = 1; j <= n; j++) {
             int x = tolower((unsigned char)a[i - 1]), y = tolower((unsigned char)b[j - 1]);
             int best = last[j - 1] + (x != y);
-            if (last[j] + 1 < best) best = last[j] + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            bool swapped = i > 1 && j > 1 && x == tolower((unsigned char)b[j - 2]) && y == tolower((unsigned char)a[i - 2]);
-            if (swapped && before[j - 2] + 1 < best) best = before[j - 2] + 1;
+            if (last[j] + 1 < best)
+                best = last[j] + 1;
+            if (row[j - 1] + 1 < best)
+                best = row[j - 1] + 1;
+            bool swapped = i > 1 && j > 1 && x == tolower((unsigned char)b[j - 2]) &&
+                           y == tolower((unsigned char)a[i - 2]);
+            if (swapped && before[j - 2] + 1 < best)
+                best = before[j - 2] + 1;
             row[j] = best;
         }
     }
@@ -334,7 +364,9 @@ static bool same_but_dashes(const char *word, const char *name)
 {
     word += strspn(word, "-");
     for (; *word && *name; word++, name++)
-        if (tolower((unsigned char)*word) != tolower((unsigned char)*name) && !(*word == '-' && *name == '_')) return false;
+        if (tolower((unsigned char)*word) != tolower((unsigned char)*name) &&
+            !(*word == '-' && *name == '_'))
+            return false;
     return !*word && !*name;
 }
 
@@ -345,15 +377,19 @@ const char *deck_table_suggest(const char *group, const char *key, char *out, si
         int limit = nearness(group), best = limit + 1, found = -1;
         for (int r = 0; r < DECK_ROWS; r++) {
             int d = deck_table_distance(group, deck_table[r].group, limit);
-            if (d < best) best = d, found = r;
+            if (d < best)
+                best = d, found = r;
         }
-        if (found >= 0) snprintf(out, size, "; did you mean &%s?", deck_table[found].group);
+        if (found >= 0)
+            snprintf(out, size, "; did you mean &%s?", deck_table[found].group);
         return out;
     }
     for (int r = 0; r < DECK_ROWS; r++)
         if (same_but_dashes(key, deck_table[r].key)) {
-            if (!strcasecmp(deck_table[r].group, group)) snprintf(out, size, "; did you mean %s?", deck_table[r].key);
-            else snprintf(out, size, "; %s belongs to &%s", deck_table[r].key, deck_table[r].group);
+            if (!strcasecmp(deck_table[r].group, group))
+                snprintf(out, size, "; did you mean %s?", deck_table[r].key);
+            else
+                snprintf(out, size, "; %s belongs to &%s", deck_table[r].key, deck_table[r].group);
             return out;
         }
     int limit = nearness(key), best = limit + 1, found = -1;
@@ -361,12 +397,18 @@ const char *deck_table_suggest(const char *group, const char *key, char *out, si
         /* A name of the same group wins over an equally near one elsewhere. */
         bool here = !strcasecmp(deck_table[r].group, group);
         int d = deck_table_distance(key, deck_table[r].key, limit);
-        if (d > limit) continue;
+        if (d > limit)
+            continue;
         bool better = d < best || (d == best && here && strcasecmp(deck_table[found].group, group));
-        if (better) best = d, found = r;
+        if (better)
+            best = d, found = r;
     }
-    if (found < 0) return out;
-    if (!strcasecmp(deck_table[found].group, group)) snprintf(out, size, "; did you mean %s?", deck_table[found].key);
-    else snprintf(out, size, "; did you mean %s in &%s?", deck_table[found].key, deck_table[found].group);
+    if (found < 0)
+        return out;
+    if (!strcasecmp(deck_table[found].group, group))
+        snprintf(out, size, "; did you mean %s?", deck_table[found].key);
+    else
+        snprintf(out, size, "; did you mean %s in &%s?", deck_table[found].key,
+                 deck_table[found].group);
     return out;
 }

@@ -1,13 +1,15 @@
 /* deck_text.c - from the deck's text to its fields: the strict namelist grammar.
  *
  *   deck   = [BOM] { comment | blank | group }             nothing else may stand outside a group
- *   group  = "&" name { item } "/"                         after "/" only blanks and a comment up to the end of the line
+ *   group  = "&" name { item } "/"
+ *          after "/" only blanks and a comment up to the end of the line
  *   item   = name [ "(" int [ ":" int ] ")" ] "=" value { ("," | blank) value } [ "," ]
  *   value  = [ count "*" ] ( integer | real | logical | string )
  *
- * Every deck accepted here means the same to gfortran and f90nml; what those two read differently, drop or guess is refused.
- * All mistakes are reported as file:line:column (columns count bytes from 1); after one the parser goes on at the next line
- * that it can understand. Whether a value suits its key is decided in deck_value.c, by the table's row.
+ * Every deck accepted here means the same to gfortran and f90nml; what those two read differently,
+ * drop or guess is refused. All mistakes are reported as file:line:column (columns count bytes from
+ * 1); after one the parser goes on at the next line that it can understand. Whether a value suits
+ * its key is decided in deck_value.c, by the table's row.
  */
 #include "deck_text.h"
 
@@ -16,19 +18,23 @@
 #include <string.h>
 #include <strings.h>
 
-/* ---- messages ------------------------------------------------------------------------------------------------------ */
+/* ---- messages -------------------------------------------------------------------------------- */
 
 static void report(struct deck_reader *r, struct deck_place p, const char *fmt, va_list args)
 {
-    if (r->stop) return;
+    if (r->stop)
+        return;
     char message[1024];
     vsnprintf(message, sizeof message, fmt, args);
     const char *file = r->deck->file;
-    if (r->command_line) errors_add(r->errors, EXIT_DECK, "command line: error: %s", message);
-    else errors_add(r->errors, EXIT_DECK, "%s:%d:%d: error: %s", file, p.line, p.column, message);
+    if (r->command_line)
+        errors_add(r->errors, EXIT_DECK, "command line: error: %s", message);
+    else
+        errors_add(r->errors, EXIT_DECK, "%s:%d:%d: error: %s", file, p.line, p.column, message);
     if (++r->faults >= DECK_ERRORS_MAX) {
         r->stop = true;
-        errors_add(r->errors, EXIT_DECK, "%s: error: too many errors, the rest of the deck was not read",
+        errors_add(r->errors, EXIT_DECK,
+                   "%s: error: too many errors, the rest of the deck was not read",
                    r->command_line ? "command line" : file);
     }
 }
@@ -56,13 +62,14 @@ void deck_text_fault_item(struct deck_reader *r, struct deck_place p, const char
 const char *deck_text_shown(char out[DECK_SHOWN], const char *text, size_t length)
 {
     size_t n = length < DECK_SHOWN_MAX ? length : DECK_SHOWN_MAX;
-    while (n < length && n > 0 && ((unsigned char)text[n] & 0xC0) == 0x80) n--;
+    while (n < length && n > 0 && ((unsigned char)text[n] & 0xC0) == 0x80)
+        n--;
     memcpy(out, text, n);
     memcpy(out + n, n < length ? "..." : "", n < length ? sizeof "..." : 1);
     return out;
 }
 
-/* ---- characters ---------------------------------------------------------------------------------------------------- */
+/* ---- characters ------------------------------------------------------------------------------ */
 
 static int peek_at(const struct deck_reader *r, size_t ahead)
 {
@@ -76,7 +83,8 @@ static int peek(const struct deck_reader *r)
 
 static void advance(struct deck_reader *r)
 {
-    if (r->at >= r->length) return;
+    if (r->at >= r->length)
+        return;
     if (r->text[r->at++] == '\n') {
         r->line++;
         r->column = 1;
@@ -90,48 +98,72 @@ static struct deck_place here(const struct deck_reader *r)
     return (struct deck_place){ r->line, r->column };
 }
 
-static bool is_blank(int c) { return c == ' ' || c == '\t'; }
-static bool is_letter(int c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
-static bool is_digit(int c) { return c >= '0' && c <= '9'; }
-static bool is_name(int c) { return is_letter(c) || is_digit(c) || c == '_'; }
+static bool is_blank(int c)
+{
+    return c == ' ' || c == '\t';
+}
+static bool is_letter(int c)
+{
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+}
+static bool is_digit(int c)
+{
+    return c >= '0' && c <= '9';
+}
+static bool is_name(int c)
+{
+    return is_letter(c) || is_digit(c) || c == '_';
+}
 /* What may follow a complete "/" or value. */
-static bool is_end(int c) { return c < 0 || is_blank(c) || c == '\n' || c == '!'; }
+static bool is_end(int c)
+{
+    return c < 0 || is_blank(c) || c == '\n' || c == '!';
+}
 
 static void skip_blanks(struct deck_reader *r)
 {
-    while (is_blank(peek(r))) advance(r);
+    while (is_blank(peek(r)))
+        advance(r);
 }
 
 static void skip_line(struct deck_reader *r)
 {
-    while (peek(r) >= 0 && peek(r) != '\n') advance(r);
+    while (peek(r) >= 0 && peek(r) != '\n')
+        advance(r);
 }
 
 static void skip_space(struct deck_reader *r)
 {
     for (;;) {
         skip_blanks(r);
-        if (peek(r) == '!') skip_line(r);
-        if (peek(r) != '\n') return;
+        if (peek(r) == '!')
+            skip_line(r);
+        if (peek(r) != '\n')
+            return;
         advance(r);
     }
 }
 
-/* Length of the UTF-8 character at p, 0 when it is none (overlong forms and surrogates are none). */
+/* Length of the UTF-8 character at p, 0 when it is none (overlong forms and surrogates are
+ * none). */
 static size_t utf8_length(const unsigned char *p, size_t left)
 {
-    if (p[0] < 0x80) return 1;
+    if (p[0] < 0x80)
+        return 1;
     size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : p[0] >= 0xC2 ? 2 : 0;
-    if (n == 0 || n > left || p[0] > 0xF4) return 0;
+    if (n == 0 || n > left || p[0] > 0xF4)
+        return 0;
     for (size_t i = 1; i < n; i++)
-        if ((p[i] & 0xC0) != 0x80) return 0;
-    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) || (p[0] == 0xF0 && p[1] < 0x90) ||
-        (p[0] == 0xF4 && p[1] > 0x8F))
+        if ((p[i] & 0xC0) != 0x80)
+            return 0;
+    if ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] > 0x9F) ||
+        (p[0] == 0xF0 && p[1] < 0x90) || (p[0] == 0xF4 && p[1] > 0x8F))
         return 0;
     return n;
 }
 
-/* Sizes and bytes of the whole text, before anything is read; false = not text, reported. CR-LF becomes LF in `copy`. */
+/* Sizes and bytes of the whole text, before anything is read; false = not text, reported. CR-LF
+ * becomes LF in `copy`. */
 static bool clean_text(struct deck_reader *r, const char *text, size_t length, char *copy)
 {
     struct deck_place p = { 1, 1 };
@@ -147,7 +179,8 @@ static bool clean_text(struct deck_reader *r, const char *text, size_t length, c
         bool crlf = t[i] == '\r' && i + 1 < length && t[i + 1] == '\n';
         bool control = (t[i] < 0x20 && t[i] != '\n' && t[i] != '\t' && !crlf) || t[i] == 0x7F;
         if (bytes == 0 || control || (r->command_line && t[i] == '\n')) {
-            deck_text_fault(r, p, "byte 0x%02X is not text (%s)", t[i], bytes == 0 ? "not UTF-8" : "control character");
+            deck_text_fault(r, p, "byte 0x%02X is not text (%s)", t[i],
+                            bytes == 0 ? "not UTF-8" : "control character");
             return false;
         }
         if (crlf) {
@@ -157,8 +190,10 @@ static bool clean_text(struct deck_reader *r, const char *text, size_t length, c
         memcpy(copy + n, t + i, bytes);
         n += bytes;
         i += bytes;
-        if (copy[n - 1] == '\n') p = (struct deck_place){ p.line + 1, 1 };
-        else p.column += (int)bytes;
+        if (copy[n - 1] == '\n')
+            p = (struct deck_place){ p.line + 1, 1 };
+        else
+            p.column += (int)bytes;
         if (p.column > DECK_LINE_MAX) {
             p.column = 1;
             deck_text_fault(r, p, "line longer than %d bytes", DECK_LINE_MAX);
@@ -170,7 +205,7 @@ static bool clean_text(struct deck_reader *r, const char *text, size_t length, c
     return true;
 }
 
-/* ---- groups and items ---------------------------------------------------------------------------------------------- */
+/* ---- groups and items ------------------------------------------------------------------------ */
 
 /* Read a name into out; longer ones are reported and cut. */
 static void read_name(struct deck_reader *r, char out[DECK_NAME_MAX + 1])
@@ -179,20 +214,24 @@ static void read_name(struct deck_reader *r, char out[DECK_NAME_MAX + 1])
     const char *start = r->text + r->at;
     size_t n = 0;
     while (is_name(peek(r))) {
-        if (n < DECK_NAME_MAX) out[n] = (char)peek(r);
+        if (n < DECK_NAME_MAX)
+            out[n] = (char)peek(r);
         n++;
         advance(r);
     }
     out[n < DECK_NAME_MAX ? n : DECK_NAME_MAX] = '\0';
     char text[DECK_SHOWN];
-    if (n > DECK_NAME_MAX) deck_text_fault(r, p, "'%s': a name has at most %d letters", deck_text_shown(text, start, n), DECK_NAME_MAX);
+    if (n > DECK_NAME_MAX)
+        deck_text_fault(r, p, "'%s': a name has at most %d letters",
+                        deck_text_shown(text, start, n), DECK_NAME_MAX);
 }
 
 /* The blank-separated text at the cursor, for messages. */
 static const char *text_here(const struct deck_reader *r, char out[DECK_SHOWN])
 {
     size_t n = 0;
-    while (peek_at(r, n) >= 0 && !is_blank(peek_at(r, n)) && peek_at(r, n) != '\n') n++;
+    while (peek_at(r, n) >= 0 && !is_blank(peek_at(r, n)) && peek_at(r, n) != '\n')
+        n++;
     return deck_text_shown(out, r->text + r->at, n);
 }
 
@@ -200,10 +239,13 @@ static const char *text_here(const struct deck_reader *r, char out[DECK_SHOWN])
 static bool item_follows(struct deck_reader *r)
 {
     struct deck_reader ahead = { .text = r->text, .length = r->length, .at = r->at };
-    while (is_name(peek(&ahead))) advance(&ahead);
-    if (peek(&ahead) == '(' || peek(&ahead) == '%') return true;
+    while (is_name(peek(&ahead)))
+        advance(&ahead);
+    if (peek(&ahead) == '(' || peek(&ahead) == '%')
+        return true;
     skip_blanks(&ahead);
-    if (peek(&ahead) == '(' || peek(&ahead) == '%') return true;
+    if (peek(&ahead) == '(' || peek(&ahead) == '%')
+        return true;
     skip_space(&ahead);
     return peek(&ahead) == '=';
 }
@@ -214,8 +256,10 @@ static bool add_value(struct deck_reader *r, struct deck_values *values, struct 
         deck_text_fault(r, v.place, "more than %d items", DECK_ITEMS_MAX);
         r->stop = true;
     }
-    if (values->total > INT64_MAX - v.count) values->total = INT64_MAX;
-    else values->total += v.count;
+    if (values->total > INT64_MAX - v.count)
+        values->total = INT64_MAX;
+    else
+        values->total += v.count;
     if (values->n > DECK_LIST_MAX) {
         free(v.token);
         return false;
@@ -230,11 +274,15 @@ static void refuse_group_names(struct deck_reader *r, struct deck_place p, const
     for (const char *q = string; *q; q++) {
         char name[DECK_NAME_MAX + 1], shown[DECK_SHOWN];
         size_t n = 0;
-        if (*q != '&' && *q != '$') continue;
-        while (n < DECK_NAME_MAX && is_name((unsigned char)q[1 + n])) name[n] = q[1 + n], n++;
+        if (*q != '&' && *q != '$')
+            continue;
+        while (n < DECK_NAME_MAX && is_name((unsigned char)q[1 + n]))
+            name[n] = q[1 + n], n++;
         name[n] = '\0';
         if (deck_table_group(name) >= 0)
-            deck_text_fault_item(r, p, "'%s' inside a string would begin a group to a Fortran program", deck_text_shown(shown, q, 1 + n));
+            deck_text_fault_item(r, p,
+                                 "'%s' inside a string would begin a group to a Fortran program",
+                                 deck_text_shown(shown, q, 1 + n));
     }
 }
 
@@ -249,16 +297,19 @@ static char *read_quoted(struct deck_reader *r)
     for (;;) {
         int c = peek(r);
         if (c < 0 || c == '\n') {
-            deck_text_fault(r, p, "string opened at %d:%d is not closed on line %d", p.line, p.column, p.line);
+            deck_text_fault(r, p, "string opened at %d:%d is not closed on line %d", p.line,
+                            p.column, p.line);
             free(s);
             return NULL;
         }
         advance(r);
         if (c == quote) {
-            if (peek(r) != quote) break;
+            if (peek(r) != quote)
+                break;
             advance(r);
         }
-        if (n + 2 > capacity) s = xrealloc(s, capacity *= 2, 1);
+        if (n + 2 > capacity)
+            s = xrealloc(s, capacity *= 2, 1);
         s[n++] = (char)c;
     }
     s[n] = '\0';
@@ -272,8 +323,10 @@ static char *read_word(struct deck_reader *r)
     size_t start = r->at;
     for (;;) {
         int c = peek(r);
-        if (is_end(c) || c == ',' || c == '\'' || c == '"' || c == '=') break;
-        if (c == '/' && is_end(peek_at(r, 1))) break;
+        if (is_end(c) || c == ',' || c == '\'' || c == '"' || c == '=')
+            break;
+        if (c == '/' && is_end(peek_at(r, 1)))
+            break;
         advance(r);
     }
     size_t n = r->at - start;
@@ -283,14 +336,17 @@ static char *read_word(struct deck_reader *r)
     return word;
 }
 
-/* Split "3*x": the count, with the rest moved to the front of word; 1 without "*"; 0 when it is no valid count (reported). */
+/* Split "3*x": the count, with the rest moved to the front of word; 1 without "*"; 0 when it is no
+ * valid count (reported). */
 static int64_t take_count(struct deck_reader *r, struct deck_place p, char *word)
 {
     char *star = strchr(word, '*'), text[DECK_SHOWN];
-    if (!star) return 1;
+    if (!star)
+        return 1;
     deck_text_shown(text, word, strlen(word));
     if (star == word) {
-        deck_text_fault(r, p, "'%s': no blank may stand before or after the * of a repeat count", text);
+        deck_text_fault(r, p, "'%s': no blank may stand before or after the * of a repeat count",
+                        text);
         return 0;
     }
     int64_t count = 0;
@@ -299,10 +355,13 @@ static int64_t take_count(struct deck_reader *r, struct deck_place p, char *word
             deck_text_fault(r, p, "'%s': a repeat count is digits, then *, then the value", text);
             return 0;
         }
-        if (count > (INT64_MAX - 9) / 10) count = (INT64_MAX - 9) / 10;   /* huge is huge; refused by the number of values */
+        /* huge is huge; refused by the number of values */
+        if (count > (INT64_MAX - 9) / 10)
+            count = (INT64_MAX - 9) / 10;
         count = 10 * count + (*q - '0');
     }
-    if (count == 0) deck_text_fault(r, p, "'%s': a repeat count is at least 1", text);
+    if (count == 0)
+        deck_text_fault(r, p, "'%s': a repeat count is at least 1", text);
     memmove(word, star + 1, strlen(star + 1) + 1);
     return count;
 }
@@ -332,7 +391,8 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
         }
         if (*v.token || !quote) {
             if (quote) {
-                deck_text_fault(r, here(r), "unexpected quote after '%s'", deck_text_shown(text, v.token, strlen(v.token)));
+                deck_text_fault(r, here(r), "unexpected quote after '%s'",
+                                deck_text_shown(text, v.token, strlen(v.token)));
                 free(v.token);
                 return false;
             }
@@ -343,7 +403,8 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
     }
     v.quoted = true;
     v.token = read_quoted(r);
-    if (!v.token) return false;
+    if (!v.token)
+        return false;
     int c = peek(r);
     if (!is_end(c) && c != ',' && !(c == '/' && is_end(peek_at(r, 1)))) {
         deck_text_fault(r, here(r), "unexpected '%s' after a string", text_here(r, text));
@@ -357,24 +418,28 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
 /* "&end" or "$end" at the cursor. */
 static bool at_end_word(const struct deck_reader *r)
 {
-    return (peek(r) == '&' || peek(r) == '$') && r->length - r->at >= 4 && !strncasecmp(r->text + r->at + 1, "end", 3) &&
-           !is_name(peek_at(r, 4));
+    return (peek(r) == '&' || peek(r) == '$') && r->length - r->at >= 4 &&
+           !strncasecmp(r->text + r->at + 1, "end", 3) && !is_name(peek_at(r, 4));
 }
 
-static void fault_comma(struct deck_reader *r, const char *name, struct deck_place p, const char *where, struct deck_values *values)
+static void fault_comma(struct deck_reader *r, const char *name, struct deck_place p,
+                        const char *where, struct deck_values *values)
 {
-    if (!values->faulty) deck_text_fault(r, p, "%s: a comma may not stand %s", name, where);
+    if (!values->faulty)
+        deck_text_fault(r, p, "%s: a comma may not stand %s", name, where);
     values->faulty = true;
 }
 
-/* All values of an item, up to the next item, "/" or "&". gfortran takes some commas at the start of a line, and between two values
- * any there and one before a comment, for a missing value; such lists are refused, so that a deck means the same to every reader. */
-static void read_values(struct deck_reader *r, const char *name, struct deck_place name_place, struct deck_values *values)
+/* All values of an item, up to the next item, "/" or "&". gfortran takes some commas at the start
+ * of a line, and between two values any there and one before a comment, for a missing value; such
+ * lists are refused, so that a deck means the same to every reader. */
+static void read_values(struct deck_reader *r, const char *name, struct deck_place name_place,
+                        struct deck_values *values)
 {
-    bool comma = true;   /* a value may follow; two commas in a row are a missing value */
+    bool comma = true; /* a value may follow; two commas in a row are a missing value */
     int value_line = r->line;
     struct deck_place comma_place = { 0, 0 };
-    const char *ambiguous = NULL;   /* where that comma may not stand between two values */
+    const char *ambiguous = NULL; /* where that comma may not stand between two values */
     for (;;) {
         skip_blanks(r);
         size_t gap = r->at;
@@ -383,8 +448,10 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
         bool comment = r->at > gap && r->text[gap] == '!';
         if (comma && comma_place.line > value_line && comment)
             fault_comma(r, name, comma_place, "at the start of a line before a comment", values);
-        else if (comma && comma_place.line && comment) ambiguous = "before a comment";
-        if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) || (is_letter(c) && item_follows(r))) {
+        else if (comma && comma_place.line && comment)
+            ambiguous = "before a comment";
+        if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) ||
+            (is_letter(c) && item_follows(r))) {
             if (values->n == 0 && !values->faulty) {
                 deck_text_fault(r, name_place, "%s: value missing", name);
                 values->faulty = true;
@@ -396,7 +463,8 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
                 deck_text_fault(r, here(r), "%s: value missing before ','", name);
                 values->faulty = true;
             } else if (r->line > value_line + (comment ? 0 : 1)) {
-                fault_comma(r, name, here(r), "at the start of a line after a comment or an empty line", values);
+                fault_comma(r, name, here(r),
+                            "at the start of a line after a comment or an empty line", values);
             }
             comma = true;
             comma_place = here(r);
@@ -405,7 +473,8 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
             continue;
         }
         if (ambiguous && !values->faulty) {
-            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name, ambiguous);
+            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name,
+                            ambiguous);
             values->faulty = true;
         }
         ambiguous = NULL;
@@ -416,23 +485,30 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
         }
         value_line = r->line;
         comma = false;
-        if (r->stop) return;
+        if (r->stop)
+            return;
     }
 }
 
-/* A signed number of an index; false when there is none. Far out of bounds is as good as any number out of bounds. */
+/* A signed number of an index; false when there is none. Far out of bounds is as good as any number
+ * out of bounds. */
 static bool read_bound(struct deck_reader *r, int64_t *bound)
 {
     bool negative = peek(r) == '-';
-    if (negative || peek(r) == '+') advance(r);
-    if (!is_digit(peek(r))) return false;
+    if (negative || peek(r) == '+')
+        advance(r);
+    if (!is_digit(peek(r)))
+        return false;
     for (*bound = 0; is_digit(peek(r)); advance(r))
-        if (*bound < INT32_MAX) *bound = 10 * *bound + (peek(r) - '0');
-    if (negative) *bound = -*bound;
+        if (*bound < INT32_MAX)
+            *bound = 10 * *bound + (peek(r) - '0');
+    if (negative)
+        *bound = -*bound;
     return true;
 }
 
-/* "(3)" or "(2:4)" at the cursor, no blanks inside (gfortran takes only some of them). False: reported. */
+/* "(3)" or "(2:4)" at the cursor, no blanks inside (gfortran takes only some of them). False:
+ * reported. */
 static bool read_index(struct deck_reader *r, const char *name, int64_t *first, int64_t *last)
 {
     struct deck_place p = here(r);
@@ -476,9 +552,11 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
         return;
     }
     if (peek(r) == '(') {
-        if (blank) deck_text_fault(r, here(r), "%s: no blank between a name and its index", name);
+        if (blank)
+            deck_text_fault(r, here(r), "%s: no blank between a name and its index", name);
         if (blank || !read_index(r, name, &first, &last)) {
-            if (row >= 0) r->deck->source[row].bad = true;
+            if (row >= 0)
+                r->deck->source[row].bad = true;
             r->recovering = true;
             skip_line(r);
             return;
@@ -487,7 +565,8 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     struct deck_reader before = *r;
     skip_space(r);
     if (peek(r) != '=') {
-        if (!r->recovering) deck_text_fault(r, p, "'=' missing after %s", name);
+        if (!r->recovering)
+            deck_text_fault(r, p, "'=' missing after %s", name);
         r->at = before.at, r->line = before.line, r->column = before.column;
         r->recovering = true;
         skip_line(r);
@@ -496,18 +575,22 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     advance(r);
     r->recovering = false;
     skip_blanks(r);
-    bool comment = peek(r) == '!';   /* gfortran reads no value after it */
-    if (comment) deck_text_fault(r, here(r), "%s: no comment between = and the value on the same line", name);
+    bool comment = peek(r) == '!'; /* gfortran reads no value after it */
+    if (comment)
+        deck_text_fault(r, here(r), "%s: no comment between = and the value on the same line",
+                        name);
     struct deck_values *values = xcalloc(1, sizeof *values);
     values->faulty = comment;
     read_values(r, name, p, values);
     if (known && row < 0) {
-        deck_text_fault_item(r, p, "&%s has no key '%s'%s", deck_table[deck_table_group(group)].group, name,
-              deck_table_suggest(group, name, hint, sizeof hint));
+        deck_text_fault_item(r, p, "&%s has no key '%s'%s",
+                             deck_table[deck_table_group(group)].group, name,
+                             deck_table_suggest(group, name, hint, sizeof hint));
     } else if (row >= 0) {
         deck_value_set_item(r, row, p, first, last, values);
     }
-    for (int i = 0; i < values->n; i++) free(values->v[i].token);
+    for (int i = 0; i < values->n; i++)
+        free(values->v[i].token);
     free(values);
 }
 
@@ -518,7 +601,8 @@ static void read_group(struct deck_reader *r)
     char name[DECK_NAME_MAX + 1], hint[200], text[DECK_SHOWN];
     advance(r);
     r->groups++;
-    if (is_blank(peek(r))) deck_text_fault(r, here(r), "no blank between & and the name of a group");
+    if (is_blank(peek(r)))
+        deck_text_fault(r, here(r), "no blank between & and the name of a group");
     skip_blanks(r);
     if (!is_letter(peek(r))) {
         deck_text_fault(r, p, "the name of a group is missing after &");
@@ -537,9 +621,11 @@ static void read_group(struct deck_reader *r)
     }
     int row = deck_table_group(name);
     if (row < 0) {
-        deck_text_fault(r, p, "there is no group &%s%s", name, deck_table_suggest(name, NULL, hint, sizeof hint));
+        deck_text_fault(r, p, "there is no group &%s%s", name,
+                        deck_table_suggest(name, NULL, hint, sizeof hint));
     } else if (r->group_line[row]) {
-        deck_text_fault(r, p, "&%s is given twice, on lines %d and %d", name, r->group_line[row], p.line);
+        deck_text_fault(r, p, "&%s is given twice, on lines %d and %d", name, r->group_line[row],
+                        p.line);
         row = -1;
     } else {
         r->group_line[row] = p.line;
@@ -548,7 +634,8 @@ static void read_group(struct deck_reader *r)
         skip_space(r);
         int c = peek(r);
         if (c < 0) {
-            deck_text_fault(r, here(r), "&%s opened at line %d is not closed: '/' is missing", name, p.line);
+            deck_text_fault(r, here(r), "&%s opened at line %d is not closed: '/' is missing", name,
+                            p.line);
             return;
         }
         if (c == '&' || c == '$') {
@@ -556,8 +643,9 @@ static void read_group(struct deck_reader *r)
                 deck_text_fault(r, here(r), "write / to end a group, not %cend", c);
                 skip_line(r);
             } else {
-                deck_text_fault(r, here(r), "&%s opened at line %d is not closed before '%s': '/' is missing", name, p.line,
-                      text_here(r, text));
+                deck_text_fault(r, here(r),
+                                "&%s opened at line %d is not closed before '%s': '/' is missing",
+                                name, p.line, text_here(r, text));
             }
             return;
         }
@@ -565,7 +653,8 @@ static void read_group(struct deck_reader *r)
             advance(r);
             skip_blanks(r);
             if (!is_end(peek(r))) {
-                deck_text_fault(r, here(r), "unexpected '%s' after the / that ends &%s", text_here(r, text), name);
+                deck_text_fault(r, here(r), "unexpected '%s' after the / that ends &%s",
+                                text_here(r, text), name);
                 skip_line(r);
             }
             return;
@@ -575,7 +664,8 @@ static void read_group(struct deck_reader *r)
             continue;
         }
         if (!r->recovering) {
-            deck_text_fault(r, here(r), "unexpected '%s' in &%s%s", text_here(r, text), name, c == '#' ? "; comments start with !" : "");
+            deck_text_fault(r, here(r), "unexpected '%s' in &%s%s", text_here(r, text), name,
+                            c == '#' ? "; comments start with !" : "");
             r->recovering = true;
         }
         skip_line(r);
@@ -597,21 +687,27 @@ int deck_text_parse(struct deck *deck, const char *text, size_t length, struct e
             while (!r->stop) {
                 skip_space(r);
                 int c = peek(r);
-                if (c < 0) break;
+                if (c < 0)
+                    break;
                 if (c == '&') {
                     stray = false;
                     read_group(r);
                     continue;
                 }
                 if (!stray) {
-                    const char *hint = c == '#' ? "; comments start with !" : c == '$' ? "; a group starts with &" : "; did you forget &?";
-                    deck_text_fault(r, here(r), "text outside a group: '%s'%s", text_here(r, shown_text), hint);
+                    const char *hint = c == '#'   ? "; comments start with !"
+                                       : c == '$' ? "; a group starts with &"
+                                                  : "; did you forget &?";
+                    deck_text_fault(r, here(r), "text outside a group: '%s'%s",
+                                    text_here(r, shown_text), hint);
                 }
                 stray = true;
                 skip_line(r);
             }
             groups = r->groups;
-            if (groups == 0 && !stray) deck_text_fault(r, (struct deck_place){ 1, 1 }, "the deck is empty: it has no group");
+            if (groups == 0 && !stray)
+                deck_text_fault(r, (struct deck_place){ 1, 1 },
+                                "the deck is empty: it has no group");
         }
     }
     free(copy);
@@ -619,7 +715,7 @@ int deck_text_parse(struct deck *deck, const char *text, size_t length, struct e
     return groups;
 }
 
-/* ---- overrides ----------------------------------------------------------------------------------------------------- */
+/* ---- overrides ------------------------------------------------------------------------------- */
 
 /* Row named by the text before "=", -1 = reported. */
 static int override_row(struct deck_reader *r, const char *argument, const char *equals)
@@ -627,7 +723,8 @@ static int override_row(struct deck_reader *r, const char *argument, const char 
     struct deck_place none = { 0, 0 };
     char name[2 * DECK_NAME_MAX + 2], hint[200], text[DECK_SHOWN];
     size_t n = equals ? (size_t)(equals - argument) : 0;
-    while (n && is_blank((unsigned char)argument[n - 1])) n--;
+    while (n && is_blank((unsigned char)argument[n - 1]))
+        n--;
     const char *dot = equals ? memchr(argument, '.', n) : NULL;
     deck_text_shown(text, argument, strlen(argument));
     if (!equals || n == 0 || n >= sizeof name) {
@@ -637,31 +734,40 @@ static int override_row(struct deck_reader *r, const char *argument, const char 
     memcpy(name, argument, n);
     name[n] = '\0';
     if (!dot) {
-        deck_text_fault_item(r, none, "'%s': an override is group.key=value%s", text, deck_table_suggest("", name, hint, sizeof hint));
+        deck_text_fault_item(r, none, "'%s': an override is group.key=value%s", text,
+                             deck_table_suggest("", name, hint, sizeof hint));
         return -1;
     }
     name[dot - argument] = '\0';
     const char *key = name + (dot - argument) + 1;
     int row = deck_table_find(name, key);
-    if (row >= 0) return row;
+    if (row >= 0)
+        return row;
     if (strchr(key, '('))
-        deck_text_fault_item(r, none, "'%s': give the whole list, an element cannot be set here", text);
+        deck_text_fault_item(r, none, "'%s': give the whole list, an element cannot be set here",
+                             text);
     else if (deck_table_group(name) < 0)
-        deck_text_fault_item(r, none, "'%s': there is no group &%s%s", text, name, deck_table_suggest(name, NULL, hint, sizeof hint));
+        deck_text_fault_item(r, none, "'%s': there is no group &%s%s", text, name,
+                             deck_table_suggest(name, NULL, hint, sizeof hint));
     else
-        deck_text_fault_item(r, none, "'%s': &%s has no key '%s'%s", text, name, key, deck_table_suggest(name, key, hint, sizeof hint));
+        deck_text_fault_item(r, none, "'%s': &%s has no key '%s'%s", text, name, key,
+                             deck_table_suggest(name, key, hint, sizeof hint));
     return -1;
 }
 
 void deck_text_override(struct deck *deck, const char *argument, struct errors *errors)
 {
     struct deck_reader *r = xcalloc(1, sizeof *r);
-    *r = (struct deck_reader){ .deck = deck, .errors = errors, .line = 1, .column = 1, .command_line = true };
+    *r = (struct deck_reader){
+        .deck = deck, .errors = errors, .line = 1, .column = 1, .command_line = true
+    };
     struct deck_values *values = xcalloc(1, sizeof *values);
     const char *equals = strchr(argument, '=');
     char *copy = xmalloc(strlen(argument) + 1, 1);
-    int row = clean_text(r, argument, strlen(argument), copy) ? override_row(r, argument, equals) : -1;
-    if (row < 0) goto done;
+    int row =
+        clean_text(r, argument, strlen(argument), copy) ? override_row(r, argument, equals) : -1;
+    if (row < 0)
+        goto done;
     const struct deck_param *p = &deck_table[row];
     struct deck_source *source = &deck->source[row];
     if (source->origin == DECK_FROM_COMMAND_LINE) {
@@ -670,12 +776,14 @@ void deck_text_override(struct deck *deck, const char *argument, struct errors *
     }
     bool ok;
     if (p->type == DECK_TYPE_STRING || p->type == DECK_TYPE_CHOICE) {
-        /* Everything after "=", one pair of outer quotes removed: shells eat quotes, so they are optional. */
+        /* Everything after "=", one pair of outer quotes removed: shells eat quotes, so they are
+         * optional. */
         const char *start = equals + 1;
         size_t n = strlen(start);
         bool quoted = n >= 2 && (start[0] == '\'' || start[0] == '"') && start[n - 1] == start[0];
         struct deck_value v = { .token = xstrdup(start + quoted), .quoted = true, .count = 1 };
-        if (quoted) v.token[n - 2] = '\0';
+        if (quoted)
+            v.token[n - 2] = '\0';
         values->v[values->n++] = v;
         values->total = 1;
         ok = deck_value_set_scalar(r, row, values);
@@ -690,13 +798,15 @@ void deck_text_override(struct deck *deck, const char *argument, struct errors *
         }
         source->elements = 0;
         ok = !values->faulty && (p->type == DECK_TYPE_INTEGERS || p->type == DECK_TYPE_STRINGS
-                                     ? deck_value_set_list(r, row, here(r), 0, 0, values) : deck_value_set_scalar(r, row, values));
+                                     ? deck_value_set_list(r, row, here(r), 0, 0, values)
+                                     : deck_value_set_scalar(r, row, values));
     }
     source->origin = DECK_FROM_COMMAND_LINE;
     source->where = "command line";
     source->bad = !ok;
 done:
-    for (int i = 0; i < values->n; i++) free(values->v[i].token);
+    for (int i = 0; i < values->n; i++)
+        free(values->v[i].token);
     free(values);
     free(copy);
     free(r);

@@ -1,4 +1,5 @@
-/* deck_text.h - between the deck's reader (deck_text.c) and the meaning of values (deck_value.c); for these two files only. */
+/* deck_text.h - between the deck's reader (deck_text.c) and the meaning of values (deck_value.c);
+ * for these two files only. */
 #ifndef MIMO_DECK_TEXT_H
 #define MIMO_DECK_TEXT_H
 
@@ -6,16 +7,19 @@
 
 enum { DECK_ERRORS_MAX = 200, DECK_SHOWN_MAX = 60, DECK_SHOWN = DECK_SHOWN_MAX + 8 };
 
-struct deck_place { int line, column; };
+struct deck_place {
+    int line, column;
+};
 
 struct deck_reader {
     struct deck *deck;
     struct errors *errors;
-    const char *text;          /* LF line ends, no BOM */
+    const char *text; /* LF line ends, no BOM */
     size_t length, at;
     int line, column;
     int items, faults;
-    bool command_line;         /* an override: strings may stand without quotes, no positions in messages */
+    /* an override: strings may stand without quotes, no positions in messages */
+    bool command_line;
     bool stop;                 /* too many errors or items */
     bool recovering;           /* after a fault: silent until something makes sense again */
     int group_line[DECK_ROWS]; /* where a group (by its first row) was opened, 0 = not yet */
@@ -23,32 +27,35 @@ struct deck_reader {
 };
 
 struct deck_value {
-    char *token;               /* as written; quoted: the contents */
+    char *token; /* as written; quoted: the contents */
     bool quoted;
-    int64_t count;             /* repeat count */
+    int64_t count; /* repeat count */
     struct deck_place place;
 };
 
 struct deck_values {
     struct deck_value v[DECK_LIST_MAX + 1];
     int n;
-    int64_t total;             /* with repeat counts, saturating */
+    int64_t total; /* with repeat counts, saturating */
     bool faulty;
 };
 
 /* Report a mistake after which part of the text is skipped (deck->unread). Local. */
-void deck_text_fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void deck_text_fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 /* Report a mistake that is confined to one item. Local. */
-void deck_text_fault_item(struct deck_reader *r, struct deck_place p, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void deck_text_fault_item(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 /* A piece of user text for a message: cut when long, never inside a character. Local. */
 const char *deck_text_shown(char out[DECK_SHOWN], const char *text, size_t length);
 
-/* Give the values of one item to its row, once; first..last are 1-based elements of a list, 0 = no index. Local. */
-void deck_value_set_item(struct deck_reader *r, int row, struct deck_place p, int64_t first, int64_t last,
-                         struct deck_values *values);
+/* Give the values of one item to its row, once; first..last are 1-based elements of a list, 0 = no
+ * index. Local. */
+void deck_value_set_item(struct deck_reader *r, int row, struct deck_place p, int64_t first,
+                         int64_t last, struct deck_values *values);
 /* The same without looking at what was given before. False = reported. Local. */
-bool deck_value_set_list(struct deck_reader *r, int row, struct deck_place p, int64_t first, int64_t last,
-                         const struct deck_values *values);
+bool deck_value_set_list(struct deck_reader *r, int row, struct deck_place p, int64_t first,
+                         int64_t last, const struct deck_values *values);
 bool deck_value_set_scalar(struct deck_reader *r, int row, const struct deck_values *values);
 
 #endif

@@ -1,5 +1,6 @@
-/* dispatch.c - see dispatch.h. All ranks' offsets are gathered on the device, which makes the order of the rows of them; the host gets a copy for
- * the splits of the messages alone, on a stream of its own beside what the compute stream does meanwhile. */
+/* dispatch.c - see dispatch.h. All ranks' offsets are gathered on the device, which makes the order
+ * of the rows of them; the host gets a copy for the splits of the messages alone, on a stream of
+ * its own beside what the compute stream does meanwhile. */
 #include "dispatch.h"
 
 #include <stdlib.h>
@@ -49,11 +50,13 @@ void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64
     d->offsets = arena_1d(acts, "dispatch.offsets", DTYPE_I32, d->owned + 1);
     d->order = arena_1d(acts, "dispatch.order", DTYPE_I32, d->max_rows);
     d->inverse = arena_1d(acts, "dispatch.inverse", DTYPE_I32, d->max_rows);
-    d->host_all = arena_2d(&as->a[ARENA_DATA], "dispatch.host_offsets", DTYPE_I32, d->size, d->experts + 1);
+    d->host_all =
+        arena_2d(&as->a[ARENA_DATA], "dispatch.host_offsets", DTYPE_I32, d->size, d->experts + 1);
     const size_t mark = arena_mark(comm);
-    d->buffer[DISPATCH_ROWS] = arena_2d(comm, "dispatch.rows", m->act, d->max_rows, m->deck->language.hidden_size);
+    d->buffer[DISPATCH_ROWS] =
+        arena_2d(comm, "dispatch.rows", m->act, d->max_rows, m->deck->language.hidden_size);
     d->buffer[DISPATCH_PROBS] = arena_2d(comm, "dispatch.probs", m->acc, d->max_rows, 1);
-    arena_rewind(comm, mark);   /* one layer exchanges at a time */
+    arena_rewind(comm, mark); /* one layer exchanges at a time */
 }
 
 /* `later` goes on after what `first` holds now. */
@@ -71,7 +74,8 @@ void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *of
     order(d, m->compute, &d->copies);
     d->be->copy(&d->copies, &d->all, &d->host_all);
     d->be->event_record(&d->known, &d->copies);
-    m->be->dispatch_order(m->compute, &d->all, d->rank * d->owned, &d->offsets, &d->order, &d->inverse);
+    m->be->dispatch_order(m->compute, &d->all, d->rank * d->owned, &d->offsets, &d->order,
+                          &d->inverse);
     d->sent = d->received = -1;
 }
 
@@ -84,7 +88,8 @@ void dispatch_learn(struct dispatch *d)
     d->be->event_sync(&d->known);
     d->sent = d->received = 0;
     for (int r = 0; r < d->size; r++) {
-        const int32_t *mine = all + d->rank * (d->experts + 1) + r * d->owned, *their = all + r * (d->experts + 1) + d->rank * d->owned;
+        const int32_t *mine = all + d->rank * (d->experts + 1) + r * d->owned,
+                      *their = all + r * (d->experts + 1) + d->rank * d->owned;
         d->send_rows[r] = mine[d->owned] - mine[0];
         d->recv_rows[r] = their[d->owned] - their[0];
         d->sent += d->send_rows[r];
@@ -97,21 +102,25 @@ static struct tensor received_rows(const struct dispatch *d, enum dispatch_load 
     return tensor_first(&d->buffer[load], d->received);
 }
 
-void dispatch_send(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *rows)
+void dispatch_send(struct model *m, struct dispatch *d, enum dispatch_load load,
+                   const struct tensor *rows)
 {
     dispatch_learn(d);
     const struct tensor received = received_rows(d, load);
     order(d, m->compute, d->stream);
-    m->comm->all_to_all_v(m->topo->language.ep.comm, rows, d->send_rows, &received, d->recv_rows, d->stream);
+    m->comm->all_to_all_v(m->topo->language.ep.comm, rows, d->send_rows, &received, d->recv_rows,
+                          d->stream);
 }
 
-void dispatch_return(struct model *m, struct dispatch *d, enum dispatch_load load, const struct tensor *sorted,
-                     const struct tensor *rows)
+void dispatch_return(struct model *m, struct dispatch *d, enum dispatch_load load,
+                     const struct tensor *sorted, const struct tensor *rows)
 {
-    const struct tensor received = received_rows(d, load), inverse = tensor_first(&d->inverse, d->received);
+    const struct tensor received = received_rows(d, load),
+                        inverse = tensor_first(&d->inverse, d->received);
     m->be->gather_rows(m->compute, sorted, &inverse, &received);
     order(d, m->compute, d->stream);
-    m->comm->all_to_all_v(m->topo->language.ep.comm, &received, d->recv_rows, rows, d->send_rows, d->stream);
+    m->comm->all_to_all_v(m->topo->language.ep.comm, &received, d->recv_rows, rows, d->send_rows,
+                          d->stream);
 }
 
 void dispatch_wait(struct model *m, struct dispatch *d)
@@ -120,8 +129,10 @@ void dispatch_wait(struct model *m, struct dispatch *d)
     order(d, d->stream, m->compute);
 }
 
-void dispatch_unpack(struct model *m, const struct dispatch *d, enum dispatch_load load, const struct tensor *out)
+void dispatch_unpack(struct model *m, const struct dispatch *d, enum dispatch_load load,
+                     const struct tensor *out)
 {
-    const struct tensor received = received_rows(d, load), from = tensor_first(&d->order, d->received);
+    const struct tensor received = received_rows(d, load),
+                        from = tensor_first(&d->order, d->received);
     m->be->gather_rows(m->compute, &received, &from, out);
 }

@@ -1,4 +1,5 @@
-/* header.h - the first lines of a run: everything that is needed to run it again, as `key: value` (robustness.md R1.2). */
+/* header.h - the first lines of a run: everything that is needed to run it again, as `key: value`
+ * (robustness.md R1.2). */
 #ifndef MIMO_HEADER_H
 #define MIMO_HEADER_H
 
@@ -6,9 +7,10 @@
 #include "deck.h"
 #include "topology.h"
 
-/* `start` says why the run starts where it does; `threads` of the BLAS on this rank. Collective over the world. */
-void header_print(const struct deck *deck, const struct topology *topo, const char *deck_text, size_t deck_bytes, int threads,
-                  const char *start);
+/* `start` says why the run starts where it does; `threads` of the BLAS on this rank. Collective
+ * over the world. */
+void header_print(const struct deck *deck, const struct topology *topo, const char *deck_text,
+                  size_t deck_bytes, int threads, const char *start);
 /* Cores that this process may use. Local. */
 int header_cores(void);
 

@@ -156,8 +156,8 @@ static void print_deck(const struct hf_config *c, const char *directory, const s
 }
 
 /* What tensors and config.json both tell. */
-static void compare_tensors(const struct hf_config *c, const struct contents *k, const struct hf_facts *facts,
-                            struct errors *errors)
+static void compare_tensors(const struct hf_config *c, const struct contents *k,
+                            const struct hf_facts *facts, struct errors *errors)
 {
     const struct hf_fact *v = hf_config_fact(facts, ROW(language, vocab_size)),
                          *w = hf_config_fact(facts, ROW(vision, class_token_len));

@@ -207,7 +207,8 @@ int hf_directory_map(const struct hf_directory *d, const struct deck *deck, cons
     struct hf_map next;
     *tensor = NULL;
     for (int spelling = 0; hf_map_init(&next, deck, p, spelling); spelling++) {
-        const struct safetensors_tensor **t = xcalloc((size_t)next.n_sources, sizeof *t); /* NOLINT(bugprone-sizeof-expression): pointers */
+        const struct safetensors_tensor **t = xcalloc(
+            (size_t)next.n_sources, sizeof *t); /* NOLINT(bugprone-sizeof-expression): pointers */
         const int n = find_sources(d, p, &next, t);
         if (n > most) {
             if (most >= 0)
@@ -463,8 +464,9 @@ static bool is_there(const struct hf_directory *d, const struct deck *deck, stru
     for (int m = 0; m < MODEL_MODULES; m++)
         if (d->want[m]) {
             snprintf(key, sizeof key, "import_%s", model_module_names[m]);
-            errors_add(errors, EXIT_CHECKPOINT, "%s: error: checkpoint.%s = '%s': %s%s", deck_where(deck, "checkpoint", key), key, d->path,
-                       strerror(error), path_hint(d->path, hint, sizeof hint));
+            errors_add(errors, EXIT_CHECKPOINT, "%s: error: checkpoint.%s = '%s': %s%s",
+                       deck_where(deck, "checkpoint", key), key, d->path, strerror(error),
+                       path_hint(d->path, hint, sizeof hint));
         }
     return false;
 }

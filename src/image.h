@@ -27,13 +27,17 @@
 /* What a header may ask for: 64 Mpixel are 192 MB decoded. Scans: of a progressive JPEG. */
 enum { IMAGE_MAX_PIXELS = 64 << 20, IMAGE_MAX_SIDE = 65535, IMAGE_MAX_SCANS = 100 };
 
-struct image_limits { int64_t pixels; int32_t side; int32_t scans; };
+struct image_limits {
+    int64_t pixels;
+    int32_t side;
+    int32_t scans;
+};
 
 /* A decoded picture. The buffer grows and is reused; zero the struct before its first use. */
 struct image {
-    uint8_t *rgb;                     /* [height, width, 3], owned */
+    uint8_t *rgb; /* [height, width, 3], owned */
     int32_t width, height;
-    size_t capacity;                  /* bytes allocated */
+    size_t capacity; /* bytes allocated */
 };
 
 /* Width and height from the header alone, within the built-in limits; false with `why`. Local. */
@@ -46,7 +50,7 @@ bool image_decode(const uint8_t *bytes, size_t n, const struct image_limits *lim
 /* Bicubic resize of `in` to width x height >= 1 into `out` (another struct); equal sizes copy.
  * Local. */
 void image_resize(const struct image *in, int width, int height, struct image *out);
-void image_free(struct image *im);   /* Local. */
+void image_free(struct image *im); /* Local. */
 
 /* Dynamic resolution: columns tw and rows th of patches for a picture of width x height >= 1
  * pixels. `merge`: both become multiples of it (2 for pixel shuffle, 1 none). min >= 1; max_patches

@@ -73,8 +73,8 @@ void image_grid(int width, int height, int patch, int64_t min_patches, int64_t m
     rows = fmax(rows, merge);
     const double over_columns = fmod(columns, merge);
     if (over_columns > 0)
-        columns += (columns + merge - over_columns) * rows <= limit ? merge - over_columns
-                                                                    : -over_columns;
+        columns +=
+            (columns + merge - over_columns) * rows <= limit ? merge - over_columns : -over_columns;
     columns = fmax(columns, merge);
     /* The floors of 1 and `merge` (thin pictures) or the ceilings may have left too many; the
      * longer side gives way. At least `merge` remains of it: (shorter - 1)^2 < limit and limit >=
@@ -93,24 +93,24 @@ const double image_deviation[3] = { 0.26862954, 0.26130258, 0.27577711 };
 
 /* One loop for both precisions: mean and deviation are applied in double to the 256 values of each
  * channel. */
-#define DEFINE_PATCHIFY(name, type)                                                              \
-    int64_t name(const struct image *im, int patch, type *out)                                   \
-    {                                                                                            \
-        ASSERT(patch >= 1 && im->width % patch == 0 && im->height % patch == 0);                 \
-        type value[3][256];                                                                      \
-        for (int c = 0; c < 3; c++)                                                              \
-            for (int v = 0; v < 256; v++)                                                        \
-                value[c][v] = (type)((v / 255.0 - image_mean[c]) / image_deviation[c]);          \
-        const int64_t tw = im->width / patch, th = im->height / patch;                           \
-        for (int64_t ty = 0; ty < th; ty++)                                                      \
-            for (int64_t tx = 0; tx < tw; tx++)                                                  \
-                for (int c = 0; c < 3; c++)                                                      \
-                    for (int64_t y = ty * patch; y < (ty + 1) * patch; y++) {                    \
+#define DEFINE_PATCHIFY(name, type) \
+    int64_t name(const struct image *im, int patch, type *out) \
+    { \
+        ASSERT(patch >= 1 && im->width % patch == 0 && im->height % patch == 0); \
+        type value[3][256]; \
+        for (int c = 0; c < 3; c++) \
+            for (int v = 0; v < 256; v++) \
+                value[c][v] = (type)((v / 255.0 - image_mean[c]) / image_deviation[c]); \
+        const int64_t tw = im->width / patch, th = im->height / patch; \
+        for (int64_t ty = 0; ty < th; ty++) \
+            for (int64_t tx = 0; tx < tw; tx++) \
+                for (int c = 0; c < 3; c++) \
+                    for (int64_t y = ty * patch; y < (ty + 1) * patch; y++) { \
                         const uint8_t *row = im->rgb + (size_t)(y * im->width + tx * patch) * 3; \
-                        for (int x = 0; x < patch; x++)                                          \
-                            *out++ = value[c][row[3 * x + c]];                                   \
-                    }                                                                            \
-        return tw * th;                                                                          \
+                        for (int x = 0; x < patch; x++) \
+                            *out++ = value[c][row[3 * x + c]]; \
+                    } \
+        return tw * th; \
     }
 DEFINE_PATCHIFY(image_patchify_f32, float)
 DEFINE_PATCHIFY(image_patchify_f64, double)

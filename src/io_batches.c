@@ -69,13 +69,14 @@ static bool continues(const char *path)
 {
     char format[64] = "";
     int64_t version = 0;
-    if (access(path, F_OK) != 0) return false;
+    if (access(path, F_OK) != 0)
+        return false;
     hid_t file = io_why_not_regular(path)[0] ? -1 : io_open(path, false);
-    bool ours = file >= 0 && io_get_attr_string(file, "format", format, sizeof format)
-                && strcmp(format, "mimo-batches") == 0
-                && io_get_attr_i64(file, "format_version", &version)
-                && version == IO_BATCHES_VERSION;
-    if (file >= 0) H5Fclose(file);
+    bool ours = file >= 0 && io_get_attr_string(file, "format", format, sizeof format) &&
+                strcmp(format, "mimo-batches") == 0 &&
+                io_get_attr_i64(file, "format_version", &version) && version == IO_BATCHES_VERSION;
+    if (file >= 0)
+        H5Fclose(file);
     if (!ours)
         fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away",
               "%s: is in the way: no batch file of format version %d", path, IO_BATCHES_VERSION);
@@ -94,8 +95,8 @@ struct batch_dump *batch_dump_open(const char *path, const struct deck *deck,
     d->topo = topo;
     d->writes_text = first_of_lane(&topo->language);
     d->writes_pictures = first_of_lane(&topo->encoder);
-    d->cpe = !deck->vision.force_cpe_eval_mode && !deck->derived.freeze_encoder
-             && deck->run.mode != DECK_MODE_EVAL;
+    d->cpe = !deck->vision.force_cpe_eval_mode && !deck->derived.freeze_encoder &&
+             deck->run.mode != DECK_MODE_EVAL;
     d->samples = deck->batch.global_batch_size;
     d->seq_length = deck->language.seq_length;
     d->patch_dim = deck->vision.patch_dim;
@@ -118,7 +119,8 @@ struct batch_dump *batch_dump_open(const char *path, const struct deck *deck,
 static void *copy_of(const void *from, size_t count, size_t size)
 {
     void *p = xmalloc(count + 1, size);
-    if (count) memcpy(p, from, count * size);
+    if (count)
+        memcpy(p, from, count * size);
     return p;
 }
 
@@ -139,8 +141,8 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
     ASSERT(m >= 0 && m < d->deck->derived.num_microbatches);
     if (text && d->writes_text) {
         size_t n = (size_t)(text->samples * text->seq_length);
-        ASSERT(text->samples == d->deck->batch.micro_batch_size
-               && text->seq_length == d->seq_length);
+        ASSERT(text->samples == d->deck->batch.micro_batch_size &&
+               text->seq_length == d->seq_length);
         d->text = xrealloc(d->text, (size_t)d->n_text + 1, sizeof *d->text);
         d->text[d->n_text++] =
             (struct held_text){ .m = m,
@@ -170,14 +172,15 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
 void batch_dump_choice(struct batch_dump *d, int64_t m, int64_t first, int64_t rows,
                        const int32_t *choice)
 {
-    if (d->choices == 0) return;
+    if (d->choices == 0)
+        return;
     d->choice = xrealloc(d->choice, (size_t)d->n_choice + 1, sizeof *d->choice);
-    d->choice[d->n_choice++] = (struct held_choice){
-        .m = m,
-        .first = first,
-        .rows = rows,
-        .expert = copy_of(choice, (size_t)rows, (size_t)d->choices * sizeof *choice)
-    };
+    d->choice[d->n_choice++] =
+        (struct held_choice){ .m = m,
+                              .first = first,
+                              .rows = rows,
+                              .expert = copy_of(choice, (size_t)rows,
+                                                (size_t)d->choices * sizeof *choice) };
 }
 
 void batch_dump_loss(struct batch_dump *d, int64_t m, const double *loss, const double *lse)
@@ -201,12 +204,14 @@ void batch_dump_logits(struct batch_dump *d, int64_t m, int64_t first, int64_t w
 
 static void forget(struct batch_dump *d)
 {
-    for (int i = 0; i < d->n_logits; i++) free(d->logits[i].value);
+    for (int i = 0; i < d->n_logits; i++)
+        free(d->logits[i].value);
     for (int i = 0; i < d->n_loss; i++) {
         free(d->loss[i].loss);
         free(d->loss[i].lse);
     }
-    for (int i = 0; i < d->n_choice; i++) free(d->choice[i].expert);
+    for (int i = 0; i < d->n_choice; i++)
+        free(d->choice[i].expert);
     for (int i = 0; i < d->n_text; i++) {
         free(d->text[i].input_ids);
         free(d->text[i].labels);
@@ -315,7 +320,8 @@ static hid_t open_in(const struct batch_dump *d, hid_t group, const char *name)
 static void put_rows(const struct batch_dump *d, hid_t group, const char *name, hid_t type,
                      int64_t first, int64_t rows, int64_t cols, const void *data)
 {
-    if (rows == 0) return;
+    if (rows == 0)
+        return;
     hid_t set = open_in(d, group, name);
     io_write_box(d->path, name, set, type, cols ? 2 : 1, (int64_t[2]){ first, 0 },
                  (int64_t[2]){ rows, cols }, data);
@@ -335,7 +341,8 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         tiles += count[s];
         patches += count[d->samples + s];
     }
-    if (d->topo->rank == 0) lay_out(d, name, iteration, tiles, patches, count);
+    if (d->topo->rank == 0)
+        lay_out(d, name, iteration, tiles, patches, count);
     comm_host_barrier(d->topo->world);
 
     hid_t file = io_open_parallel(d->path, d->topo->world);
@@ -372,10 +379,12 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
     }
     for (int i = 0; i < d->n_pictures; i++) {
         const struct held_pictures *h = &d->pictures[i];
-        if (h->tiles == 0) continue;
+        if (h->tiles == 0)
+            continue;
         int64_t row = first_row(d, h->m, false, h->samples);
         put_rows(d, group, "imgs_sizes", H5T_STD_I32LE, tile_at[row], h->tiles, 2, h->size);
-        if (d->cpe) put_rows(d, group, "cpe", H5T_IEEE_F64LE, tile_at[row], h->tiles, 4, h->cpe);
+        if (d->cpe)
+            put_rows(d, group, "cpe", H5T_IEEE_F64LE, tile_at[row], h->tiles, 4, h->cpe);
         put_rows(d, group, "patches", real_type(d), patch_at[row], h->patches,
                  3 * d->patch_dim * d->patch_dim, h->pixels);
     }
@@ -391,7 +400,8 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
 
 void batch_dump_close(struct batch_dump *d)
 {
-    if (!d) return;
+    if (!d)
+        return;
     forget(d);
     free(d->text);
     free(d->choice);

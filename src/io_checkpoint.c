@@ -71,7 +71,8 @@ void io_layout_text(const struct topology *topo, char *out, size_t size)
     const struct grid *grid[2] = { &topo->encoder, &topo->language };
     for (int i = 0; i < 2; i++) {
         const struct grid *g = grid[i];
-        if (!g->present) continue;
+        if (!g->present)
+            continue;
         ASSERT(n >= 0 && (size_t)n < size);
         n += snprintf(out + n, size - (size_t)n,
                       ", %s at %d: tp %d cp %d pp %d dp %d ep %d expt_tp %d",
@@ -140,7 +141,8 @@ bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout
         snprintf(name, sizeof name, "/state/%s", f->name);
         ok = io_get(file, name, f->kind == IO_STATE_F64 ? H5T_NATIVE_DOUBLE : H5T_NATIVE_INT64, 1,
                     f->kind == IO_STATE_INT ? (void *)&wide : value);
-        if (f->kind == IO_STATE_INT) *(int *)value = (int)wide;
+        if (f->kind == IO_STATE_INT)
+            *(int *)value = (int)wide;
     }
     const char *const position[2] = { "/state/train_position", "/state/valid_position" };
     int64_t *const count[2] = { &s->n_train_streams, &s->n_valid_streams };
@@ -148,16 +150,18 @@ bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout
     for (int i = 0; ok && i < 2; i++) {
         ok =
             io_get_shape(file, position[i], shape) == 1 && shape[0] >= 0 && shape[0] <= MAX_STREAMS;
-        if (!ok) break;
+        if (!ok)
+            break;
         *data[i] = xcalloc((size_t)shape[0] + 1, sizeof **data[i]);
         *count[i] = shape[0];
         ok = io_get(file, position[i], H5T_NATIVE_INT64, shape[0], *data[i]);
     }
     hid_t group = ok ? H5Gopen2(file, "/state", H5P_DEFAULT) : -1;
-    ok = ok && group >= 0 && io_get_string(file, "/state/layout", layout, layout_size)
-         && io_get(file, "/state/seed", H5T_NATIVE_INT64, 1, &seed)
-         && io_get_attr_u64(group, "xxh3", &stored) && io_state_hash(s, layout, seed) == stored;
-    if (group >= 0) H5Gclose(group);
+    ok = ok && group >= 0 && io_get_string(file, "/state/layout", layout, layout_size) &&
+         io_get(file, "/state/seed", H5T_NATIVE_INT64, 1, &seed) &&
+         io_get_attr_u64(group, "xxh3", &stored) && io_state_hash(s, layout, seed) == stored;
+    if (group >= 0)
+        H5Gclose(group);
     return ok;
 }
 
@@ -166,29 +170,35 @@ bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout
 void io_iteration_directory(char *out, size_t size, const char *dir, int64_t iteration)
 {
     int n = snprintf(out, size, "%s/iter_%07" PRId64, dir, iteration);
-    if (n < 0 || (size_t)n >= size) FATAL(EXIT_WRITE, "%s: directory name is too long", dir);
+    if (n < 0 || (size_t)n >= size)
+        FATAL(EXIT_WRITE, "%s: directory name is too long", dir);
 }
 
 /* a/b, never cut short. */
 static void join(char out[IO_PATH], const char *a, const char *b)
 {
     int n = snprintf(out, IO_PATH, "%s/%s", a, b);
-    if (n < 0 || n >= IO_PATH) FATAL(EXIT_WRITE, "%s/%s: name is too long", a, b);
+    if (n < 0 || n >= IO_PATH)
+        FATAL(EXIT_WRITE, "%s/%s: name is too long", a, b);
 }
 
 /* Delete a directory of ours: plain files one level deep; anything else stays, with a warning. */
 static void remove_directory(const char *path)
 {
     DIR *d = opendir(path);
-    if (!d) return;
+    if (!d)
+        return;
     char name[IO_PATH];
     for (struct dirent *e; (e = readdir(d)) != NULL;) {
-        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0) continue;
+        if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0)
+            continue;
         join(name, path, e->d_name);
-        if (unlink(name) != 0) log_warn("%s: cannot delete: %s", name, strerror(errno));
+        if (unlink(name) != 0)
+            log_warn("%s: cannot delete: %s", name, strerror(errno));
     }
     closedir(d);
-    if (rmdir(path) != 0) log_warn("%s: cannot delete: %s", path, strerror(errno));
+    if (rmdir(path) != 0)
+        log_warn("%s: cannot delete: %s", path, strerror(errno));
 }
 
 /* What a killed job left behind: .tmp-iter_* and .trash-iter_*, and a tracker without its name,
@@ -198,7 +208,8 @@ static void remove_leftovers(const char *save)
     static const char *const prefix[] = { ".tmp-iter_", ".trash-iter_",
                                           ".latest_checkpointed_iteration.txt-" };
     DIR *d = opendir(save);
-    if (!d) return;
+    if (!d)
+        return;
     char nonce[320], host[320], path[IO_PATH];
     io_nonce(nonce, sizeof nonce);
     snprintf(host, sizeof host, "%.*s", (int)(strrchr(nonce, '-') - nonce + 1), nonce);
@@ -206,18 +217,21 @@ static void remove_leftovers(const char *save)
         bool ours = false;
         for (int i = 0; i < 3; i++)
             ours = ours || strncmp(e->d_name, prefix[i], strlen(prefix[i])) == 0;
-        if (!ours) continue;
+        if (!ours)
+            continue;
         const char *owner = strchr(strchr(e->d_name, '_'), '-');
         struct stat st;
         join(path, save, e->d_name);
-        if (!owner || lstat(path, &st) != 0) continue;
+        if (!owner || lstat(path, &st) != 0)
+            continue;
         bool here = strncmp(owner + 1, host, strlen(host)) == 0,
              gone = time(NULL) - st.st_mtime > 86400;
         if (here) {
             long pid = atol(owner + 1 + strlen(host));
             gone = pid == (long)getpid() || (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH);
         }
-        if (gone && S_ISDIR(st.st_mode)) remove_directory(path);
+        if (gone && S_ISDIR(st.st_mode))
+            remove_directory(path);
         else if (gone && S_ISREG(st.st_mode) && unlink(path) != 0)
             log_warn("%s: cannot delete: %s", path, strerror(errno));
     }
@@ -247,7 +261,8 @@ int64_t io_tracker_get(const char *dir, char *why, size_t why_size)
     join(path, dir, tracker_name);
     FILE *f = fopen(path, "re");
     if (!f) {
-        if (errno == ENOENT || errno == ENOTDIR) return -1;
+        if (errno == ENOENT || errno == ENOTDIR)
+            return -1;
         snprintf(why, why_size, "%s: error: cannot read: %s", path, strerror(errno));
         return -2;
     }
@@ -258,9 +273,10 @@ int64_t io_tracker_get(const char *dir, char *why, size_t why_size)
     errno = 0;
     long long value = strtoll(text, &end, 10);
     size_t digits = (size_t)(end - text);
-    while (*end == '\n' || *end == ' ' || *end == '\r') end++;
-    if (digits > 0 && text[0] >= '0' && text[0] <= '9' && *end == 0 && (size_t)(end - text) == n
-        && errno == 0)
+    while (*end == '\n' || *end == ' ' || *end == '\r')
+        end++;
+    if (digits > 0 && text[0] >= '0' && text[0] <= '9' && *end == 0 && (size_t)(end - text) == n &&
+        errno == 0)
         return value;
     for (char *c = text; *c; c++)
         if (*c == '\n') {
@@ -299,7 +315,8 @@ static void lay_out(const char *path, const struct io_tensors *t, const struct d
     io_put_header(path, file, "mimo-checkpoint", IO_CHECKPOINT_VERSION, deck);
     io_attr_i64(path, file, "optimizer", with_optimizer);
     H5Gclose(io_group(path, file, "model"));
-    if (with_optimizer) H5Gclose(io_group(path, file, "optimizer"));
+    if (with_optimizer)
+        H5Gclose(io_group(path, file, "optimizer"));
     put_state(path, file, deck, topo, state);
     for (int i = 0; i < t->count; i++) {
         const struct io_tensor *d = &t->tensor[i];
@@ -308,8 +325,8 @@ static void lay_out(const char *path, const struct io_tensors *t, const struct d
         H5Tclose(type);
         hid_t set = IO_WRITE(path, d->path, H5Dopen2(file, d->path, H5P_DEFAULT));
         io_attr_string(path, set, "dtype", io_type_name(d->dtype));
-        if (strstr(d->path, "/language/embedding.word_embeddings.weight")
-            || strstr(d->path, "/language/output_layer.weight"))
+        if (strstr(d->path, "/language/embedding.word_embeddings.weight") ||
+            strstr(d->path, "/language/output_layer.weight"))
             io_attr_i64(path, set, "vocab_size", deck->language.vocab_size);
         H5Dclose(set);
     }
@@ -372,7 +389,8 @@ void checkpoint_save(const char *save, const struct deck *deck, const struct top
              H5Fflush(file, H5F_SCOPE_GLOBAL)); /* through MPI-IO: an fsync on every rank */
     IO_WRITE(path, "metadata", H5Fclose(file));
     io_manifest_gather(&m, topo);
-    if (topo->rank == 0) publish(save, temporary, path, &t, &m, state->iteration);
+    if (topo->rank == 0)
+        publish(save, temporary, path, &t, &m, state->iteration);
     io_manifest_free(&m);
     io_tensors_free(&t);
     comm_host_barrier(topo->world);
@@ -403,11 +421,13 @@ void checkpoint_retain(const char *save, int64_t keep_last, int64_t retain_inter
     if (topo->rank == 0 && (keep_last > 0 || retain_interval > 0))
         latest = io_tracker_get(save, why, sizeof why);
     /* Nothing newer than the tracker. */
-    if (latest >= 0) n = io_list_iterations(save, latest, &have);
+    if (latest >= 0)
+        n = io_list_iterations(save, latest, &have);
     for (int64_t i = 0; i < n; i++) {
-        bool recent = keep_last > 0 && i<keep_last, round = retain_interval> 0
-                      && have[i] % retain_interval == 0;
-        if (have[i] != latest && !recent && !round) retire(save, have[i]);
+        bool recent = keep_last > 0 && i<keep_last, round = retain_interval> 0 &&
+                      have[i] % retain_interval == 0;
+        if (have[i] != latest && !recent && !round)
+            retire(save, have[i]);
     }
     free(have);
     comm_host_barrier(topo->world);

@@ -56,8 +56,7 @@ struct export
     size_t have, have_converted;
 };
 
-/* ---- what to write
- * --------------------------------------------------------------------------------- */
+/* ---- what to write --------------------------------------------------------------------------- */
 
 /* The echo in the checkpoint names every grid size, so the ranks of its job follow. */
 static bool read_deck(struct export *x)
@@ -179,8 +178,7 @@ static void list_tensors(struct export *x)
     }
 }
 
-/* ---- numbers
- * ---------------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 /* n numbers of a checkpoint's type in the type of the file; the same memory where both are one. */
 static const void *convert(struct export *x, enum dtype from, int kind, const void *in, int64_t n)
@@ -256,7 +254,8 @@ static bool export_param(struct export *x, const struct param *p)
     struct hf_map m;
     map_of(x, p, &m);
     struct placing g = { .access = &t->access, .errors = x->errors, .ok = true };
-    g.tensor = xcalloc((size_t)m.n_sources, sizeof *g.tensor); /* NOLINT(bugprone-sizeof-expression): pointers */
+    g.tensor = xcalloc((size_t)m.n_sources,
+                       sizeof *g.tensor); /* NOLINT(bugprone-sizeof-expression): pointers */
     for (int k = 0; k < m.n_sources; k++) {
         char name[SAFETENSORS_NAME];
         published_name(x, p, m.source[k].name, name);
@@ -308,8 +307,7 @@ static bool export_constants(struct export *x)
     return ok;
 }
 
-/* ---- the directory
- * ------------------------------------------------------------------------------------ */
+/* ---- the directory --------------------------------------------------------------------------- */
 
 static bool write_text(struct export *x, const char *directory, const char *name, const char *text,
                        size_t n)

@@ -1,10 +1,10 @@
 /* io_find.c - which checkpoint of a directory to load (robustness.md 4.4, 7 and 9).
  *
- * The tracker is a hint: the checkpoint that it names is used if all of it verifies, else the newest
- * older one that does, each refused one with a warning. Verifying asks only whether a file is whole:
- * it opens, was completed, its state and manifest have their checksums, and so has every block that
- * the manifest vouches for; ranks share the blocks. Whether a whole checkpoint fits the deck is
- * io_restore.c's question, and a wrong answer there never makes an older one load.
+ * The tracker is a hint: the checkpoint that it names is used if all of it verifies, else the
+ * newest older one that does, each refused one with a warning. Verifying asks only whether a file
+ * is whole: it opens, was completed, its state and manifest have their checksums, and so has every
+ * block that the manifest vouches for; ranks share the blocks. Whether a whole checkpoint fits the
+ * deck is io_restore.c's question, and a wrong answer there never makes an older one load.
  */
 #include <dirent.h>
 #include <inttypes.h>
@@ -30,7 +30,8 @@ static bool dtype_of(hid_t set, enum dtype *dtype)
         }
         H5Tclose(ours);
     }
-    if (type >= 0) H5Tclose(type);
+    if (type >= 0)
+        H5Tclose(type);
     return found;
 }
 
@@ -40,11 +41,14 @@ bool io_stored_open(struct io_stored *s, const char *path, hid_t file, const cha
     char shown[IO_TENSOR_PATH];
     *s = (struct io_stored){ .path = path, .name = name, .set = -1 };
     s->ndim = io_get_shape(file, name, s->shape);
-    if (s->ndim > 0) s->set = H5Dopen2(file, name, H5P_DEFAULT);
-    if (s->set >= 0 && dtype_of(s->set, &s->dtype)) return true;
+    if (s->ndim > 0)
+        s->set = H5Dopen2(file, name, H5P_DEFAULT);
+    if (s->set >= 0 && dtype_of(s->set, &s->dtype))
+        return true;
     errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: missing, or of a type that is not ours",
                path, printable(shown, sizeof shown, name));
-    if (s->set >= 0) H5Dclose(s->set);
+    if (s->set >= 0)
+        H5Dclose(s->set);
     return false;
 }
 
@@ -54,8 +58,8 @@ bool io_stored_verify(const struct io_stored *s, const struct io_block *b, struc
     double bytes = (double)dtype_bytes(s->dtype);
     bool inside = true;
     for (int i = 0; i < s->ndim; i++) {
-        inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= s->shape[i]
-                 && b->start[i] <= s->shape[i] - b->count[i];
+        inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= s->shape[i] &&
+                 b->start[i] <= s->shape[i] - b->count[i];
         bytes *= (double)b->count[i];
     }
     if (!inside || bytes > BLOCK_BYTES_MAX) {
@@ -79,16 +83,20 @@ static void verify_blocks(const char *path, hid_t file, const struct io_manifest
     for (int64_t k = rank; k < m->n_blocks && errors->count == 0; k += size) {
         const struct io_block *b = &m->block[k];
         if (b->tensor != open) {
-            if (open >= 0) H5Dclose(s.set);
+            if (open >= 0)
+                H5Dclose(s.set);
             open = -1;
             if (b->tensor < 0 || b->tensor >= m->n_paths)
                 errors_add(errors, EXIT_CHECKPOINT,
                            "%s: error: /manifest names a block of no tensor", path);
-            else if (io_stored_open(&s, path, file, m->path[b->tensor], errors)) open = b->tensor;
+            else if (io_stored_open(&s, path, file, m->path[b->tensor], errors))
+                open = b->tensor;
         }
-        if (open >= 0) io_stored_verify(&s, b, errors);
+        if (open >= 0)
+            io_stored_verify(&s, b, errors);
     }
-    if (open >= 0) H5Dclose(s.set);
+    if (open >= 0)
+        H5Dclose(s.set);
 }
 
 /* The file as a whole: opens, is complete, has its state. Returns it open, or -1. */
@@ -108,8 +116,8 @@ static hid_t open_whole(const char *path, struct errors *errors)
                    io_reason(why, sizeof why));
         return -1;
     }
-    if (!io_get_attr_string(file, "format", format, sizeof format)
-        || strcmp(format, "mimo-checkpoint") != 0)
+    if (!io_get_attr_string(file, "format", format, sizeof format) ||
+        strcmp(format, "mimo-checkpoint") != 0)
         fault = "is no checkpoint of mimo";
     else if (!io_get_attr_i64(file, "complete", &complete) || complete != 1)
         fault = "is incomplete: its writer was killed before it was done";
@@ -119,7 +127,8 @@ static hid_t open_whole(const char *path, struct errors *errors)
         free(state.train_position);
         free(state.valid_position);
     }
-    if (!fault) return file;
+    if (!fault)
+        return file;
     errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", path, fault);
     H5Fclose(file);
     return -1;
@@ -164,19 +173,22 @@ int64_t io_list_iterations(const char *dir, int64_t most, int64_t **list)
     for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
         char *end;
         struct stat st;
-        if (strncmp(e->d_name, "iter_", 5) || e->d_name[5] < '0' || e->d_name[5] > '9') continue;
+        if (strncmp(e->d_name, "iter_", 5) || e->d_name[5] < '0' || e->d_name[5] > '9')
+            continue;
         long long iteration = strtoll(e->d_name + 5, &end, 10);
         int length = snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
         io_iteration_directory(again, sizeof again, dir, iteration);
         /* No link, and only names that we would give. */
-        if (*end || length < 0 || length >= IO_PATH || strcmp(path, again) || iteration > most
-            || lstat(path, &st) != 0 || !S_ISDIR(st.st_mode))
+        if (*end || length < 0 || length >= IO_PATH || strcmp(path, again) || iteration > most ||
+            lstat(path, &st) != 0 || !S_ISDIR(st.st_mode))
             continue;
         *list = xrealloc(*list, (size_t)n + 1, sizeof **list);
         (*list)[n++] = iteration;
     }
-    if (d) closedir(d);
-    if (n) qsort(*list, (size_t)n, sizeof **list, descending);
+    if (d)
+        closedir(d);
+    if (n)
+        qsort(*list, (size_t)n, sizeof **list, descending);
     return n;
 }
 
@@ -190,14 +202,17 @@ static int64_t choose(const char *load, int64_t tracked, const struct topology *
         n = io_list_iterations(load, tracked >= 0 ? tracked - 1 : INT64_MAX, &list);
     for (int64_t at = 0; found < 0;) {
         struct errors why = { 0 };
-        if (next >= 0 && verify(load, next, topo, &why)) found = next;
+        if (next >= 0 && verify(load, next, topo, &why))
+            found = next;
         for (int i = 0; i < why.count && topo->rank == 0; i++)
             errors_add(errors, EXIT_CHECKPOINT, "%s", why.line[i]);
         errors_free(&why);
-        if (found >= 0) break;
+        if (found >= 0)
+            break;
         next = topo->rank == 0 && at < n ? list[at++] : -1;
         comm_host_broadcast(topo->world, &next, sizeof next, 0);
-        if (next < 0) break;
+        if (next < 0)
+            break;
     }
     free(list);
     return found;
@@ -212,20 +227,25 @@ int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topolo
     if (topo->rank == 0 && ckpt_step < 0) {
         char why[IO_PATH + 512];
         tracked = io_tracker_get(load, why, sizeof why);
-        if (tracked == -2) errors_add(&refused, EXIT_CHECKPOINT, "%s", why);
+        if (tracked == -2)
+            errors_add(&refused, EXIT_CHECKPOINT, "%s", why);
     }
     comm_host_broadcast(topo->world, &tracked, sizeof tracked, 0);
-    if (ckpt_step >= 0) found = verify(load, ckpt_step, topo, &refused) ? ckpt_step : -1;
-    else found = tracked == -1 ? -1 : choose(load, tracked, topo, &refused);
+    if (ckpt_step >= 0)
+        found = verify(load, ckpt_step, topo, &refused) ? ckpt_step : -1;
+    else
+        found = tracked == -1 ? -1 : choose(load, tracked, topo, &refused);
     for (int i = 0; i < refused.count; i++) {
         const char *line = refused.line[i], *what = strstr(line, ": error: ");
         ASSERT(what);
         if (found >= 0)
             log_warn("%.*s: %s", (int)(what - line), line, what + sizeof ": error: " - 1);
-        else errors_add(errors, EXIT_CHECKPOINT, "%s", line);
+        else
+            errors_add(errors, EXIT_CHECKPOINT, "%s", line);
     }
     if (found >= 0 && refused.count > 0)
-        log_warn("%s: falling back to iteration %" PRId64 ", the newest checkpoint that can be used",
+        log_warn("%s: falling back to iteration %" PRId64
+                 ", the newest checkpoint that can be used",
                  load, found);
     else if (refused.count > 0)
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", load,

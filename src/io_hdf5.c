@@ -22,7 +22,8 @@ enum { INTERRUPTED_MAX = 100 };
 
 void io_start(void)
 {
-    /* What a failed run has left open must stay alone: closing it at exit would fail again, or crash. */
+    /* What a failed run has left open must stay alone: closing it at exit would fail again, or
+     * crash. */
     H5dont_atexit();
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
     H5PLset_loading_state(0);
@@ -32,7 +33,8 @@ void io_start(void)
 static herr_t first_reason(unsigned n, const H5E_error2_t *e, void *ctx)
 {
     char *out = ctx;
-    if (out[0] == 0 && e->desc && e->desc[0]) snprintf(out, 1024, "%s", e->desc);
+    if (out[0] == 0 && e->desc && e->desc[0])
+        snprintf(out, 1024, "%s", e->desc);
     return 0;
 }
 
@@ -40,21 +42,25 @@ const char *io_reason(char *out, size_t size)
 {
     char raw[1024] = "";
     H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, first_reason, raw);
-    if (raw[0] == 0) snprintf(raw, sizeof raw, "%s", errno ? strerror(errno) : "no reason given");
+    if (raw[0] == 0)
+        snprintf(raw, sizeof raw, "%s", errno ? strerror(errno) : "no reason given");
     char *quote = strstr(raw, "error message = '"), *text = raw;
     if (quote) {
         text = quote + strlen("error message = '");
         char *end = strchr(text, '\'');
-        if (end) *end = 0;
+        if (end)
+            *end = 0;
     }
     for (char *c = text; *c; c++)
-        if (*c == '\n') *c = ' ';
+        if (*c == '\n')
+            *c = ' ';
     return printable(out, size, text);
 }
 
 int64_t io_written(int64_t status, const char *file, int line, const char *path, const char *what)
 {
-    if (status >= 0) return status;
+    if (status >= 0)
+        return status;
     char why[1200];
     fatal(EXIT_WRITE, file, line,
           "look at free space, quota and permissions there; complete checkpoints and valid trace "
@@ -69,7 +75,8 @@ static hid_t access_list(bool checksummed)
     hid_t fapl = H5Pcreate(H5P_FILE_ACCESS);
     H5Pset_file_locking(fapl, 0, 1);
     H5Pset_fclose_degree(fapl, H5F_CLOSE_SEMI);
-    if (checksummed) H5Pset_libver_bounds(fapl, H5F_LIBVER_V110, H5F_LIBVER_V110);
+    if (checksummed)
+        H5Pset_libver_bounds(fapl, H5F_LIBVER_V110, H5F_LIBVER_V110);
     return fapl;
 }
 
@@ -84,7 +91,8 @@ hid_t io_create(const char *path, bool checksummed)
 hid_t io_open(const char *path, bool write)
 {
     hid_t fapl = access_list(false);
-    if (!write) H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG);
+    if (!write)
+        H5Pset_fclose_degree(fapl, H5F_CLOSE_STRONG);
     hid_t file = H5Fopen(path, write ? H5F_ACC_RDWR : H5F_ACC_RDONLY, fapl);
     hid_t reason = H5Eget_current_stack(); /* every further call would forget why */
     H5Pclose(fapl);
@@ -117,26 +125,33 @@ void io_make_directories(const char *path)
     if (n < 0 || n >= (int)sizeof part)
         FATAL(EXIT_WRITE, "directory name of %d bytes is too long", n);
     for (char *c = part + 1;; c++) {
-        if (*c && *c != '/') continue;
+        if (*c && *c != '/')
+            continue;
         char keep = *c;
         *c = 0;
         CHECK_SYS(mkdir(part, 0777) == 0 || errno == EEXIST, EXIT_WRITE,
                   "%s: cannot make the directory", part);
-        if (!keep) break;
+        if (!keep)
+            break;
         *c = keep;
     }
     struct stat st;
     CHECK_SYS(stat(path, &st) == 0, EXIT_WRITE, "%s: cannot look at the directory", path);
-    if (!S_ISDIR(st.st_mode)) FATAL(EXIT_WRITE, "%s: is there but is no directory", path);
+    if (!S_ISDIR(st.st_mode))
+        FATAL(EXIT_WRITE, "%s: is there but is no directory", path);
 }
 
 const char *io_why_not_regular(const char *path)
 {
     struct stat st;
-    if (lstat(path, &st) != 0) return strerror(errno);
-    if (S_ISLNK(st.st_mode)) return "is a symbolic link, which is not followed";
-    if (!S_ISREG(st.st_mode)) return "is no regular file";
-    if (access(path, R_OK) != 0) return strerror(errno);
+    if (lstat(path, &st) != 0)
+        return strerror(errno);
+    if (S_ISLNK(st.st_mode))
+        return "is a symbolic link, which is not followed";
+    if (!S_ISREG(st.st_mode))
+        return "is no regular file";
+    if (access(path, R_OK) != 0)
+        return strerror(errno);
     return "";
 }
 
@@ -185,7 +200,8 @@ const char *io_type_name(enum dtype dtype)
 int64_t io_volume(int ndim, const int64_t *count)
 {
     int64_t n = 1;
-    for (int i = 0; i < ndim; i++) n *= count[i];
+    for (int i = 0; i < ndim; i++)
+        n *= count[i];
     return n;
 }
 
@@ -204,7 +220,8 @@ static hid_t space_of(int ndim, const int64_t *shape)
 {
     hsize_t dims[TENSOR_MAX_DIMS];
     ASSERT(ndim >= 0 && ndim <= TENSOR_MAX_DIMS);
-    for (int i = 0; i < ndim; i++) dims[i] = (hsize_t)shape[i];
+    for (int i = 0; i < ndim; i++)
+        dims[i] = (hsize_t)shape[i];
     return ndim ? H5Screate_simple(ndim, dims, NULL) : H5Screate(H5S_SCALAR);
 }
 
@@ -219,8 +236,10 @@ void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim,
     H5Pset_obj_track_times(dcpl, false);
     H5Pset_create_intermediate_group(lcpl, 1);
     hid_t set = IO_WRITE(path, name, H5Dcreate2(at, name, type, space, lcpl, dcpl, H5P_DEFAULT));
-    if (units) io_attr_string(path, set, "units", units);
-    if (description) io_attr_string(path, set, "description", description);
+    if (units)
+        io_attr_string(path, set, "units", units);
+    if (description)
+        io_attr_string(path, set, "description", description);
     if (data && io_volume(ndim, shape) > 0)
         IO_WRITE(path, name, H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data));
     IO_WRITE(path, name, H5Dclose(set));
@@ -331,14 +350,17 @@ static bool select_box(hid_t set, int ndim, const int64_t *start, const int64_t 
     }
     *space = H5Dget_space(set);
     *memory = ndim ? H5Screate_simple(ndim, c, NULL) : H5Screate(H5S_SCALAR);
-    if (*space < 0 || *memory < 0 || H5Sget_simple_extent_ndims(*space) != ndim) return false;
+    if (*space < 0 || *memory < 0 || H5Sget_simple_extent_ndims(*space) != ndim)
+        return false;
     return ndim == 0 || H5Sselect_hyperslab(*space, H5S_SELECT_SET, s, NULL, c, NULL) >= 0;
 }
 
 static void close_box(hid_t memory, hid_t space)
 {
-    if (memory >= 0) H5Sclose(memory);
-    if (space >= 0) H5Sclose(space);
+    if (memory >= 0)
+        H5Sclose(memory);
+    if (space >= 0)
+        H5Sclose(space);
 }
 
 void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int ndim,
@@ -352,8 +374,10 @@ void io_write_box(const char *path, const char *name, hid_t set, hid_t type, int
     herr_t status = -1;
     for (int tries = 0; tries < INTERRUPTED_MAX && status < 0; tries++) {
         status = H5Dwrite(set, type, memory, space, H5P_DEFAULT, data);
-        /* MPI-IO, unlike HDF5's own driver, gives up when a signal comes; the same bytes again do no harm. */
-        if (status < 0 && !strstr(io_reason(why, sizeof why), strerror(EINTR))) break;
+        /* MPI-IO, unlike HDF5's own driver, gives up when a signal comes; the same bytes again do
+         * no harm. */
+        if (status < 0 && !strstr(io_reason(why, sizeof why), strerror(EINTR)))
+            break;
     }
     IO_WRITE(path, name, status);
     close_box(memory, space);
@@ -367,40 +391,43 @@ static bool get_string(hid_t object, bool dataset, char *out, size_t size)
 {
     hid_t type = dataset ? H5Dget_type(object) : H5Aget_type(object);
     hid_t space = dataset ? H5Dget_space(object) : H5Aget_space(object);
-    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_STRING
-              && H5Sget_simple_extent_npoints(space) == 1;
+    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_STRING &&
+              H5Sget_simple_extent_npoints(space) == 1;
     if (ok && H5Tis_variable_str(type) > 0) {
         char *text = NULL;
         hid_t memory = H5Tcopy(H5T_C_S1);
         H5Tset_size(memory, H5T_VARIABLE);
         H5Tset_cset(memory, H5Tget_cset(type));
         ok = (dataset ? H5Dread(object, memory, H5S_ALL, H5S_ALL, H5P_DEFAULT, &text)
-                      : H5Aread(object, memory, &text))
-                 >= 0
-             && text;
-        if (ok) snprintf(out, size, "%s", text);
-        if (text) H5free_memory(text);
+                      : H5Aread(object, memory, &text)) >= 0 &&
+             text;
+        if (ok)
+            snprintf(out, size, "%s", text);
+        if (text)
+            H5free_memory(text);
         H5Tclose(memory);
     } else if (ok) {
         size_t bytes = H5Tget_size(type);
         ok = bytes > 0 && bytes < ((size_t)1 << 24);
         char *text = ok ? xcalloc(bytes + 1, 1) : NULL;
-        ok = ok
-             && (dataset ? H5Dread(object, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text)
-                         : H5Aread(object, type, text))
-                    >= 0;
-        if (ok) snprintf(out, size, "%s", text);
+        ok = ok && (dataset ? H5Dread(object, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, text)
+                            : H5Aread(object, type, text)) >= 0;
+        if (ok)
+            snprintf(out, size, "%s", text);
         free(text);
     }
-    if (type >= 0) H5Tclose(type);
-    if (space >= 0) H5Sclose(space);
+    if (type >= 0)
+        H5Tclose(type);
+    if (space >= 0)
+        H5Sclose(space);
     return ok;
 }
 
 bool io_get_attr_string(hid_t at, const char *name, char *out, size_t size)
 {
     hid_t attr = H5Aexists(at, name) > 0 ? H5Aopen(at, name, H5P_DEFAULT) : -1;
-    if (attr < 0) return false;
+    if (attr < 0)
+        return false;
     bool ok = get_string(attr, false, out, size);
     H5Aclose(attr);
     return ok;
@@ -409,12 +436,15 @@ bool io_get_attr_string(hid_t at, const char *name, char *out, size_t size)
 static bool get_attr_integer(hid_t at, const char *name, hid_t memory, void *out)
 {
     hid_t attr = H5Aexists(at, name) > 0 ? H5Aopen(at, name, H5P_DEFAULT) : -1;
-    if (attr < 0) return false;
+    if (attr < 0)
+        return false;
     hid_t type = H5Aget_type(attr), space = H5Aget_space(attr);
-    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_INTEGER
-              && H5Sget_simple_extent_npoints(space) == 1 && H5Aread(attr, memory, out) >= 0;
-    if (type >= 0) H5Tclose(type);
-    if (space >= 0) H5Sclose(space);
+    bool ok = type >= 0 && space >= 0 && H5Tget_class(type) == H5T_INTEGER &&
+              H5Sget_simple_extent_npoints(space) == 1 && H5Aread(attr, memory, out) >= 0;
+    if (type >= 0)
+        H5Tclose(type);
+    if (space >= 0)
+        H5Sclose(space);
     H5Aclose(attr);
     return ok;
 }
@@ -435,14 +465,16 @@ static hid_t open_set(hid_t at, const char *name)
     char part[IO_PATH];
     snprintf(part, sizeof part, "%s", name);
     for (char *c = part + 1;; c++) {
-        if (*c && *c != '/') continue;
+        if (*c && *c != '/')
+            continue;
         char keep = *c;
         *c = 0;
         H5L_info_t info;
-        if (H5Lexists(at, part, H5P_DEFAULT) <= 0 || H5Lget_info(at, part, &info, H5P_DEFAULT) < 0
-            || info.type != H5L_TYPE_HARD)
+        if (H5Lexists(at, part, H5P_DEFAULT) <= 0 ||
+            H5Lget_info(at, part, &info, H5P_DEFAULT) < 0 || info.type != H5L_TYPE_HARD)
             return -1;
-        if (!keep) break;
+        if (!keep)
+            break;
         *c = keep;
     }
     return H5Dopen2(at, name, H5P_DEFAULT);
@@ -451,7 +483,8 @@ static hid_t open_set(hid_t at, const char *name)
 bool io_get_string(hid_t at, const char *name, char *out, size_t size)
 {
     hid_t set = open_set(at, name);
-    if (set < 0) return false;
+    if (set < 0)
+        return false;
     bool ok = get_string(set, true, out, size);
     H5Dclose(set);
     return ok;
@@ -460,14 +493,19 @@ bool io_get_string(hid_t at, const char *name, char *out, size_t size)
 int io_get_shape(hid_t at, const char *name, int64_t *shape)
 {
     hid_t set = open_set(at, name);
-    if (set < 0) return -1;
+    if (set < 0)
+        return -1;
     hid_t space = H5Dget_space(set);
     hsize_t dims[TENSOR_MAX_DIMS] = { 0 };
     int ndim = space >= 0 ? H5Sget_simple_extent_ndims(space) : -1;
-    if (ndim > TENSOR_MAX_DIMS) ndim = -1;
-    if (ndim > 0) H5Sget_simple_extent_dims(space, dims, NULL);
-    for (int i = 0; i < ndim; i++) shape[i] = (int64_t)dims[i];
-    if (space >= 0) H5Sclose(space);
+    if (ndim > TENSOR_MAX_DIMS)
+        ndim = -1;
+    if (ndim > 0)
+        H5Sget_simple_extent_dims(space, dims, NULL);
+    for (int i = 0; i < ndim; i++)
+        shape[i] = (int64_t)dims[i];
+    if (space >= 0)
+        H5Sclose(space);
     H5Dclose(set);
     return ndim;
 }
@@ -475,11 +513,13 @@ int io_get_shape(hid_t at, const char *name, int64_t *shape)
 bool io_get(hid_t at, const char *name, hid_t type, int64_t elements, void *out)
 {
     hid_t set = open_set(at, name);
-    if (set < 0) return false;
+    if (set < 0)
+        return false;
     hid_t space = H5Dget_space(set);
-    bool ok = space >= 0 && H5Sget_simple_extent_npoints(space) == (hssize_t)elements
-              && (elements == 0 || H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, out) >= 0);
-    if (space >= 0) H5Sclose(space);
+    bool ok = space >= 0 && H5Sget_simple_extent_npoints(space) == (hssize_t)elements &&
+              (elements == 0 || H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, out) >= 0);
+    if (space >= 0)
+        H5Sclose(space);
     H5Dclose(set);
     return ok;
 }
@@ -489,8 +529,8 @@ bool io_get_box(hid_t set, hid_t type, int ndim, const int64_t *start, const int
 {
     hid_t memory, space;
     log_beat();
-    bool ok = select_box(set, ndim, start, count, &memory, &space)
-              && H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
+    bool ok = select_box(set, ndim, start, count, &memory, &space) &&
+              H5Dread(set, type, memory, space, H5P_DEFAULT, out) >= 0;
     hid_t reason = H5Eget_current_stack();
     close_box(memory, space);
     H5Eset_current_stack(reason);

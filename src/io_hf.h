@@ -20,8 +20,7 @@ void import_weights(struct model *model, struct errors *errors);
 void import_print(const struct deck *deck, const struct topology *all, const int *role, int n_roles,
                   FILE *out, struct errors *errors);
 
-/* ---- export: mimo --export DIR checkpoint.h5
- * ------------------------------------------------------ */
+/* ---- export: mimo --export DIR checkpoint.h5 ------------------------------------------------- */
 
 struct export_options {
     const char *dtype;   /* "bf16", "fp32" or "fp64"; NULL = BF16 of a bf16 run, else F32 */

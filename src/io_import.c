@@ -30,8 +30,7 @@ static const struct grid *grid_of(const struct topology *topo, const struct para
     return p->module == MODEL_LANGUAGE ? &topo->language : &topo->encoder;
 }
 
-/* ---- reading
- * ------------------------------------------------------------------------------------- */
+/* ---- reading --------------------------------------------------------------------------------- */
 
 enum { COUNT_NUMBERS, COUNT_ROUNDED, COUNTS };
 
@@ -223,8 +222,7 @@ void import_weights(struct model *model, struct errors *errors)
     comm_host_collect_errors(topo->world, errors);
 }
 
-/* ---- --check
- * -------------------------------------------------------------------------------------- */
+/* ---- --check --------------------------------------------------------------------------------- */
 
 struct weigh {
     const struct safetensors_tensor *const *tensor;

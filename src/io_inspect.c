@@ -22,7 +22,8 @@ static herr_t print_attribute(hid_t group, const char *name, const H5A_info_t *i
 {
     struct view *v = ctx;
     char value[1024], key[256], shown[1200];
-    if (!io_get_attr_string(group, name, value, sizeof value)) return 0;
+    if (!io_get_attr_string(group, name, value, sizeof value))
+        return 0;
     fprintf(v->out, "  %-24s %s\n", printable(key, sizeof key, name),
             printable(shown, sizeof shown, value));
     return 0;
@@ -34,7 +35,8 @@ static void print_code(struct view *v)
     fprintf(v->out, "\nwritten by\n");
     if (group < 0 || H5Aiterate2(group, H5_INDEX_NAME, H5_ITER_INC, NULL, print_attribute, v) < 0)
         errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: /code is missing or damaged", v->path);
-    if (group >= 0) H5Gclose(group);
+    if (group >= 0)
+        H5Gclose(group);
 }
 
 /* Keys of the deck that are no defaults, as overrides that can be pasted behind a command. */
@@ -47,7 +49,8 @@ static void print_deck(struct view *v)
         for (char *next = NULL, *line = strtok_r(text, "\n", &next); line;
              line = strtok_r(NULL, "\n", &next)) {
             const char *origin = strrchr(line, '!');
-            while (*line == ' ') line++;
+            while (*line == ' ')
+                line++;
             if (*line == '&')
                 snprintf(group, sizeof group, "%.*s", (int)strcspn(line + 1, " "), line + 1);
             if (*line == '!' || !strchr(line, '=') || (origin && strstr(origin, "default")))
@@ -63,7 +66,8 @@ static void human(char *out, size_t size, double n)
 {
     static const char *const unit[] = { "", " K", " M", " G", " T" };
     int u = 0;
-    for (; n >= 10000 && u < 4; u++) n /= 1000;
+    for (; n >= 10000 && u < 4; u++)
+        n /= 1000;
     snprintf(out, size, u ? "%.1f%s" : "%.0f%s", n, unit[u]);
 }
 
@@ -78,7 +82,8 @@ static void inspect_tensor(struct view *v, const struct io_manifest *m, int64_t 
     int64_t vocab = 0, volume = 0;
     struct io_stored s;
     int n = 0;
-    if (!io_stored_open(&s, v->path, v->file, name, &v->errors)) return;
+    if (!io_stored_open(&s, v->path, v->file, name, &v->errors))
+        return;
     for (int i = 0; i < s.ndim; i++)
         n += snprintf(shape_text + n, sizeof shape_text - (size_t)n, "%s%" PRId64, i ? " x " : "",
                       s.shape[i]);
@@ -116,7 +121,8 @@ static void inspect_checkpoint(struct view *v)
                    "%s: error: is incomplete: its writer was killed before it was done", v->path);
         return;
     }
-    if (!io_manifest_get(v->path, v->file, &m, &v->errors)) return;
+    if (!io_manifest_get(v->path, v->file, &m, &v->errors))
+        return;
     if (H5Ovisit2(v->file, H5_INDEX_NAME, H5_ITER_NATIVE, visit_object, NULL, H5O_INFO_ALL) < 0)
         errors_add(&v->errors, EXIT_CHECKPOINT, "%s: error: is damaged: %s", v->path,
                    io_reason(shown, sizeof shown));
@@ -130,7 +136,8 @@ static void inspect_checkpoint(struct view *v)
             const struct io_state_field *f = &io_state_fields[k];
             const char *at = (const char *)&state + f->offset;
             fprintf(v->out, "  %-24s ", f->name);
-            if (f->kind == IO_STATE_F64) fprintf(v->out, "%-14.9g", *(const double *)at);
+            if (f->kind == IO_STATE_F64)
+                fprintf(v->out, "%-14.9g", *(const double *)at);
             else
                 fprintf(v->out, "%-14" PRId64,
                         f->kind == IO_STATE_INT ? *(const int *)at : *(const int64_t *)at);
@@ -143,8 +150,10 @@ static void inspect_checkpoint(struct view *v)
     fprintf(v->out, "  %-24s %s\n", "optimizer", optimizer ? "yes" : "no");
     fprintf(v->out, "\nmodel\n");
     for (int64_t i = 0, first = 0, last; i < m.n_paths; i++, first = last) {
-        while (first < m.n_blocks && m.block[first].tensor < i) first++;
-        for (last = first; last < m.n_blocks && m.block[last].tensor == i;) last++;
+        while (first < m.n_blocks && m.block[first].tensor < i)
+            first++;
+        for (last = first; last < m.n_blocks && m.block[last].tensor == i;)
+            last++;
         inspect_tensor(v, &m, i, first, last,
                        strncmp(m.path[i], "/model/", 7) == 0 ? &model : &elements);
     }
@@ -163,7 +172,8 @@ static void inspect_checkpoint(struct view *v)
 static bool last_value(struct view *v, const char *name, int64_t row, double *out)
 {
     hid_t set = H5Dopen2(v->file, name, H5P_DEFAULT);
-    if (set < 0) return false;
+    if (set < 0)
+        return false;
     int64_t one = 1;
     bool ok = io_get_box(set, H5T_NATIVE_DOUBLE, 1, &row, &one, out);
     H5Dclose(set);
@@ -181,9 +191,9 @@ static void inspect_trace(struct view *v)
     int64_t rows = -1, eval_rows = -1, shape[TENSOR_MAX_DIMS] = { 0 },
             experts[TENSOR_MAX_DIMS] = { 0 }, ranks = 0, encoder = 0, language = 0;
     double x;
-    bool ok = io_get(v->file, "/rows", H5T_NATIVE_INT64, 1, &rows)
-              && io_get_shape(v->file, "/iteration", shape) == 1 && rows >= 0 && rows <= shape[0]
-              && io_get(v->file, "/eval/rows", H5T_NATIVE_INT64, 1, &eval_rows);
+    bool ok = io_get(v->file, "/rows", H5T_NATIVE_INT64, 1, &rows) &&
+              io_get_shape(v->file, "/iteration", shape) == 1 && rows >= 0 && rows <= shape[0] &&
+              io_get(v->file, "/eval/rows", H5T_NATIVE_INT64, 1, &eval_rows);
     if (!ok) {
         errors_add(
             &v->errors, EXIT_CHECKPOINT,
@@ -194,14 +204,15 @@ static void inspect_trace(struct view *v)
     fprintf(v->out, "\n  %" PRId64 " of %" PRId64 " rows, %" PRId64 " validations\n", rows,
             shape[0], eval_rows);
     hid_t group = H5Gopen2(v->file, "/ranks", H5P_DEFAULT);
-    if (group >= 0 && io_get_attr_i64(group, "ranks", &ranks)
-        && io_get_attr_i64(group, "encoder_size", &encoder)
-        && io_get_attr_i64(group, "language_size", &language))
+    if (group >= 0 && io_get_attr_i64(group, "ranks", &ranks) &&
+        io_get_attr_i64(group, "encoder_size", &encoder) &&
+        io_get_attr_i64(group, "language_size", &language))
         fprintf(v->out,
                 "  %" PRId64 " ranks: %" PRId64 " in the encoder grid, %" PRId64
                 " in the language grid\n",
                 ranks, encoder, language);
-    if (group >= 0) H5Gclose(group);
+    if (group >= 0)
+        H5Gclose(group);
     if (io_get_shape(v->file, "/moe/tokens_per_expert", experts) == 3)
         fprintf(v->out, "  %" PRId64 " MoE layers of %" PRId64 " experts\n", experts[1],
                 experts[2]);
@@ -211,7 +222,8 @@ static void inspect_trace(struct view *v)
             if (last_value(v, shown[i], k ? rows - 1 : 0, &x))
                 fprintf(v->out, "  %-24s %.9g\n", shown[i] + 1, x);
     }
-    if (eval_rows > 0) fprintf(v->out, "\nlast validation\n");
+    if (eval_rows > 0)
+        fprintf(v->out, "\nlast validation\n");
     for (size_t i = 0; i < 3 && eval_rows > 0; i++)
         if (last_value(v, eval[i], eval_rows - 1, &x))
             fprintf(v->out, "  %-24s %.9g\n", eval[i] + 6, x);
@@ -224,10 +236,12 @@ static herr_t print_batch(hid_t file, const char *name, const H5L_info_t *info, 
     struct view *v = ctx;
     char ids[300], sizes[300], shown[300];
     int64_t rows[TENSOR_MAX_DIMS], tiles[TENSOR_MAX_DIMS] = { 0 };
-    if (info->type != H5L_TYPE_HARD || strncmp(name, "iteration_", 10)) return 0;
+    if (info->type != H5L_TYPE_HARD || strncmp(name, "iteration_", 10))
+        return 0;
     snprintf(ids, sizeof ids, "/%.250s/input_ids", name);
     snprintf(sizes, sizeof sizes, "/%.250s/imgs_sizes", name);
-    if (io_get_shape(v->file, ids, rows) != 2 || io_get_shape(v->file, sizes, tiles) != 2) return 0;
+    if (io_get_shape(v->file, ids, rows) != 2 || io_get_shape(v->file, sizes, tiles) != 2)
+        return 0;
     fprintf(v->out, "  %s: %" PRId64 " samples of %" PRId64 " tokens, %" PRId64 " tiles\n",
             printable(shown, sizeof shown, name), rows[0], rows[1], tiles[0]);
     return 0;
@@ -240,12 +254,13 @@ int io_inspect(const char *path, FILE *out)
     char format[64] = "", why[1200], shown[128];
     int64_t version = 0;
     const char *not_regular = io_why_not_regular(path);
-    if (not_regular[0]) errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
+    if (not_regular[0])
+        errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
     else if ((v.file = io_open(path, false)) < 0)
         errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: cannot open as HDF5: %s", path,
                    io_reason(why, sizeof why));
-    else if (!io_get_attr_string(v.file, "format", format, sizeof format)
-             || strncmp(format, "mimo-", 5))
+    else if (!io_get_attr_string(v.file, "format", format, sizeof format) ||
+             strncmp(format, "mimo-", 5))
         errors_add(&v.errors, EXIT_CHECKPOINT, "%s: error: is an HDF5 file, but none of mimo's",
                    path);
     else {
@@ -264,10 +279,12 @@ int io_inspect(const char *path, FILE *out)
                        "%s: error: this program does not read %s of format version %" PRId64, path,
                        printable(shown, sizeof shown, format), version);
     }
-    if (v.file >= 0) H5Fclose(v.file);
+    if (v.file >= 0)
+        H5Fclose(v.file);
     fflush(out);
     int status = v.errors.count ? EXIT_CHECKPOINT : EXIT_OK;
-    if (status) errors_print(&v.errors);
+    if (status)
+        errors_print(&v.errors);
     errors_free(&v.errors);
     return status;
 }

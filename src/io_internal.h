@@ -104,10 +104,11 @@ struct io_slab {
 int io_slabs(const struct param *p, const struct grid *g, struct io_slab slab[PARAM_MAX_BLOCKS]);
 /* Whether this rank writes its shard of p: the first of the data-parallel replicas. Pure. Local. */
 bool io_owner(const struct param *p, const struct grid *g);
-/* The run of n elements from `first` on of a shard given as slabs, as slabs whose local counts from the run's start; returns their number,
- * at most IO_RUN_SLABS for each slab. Pure. Local. */
+/* The run of n elements from `first` on of a shard given as slabs, as slabs whose local counts from
+ * the run's start; returns their number, at most IO_RUN_SLABS for each slab. Pure. Local. */
 enum { IO_RUN_SLABS = 2 * TENSOR_MAX_DIMS - 1, IO_MAX_SLABS = PARAM_MAX_BLOCKS * IO_RUN_SLABS };
-int io_run_slabs(const struct io_slab *shard, int n_shard, int ndim, int64_t first, int64_t n, struct io_slab out[IO_MAX_SLABS]);
+int io_run_slabs(const struct io_slab *shard, int n_shard, int ndim, int64_t first, int64_t n,
+                 struct io_slab out[IO_MAX_SLABS]);
 
 struct io_tensor {             /* one dataset of a checkpoint */
     char path[IO_TENSOR_PATH]; /* /model/<module>/<name> or /optimizer/<module>/<name>/<part> */

@@ -68,7 +68,8 @@ static void shape_text(int ndim, const int64_t *shape, char *out, size_t size)
     size_t n = (size_t)snprintf(out, size, "[");
     for (int i = 0; i < ndim && n < size; i++)
         n += (size_t)snprintf(out + n, size - n, "%s%" PRId64, i ? "," : "", shape[i]);
-    if (n < size) snprintf(out + n, size - n, "]");
+    if (n < size)
+        snprintf(out + n, size - n, "]");
 }
 
 /* One wanted dataset: plain storage, type and shape as the model has them. */
@@ -102,8 +103,10 @@ static void audit_dataset(struct audit *a, const struct io_tensor *d)
         errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: has shape %s, this model needs %s",
                    a->path, d->path, ndim < 0 ? "of too many dimensions" : has, needs);
     }
-    if (type >= 0) H5Tclose(type);
-    if (dcpl >= 0) H5Pclose(dcpl);
+    if (type >= 0)
+        H5Tclose(type);
+    if (dcpl >= 0)
+        H5Pclose(dcpl);
     H5Tclose(want);
     H5Dclose(set);
 }
@@ -127,9 +130,11 @@ static herr_t audit_link(hid_t file, const char *name, const H5L_info_t *info, v
     }
     bool model = strncmp(full, "/model/", 7) == 0,
          optimizer = strncmp(full, "/optimizer/", 11) == 0;
-    if (object.type == H5O_TYPE_GROUP || !(model || (optimizer && a->with_optimizer))) return 0;
+    if (object.type == H5O_TYPE_GROUP || !(model || (optimizer && a->with_optimizer)))
+        return 0;
     struct io_tensor *d = strlen(full) < IO_TENSOR_PATH ? io_tensors_find(a->want, full) : NULL;
-    if (d) a->seen[d - a->want->tensor] = true;
+    if (d)
+        a->seen[d - a->want->tensor] = true;
     else
         errors_add(a->errors, EXIT_CHECKPOINT,
                    "%s: error: %s: unexpected: this model has no such tensor", a->path, shown);
@@ -140,12 +145,14 @@ static void audit_tensors(struct audit *a)
 {
     char why[1200];
     a->seen = xcalloc((size_t)a->want->count + 1, sizeof *a->seen);
-    /* In any other order HDF5 first makes a table, and of a damaged file frees what it has not filled in. */
+    /* In any other order HDF5 first makes a table, and of a damaged file frees what it has not
+     * filled in. */
     if (H5Lvisit(a->file, H5_INDEX_NAME, H5_ITER_NATIVE, audit_link, a) < 0)
         errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: cannot list its contents: %s", a->path,
                    io_reason(why, sizeof why));
     for (int i = 0; i < a->want->count; i++) {
-        if (a->seen[i]) audit_dataset(a, &a->want->tensor[i]);
+        if (a->seen[i])
+            audit_dataset(a, &a->want->tensor[i]);
         else
             errors_add(a->errors, EXIT_CHECKPOINT, "%s: error: %s: missing", a->path,
                        a->want->tensor[i].path);
@@ -157,13 +164,16 @@ static void audit_tensors(struct audit *a)
 static void audit_manifest(struct audit *a)
 {
     struct io_manifest m;
-    if (!io_manifest_get(a->path, a->file, &m, a->errors)) return;
+    if (!io_manifest_get(a->path, a->file, &m, a->errors))
+        return;
     double *elements = xcalloc((size_t)m.n_paths + 1, sizeof *elements);
     for (int64_t k = 0; k < m.n_blocks; k++) {
         const struct io_block *b = &m.block[k];
         double n = 1;
-        for (int i = 0; i < TENSOR_MAX_DIMS; i++) n *= (double)b->count[i];
-        if (b->tensor >= 0 && b->tensor < m.n_paths) elements[b->tensor] += n;
+        for (int i = 0; i < TENSOR_MAX_DIMS; i++)
+            n *= (double)b->count[i];
+        if (b->tensor >= 0 && b->tensor < m.n_paths)
+            elements[b->tensor] += n;
     }
     for (int64_t i = 0; i < m.n_paths; i++) {
         const struct io_tensor *d = io_tensors_find(a->want, m.path[i]);
@@ -194,9 +204,11 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     snprintf(name, sizeof name, "%s.%s", group, key);
     for (size_t i = 0; i < sizeof structural_keys / sizeof structural_keys[0]; i++)
         structural = structural || strcmp(name, structural_keys[i]) == 0;
-    /* Every random draw and the sample order follow from the seed: a resumed run keeps it, a fine-tuning need not. */
+    /* Every random draw and the sample order follow from the seed: a resumed run keeps it, a
+     * fine-tuning need not. */
     structural = structural || (strcmp(name, "run.seed") == 0 && d->same_run);
-    if (!structural) return;
+    if (!structural)
+        return;
     if (!io_get_attr_string(d->group, name, then, sizeof then))
         errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: error: /deck does not tell %s", d->a->path,
                    name);
@@ -267,8 +279,8 @@ hid_t io_open_checkpoint(const char *path, struct errors *errors)
                    io_reason(why, sizeof why));
         return -1;
     }
-    if (!io_get_attr_string(file, "format", format, sizeof format)
-        || strcmp(format, "mimo-checkpoint"))
+    if (!io_get_attr_string(file, "format", format, sizeof format) ||
+        strcmp(format, "mimo-checkpoint"))
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: is no checkpoint of mimo", path);
     else if (!io_get_attr_i64(file, "format_version", &version) || version != IO_CHECKPOINT_VERSION)
         errors_add(errors, EXIT_CHECKPOINT,
@@ -298,9 +310,10 @@ static void audit_file(struct audit *a, const struct deck *deck, const struct to
 {
     char layout[512] = "";
     a->file = io_open_checkpoint(a->path, a->errors);
-    if (a->file < 0) return;
+    if (a->file < 0)
+        return;
     audit_deck(a, deck, !options->finetune && !options->model_only);
-    if (a->errors->count == 0) {   /* another model: its tensors need no line each */
+    if (a->errors->count == 0) { /* another model: its tensors need no line each */
         if (io_state_get(a->file, stored, layout, sizeof layout))
             audit_state(a, stored, layout, topo, state, iteration, options);
         else
@@ -315,9 +328,11 @@ static void audit_file(struct audit *a, const struct deck *deck, const struct to
 static void take_state(const struct train_state *stored, struct train_state *state,
                        const struct checkpoint_options *options)
 {
-    if (options->finetune) return;
+    if (options->finetune)
+        return;
     state->iteration = stored->iteration;
-    if (options->model_only) return;
+    if (options->model_only)
+        return;
     state->consumed_train_samples = stored->consumed_train_samples;
     state->consumed_valid_samples = stored->consumed_valid_samples;
     state->skipped_train_samples = stored->skipped_train_samples;
@@ -328,7 +343,8 @@ static void take_state(const struct train_state *stored, struct train_state *sta
     if (state->n_valid_streams == stored->n_valid_streams && state->n_valid_streams)
         memcpy(state->valid_position, stored->valid_position,
                (size_t)state->n_valid_streams * sizeof(int64_t));
-    if (options->no_optimizer) return; /* the schedule goes with the optimizer: training.md 4.5 */
+    if (options->no_optimizer)
+        return; /* the schedule goes with the optimizer: training.md 4.5 */
     state->lr = stored->lr;
     state->optim_step = stored->optim_step;
 }
@@ -382,7 +398,8 @@ void checkpoint_load(const char *load, int64_t iteration, const struct deck *dec
                        io_reason(why, sizeof why));
         else if (io_manifest_get(path, file, &m, errors))
             io_tensors_read(path, file, &m, topo, model, with_optimizer != 0, errors);
-        if (file >= 0) H5Fclose(file);
+        if (file >= 0)
+            H5Fclose(file);
         io_manifest_free(&m);
         if (comm_host_collect_errors(topo->world, errors) == 0) {
             share_state(&stored, topo);

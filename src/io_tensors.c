@@ -5,8 +5,8 @@
  * slab into blocks of whole rows of its first dimension, about IO_BLOCK_ELEMENTS each, and notes
  * for every block its box and XXH3-64. A reader takes the writer's blocks, not its own: each block
  * that touches one of its slabs is read whole, verified, and what overlaps is copied. So a reader
- * of any layout checks every byte it uses. Nothing here knows a layer. Of masters and moments a rank
- * holds, writes and reads its run of the shard only (ddp.h): up to seven boxes.
+ * of any layout checks every byte it uses. Nothing here knows a layer. Of masters and moments a
+ * rank holds, writes and reads its run of the shard only (ddp.h): up to seven boxes.
  */
 #include <mpi.h>
 #include <stdlib.h>
@@ -25,7 +25,8 @@ int io_slabs(const struct param *p, const struct grid *g, struct io_slab slab[PA
 {
     struct io_slab whole = { .local = 0 };
     memcpy(whole.count, p->shape, sizeof whole.count);
-    for (int i = p->ndim; i < TENSOR_MAX_DIMS; i++) whole.count[i] = 1;
+    for (int i = p->ndim; i < TENSOR_MAX_DIMS; i++)
+        whole.count[i] = 1;
     int size = p->expert ? g->expt_tp_size : g->tp_size,
         rank = p->expert ? g->expt_tp_rank : g->tp_rank;
     if (p->expert) { /* [E, rows, cols]: whole experts over ep, rows or columns inside each over
@@ -41,7 +42,8 @@ int io_slabs(const struct param *p, const struct grid *g, struct io_slab slab[PA
     int axis = p->shard == PARAM_SPLIT_COLS ? p->ndim - 1 : p->expert ? 1 : 0;
     int n_blocks = axis == 0 && p->n_blocks > 1 ? p->n_blocks : 1;
     int64_t row = 1, first = 0, local = 0;
-    for (int i = axis + 1; i < p->ndim; i++) row *= p->shape[i];
+    for (int i = axis + 1; i < p->ndim; i++)
+        row *= p->shape[i];
     for (int b = 0; b < n_blocks; b++) { /* each block of rows is cut on its own; this rank's pieces
                                             lie one after the other */
         int64_t full = n_blocks > 1 ? p->block_rows[b] : p->shape[axis];
@@ -59,9 +61,11 @@ int io_slabs(const struct param *p, const struct grid *g, struct io_slab slab[PA
 
 bool io_owner(const struct param *p, const struct grid *g)
 {
-    if (!g->member) return false;
+    if (!g->member)
+        return false;
     bool first = p->expert ? g->expt_dp_rank == 0 : g->dp_rank == 0 && g->cp_rank == 0;
-    if (p->shard != PARAM_REPLICATED) return first;
+    if (p->shard != PARAM_REPLICATED)
+        return first;
     return first && (p->expert ? g->expt_tp_rank == 0 : g->tp_rank == 0);
 }
 
@@ -71,13 +75,17 @@ int io_run_slabs(const struct io_slab *shard, int n_shard, int ndim, int64_t fir
     int count = 0;
     for (int k = 0; k < n_shard; k++) {
         const struct io_slab *s = &shard[k];
-        int64_t at = first - s->local, end = first + n - s->local, volume = io_volume(ndim, s->count);
-        if (at < 0) at = 0;
-        if (end > volume) end = volume;
+        int64_t at = first - s->local, end = first + n - s->local,
+                volume = io_volume(ndim, s->count);
+        if (at < 0)
+            at = 0;
+        if (end > volume)
+            end = volume;
         while (at < end) { /* the largest box of whole rows of some dimension that starts here */
             int axis = 0;
             int64_t row = volume / s->count[0], rest = at;
-            while (at % row || end - at < row) row /= s->count[++axis];
+            while (at % row || end - at < row)
+                row /= s->count[++axis];
             struct io_slab *b = &out[count++];
             ASSERT(count <= IO_MAX_SLABS && axis < ndim);
             *b = *s;
@@ -106,7 +114,8 @@ static bool overlap(const struct io_block *b, const struct io_slab *s, int ndim,
         int64_t end = b->start[i] + b->count[i], slab_end = s->start[i] + s->count[i];
         start[i] = b->start[i] > s->start[i] ? b->start[i] : s->start[i];
         count[i] = (end < slab_end ? end : slab_end) - start[i];
-        if (count[i] <= 0) return false;
+        if (count[i] <= 0)
+            return false;
     }
     return true;
 }
@@ -116,7 +125,8 @@ static int64_t offset_in(int ndim, const int64_t *box_start, const int64_t *box_
                          const int64_t *at)
 {
     int64_t offset = 0;
-    for (int i = 0; i < ndim; i++) offset = offset * box_count[i] + at[i] - box_start[i];
+    for (int i = 0; i < ndim; i++)
+        offset = offset * box_count[i] + at[i] - box_start[i];
     return offset;
 }
 
@@ -164,8 +174,10 @@ static int part_slabs(const struct param *p, const struct grid *g, enum io_part 
  * replicas share it. */
 static bool part_owner(const struct param *p, const struct grid *g, enum io_part part)
 {
-    if (part == IO_VALUE) return io_owner(p, g);
-    if (!g->member || tensor_numel(&p->master) == 0) return false;
+    if (part == IO_VALUE)
+        return io_owner(p, g);
+    if (!g->member || tensor_numel(&p->master) == 0)
+        return false;
     return p->shard != PARAM_REPLICATED || (p->expert ? g->expt_tp_rank : g->tp_rank) == 0;
 }
 
@@ -201,7 +213,8 @@ static void *gather_bytes(const struct topology *topo, const void *send, size_t 
         at[r] = (int)*total;
         *total += (size_t)count[r];
     }
-    if (topo->rank == 0) all = xmalloc(*total + 1, 1);
+    if (topo->rank == 0)
+        all = xmalloc(*total + 1, 1);
     if (MPI_Gatherv(send, mine, MPI_BYTE, all, count, at, MPI_BYTE, 0, comm) != MPI_SUCCESS)
         FATAL(EXIT_INTERNAL, "MPI_Gatherv failed");
     free(count);
@@ -217,7 +230,8 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
     for (int i = 0; i < model->n_params; i++) {
         const struct param *p = &model->param[i];
         for (int part = 0; part < n_parts(p, with_optimizer); part++) {
-            if (!part_owner(p, grid_of(topo, p), part)) continue;
+            if (!part_owner(p, grid_of(topo, p), part))
+                continue;
             struct io_slab slab[IO_MAX_SLABS];
             int n_slabs = part_slabs(p, grid_of(topo, p), part, slab);
             struct tensor v = part_tensor(p, part);
@@ -226,7 +240,8 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
             d->dtype = v.dtype;
             d->ndim = p->ndim;
             memcpy(d->shape, p->shape, sizeof d->shape);
-            for (int s = 0; s < n_slabs; s++) d->elements += io_volume(p->ndim, slab[s].count);
+            for (int s = 0; s < n_slabs; s++)
+                d->elements += io_volume(p->ndim, slab[s].count);
             if (d->elements != tensor_numel(&v) || v.ld != tensor_cols(&v))
                 FATAL(EXIT_INTERNAL, "%s: this rank's shard has not the size that its slabs have",
                       d->path);
@@ -242,11 +257,12 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
         for (int i = 0; i < total; i++) { /* shards of one tensor become one entry */
             if (count && strcmp(all[count - 1].path, all[i].path) == 0) {
                 struct io_tensor *d = &all[count - 1];
-                if (d->dtype != all[i].dtype || d->ndim != all[i].ndim
-                    || memcmp(d->shape, all[i].shape, sizeof d->shape))
+                if (d->dtype != all[i].dtype || d->ndim != all[i].ndim ||
+                    memcmp(d->shape, all[i].shape, sizeof d->shape))
                     FATAL(EXIT_INTERNAL, "%s: two ranks disagree about type or shape", d->path);
                 d->elements += all[i].elements;
-            } else all[count++] = all[i];
+            } else
+                all[count++] = all[i];
         }
         for (int i = 0; i < count; i++)
             if (all[i].elements != io_volume(all[i].ndim, all[i].shape))
@@ -254,7 +270,8 @@ void io_tensors_init(struct io_tensors *t, const struct topology *topo, const st
                       (long long)all[i].elements, (long long)io_volume(all[i].ndim, all[i].shape));
     }
     comm_host_broadcast(topo->world, &count, sizeof count, 0);
-    if (topo->rank) all = xcalloc((size_t)count + 1, sizeof *all);
+    if (topo->rank)
+        all = xcalloc((size_t)count + 1, sizeof *all);
     comm_host_broadcast(topo->world, all, (size_t)count * sizeof *all, 0);
     t->tensor = all;
     t->count = (int)count;
@@ -294,7 +311,8 @@ static const void *fetch(const struct model *m, const struct tensor *t, int64_t 
                          void *staging)
 {
     struct tensor part = piece(t, first, n);
-    if (t->place == PLACE_HOST) return part.data;
+    if (t->place == PLACE_HOST)
+        return part.data;
     struct tensor host = tensor_1d(staging, t->dtype, PLACE_HOST, n);
     m->be->copy(m->compute, &part, &host);
     m->be->stream_sync(m->compute);
@@ -316,7 +334,8 @@ static void store(const struct model *m, const struct tensor *t, int64_t first, 
 
 static void *grow(void *buf, size_t *have, size_t need)
 {
-    if (need <= *have) return buf;
+    if (need <= *have)
+        return buf;
     *have = need;
     return xrealloc(buf, need, 1);
 }
@@ -344,7 +363,8 @@ void io_tensors_write(const char *path, hid_t file, const struct io_tensors *t,
         const struct param *p = &model->param[i];
         const struct grid *g = grid_of(topo, p);
         for (int part = 0; part < n_parts(p, with_optimizer); part++) {
-            if (!part_owner(p, g, part)) continue;
+            if (!part_owner(p, g, part))
+                continue;
             struct io_slab slab[IO_MAX_SLABS];
             int n_slabs = part_slabs(p, g, part, slab);
             char name[IO_TENSOR_PATH];
@@ -357,15 +377,18 @@ void io_tensors_write(const char *path, hid_t file, const struct io_tensors *t,
             for (int s = 0; s < n_slabs; s++) {
                 int64_t row = io_volume(p->ndim - 1, slab[s].count + 1),
                         step = IO_BLOCK_ELEMENTS / (row ? row : 1);
-                if (step < 1) step = 1;
+                if (step < 1)
+                    step = 1;
                 for (int64_t r = 0; r < slab[s].count[0]; r += step) {
                     struct io_block *b = new_block(m);
                     b->tensor = d - t->tensor;
                     memcpy(b->start, slab[s].start, sizeof b->start);
                     memcpy(b->count, slab[s].count, sizeof b->count);
                     b->start[0] += r;
-                    if (step < b->count[0] - r) b->count[0] = step;
-                    else b->count[0] -= r;
+                    if (step < b->count[0] - r)
+                        b->count[0] = step;
+                    else
+                        b->count[0] -= r;
                     int64_t n = b->count[0] * row;
                     if (v.place != PLACE_HOST)
                         staging = grow(staging, &have, (size_t)n * dtype_bytes(v.dtype));
@@ -393,9 +416,11 @@ bool io_block_verify(const char *path, hid_t set, const char *name, enum dtype d
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s: cannot read: %s", path, name,
                    io_reason(why, sizeof why));
     H5Tclose(type);
-    if (!ok) return false;
+    if (!ok)
+        return false;
     uint64_t hash = XXH3_64bits(buf, (size_t)io_volume(ndim, b->count) * dtype_bytes(dtype));
-    if (hash == b->xxh3) return true;
+    if (hash == b->xxh3)
+        return true;
     errors_add(errors, EXIT_CHECKPOINT,
                "%s: error: %s: rows %lld to %lld are damaged: checksum %016llx, stored %016llx",
                path, name, (long long)b->start[0], (long long)(b->start[0] + b->count[0] - 1),
@@ -409,7 +434,8 @@ static int64_t scatter(const struct model *model, const struct tensor *v, const 
                        const struct io_slab *s, int ndim, void *buf)
 {
     int64_t start[TENSOR_MAX_DIMS], count[TENSOR_MAX_DIMS], at[TENSOR_MAX_DIMS];
-    if (!overlap(b, s, ndim, start, count)) return 0;
+    if (!overlap(b, s, ndim, start, count))
+        return 0;
     ASSERT(buf && ndim >= 1 && ndim <= TENSOR_MAX_DIMS);
     int outer = ndim - 1; /* dimensions [outer, ndim) form one run */
     int64_t run = count[outer];
@@ -438,9 +464,12 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
     char name[IO_TENSOR_PATH], why[1200];
     part_path(p, part, name);
     int64_t index = 0, first = 0, last, found = 0, want = 0;
-    while (index < m->n_paths && strcmp(m->path[index], name)) index++;
-    while (first < m->n_blocks && m->block[first].tensor < index) first++;
-    for (last = first; last < m->n_blocks && m->block[last].tensor == index;) last++;
+    while (index < m->n_paths && strcmp(m->path[index], name))
+        index++;
+    while (first < m->n_blocks && m->block[first].tensor < index)
+        first++;
+    for (last = first; last < m->n_blocks && m->block[last].tensor == index;)
+        last++;
     struct tensor v = part_tensor(p, part);
     int before = errors->count;
     hid_t set = H5Dopen2(file, name, H5P_DEFAULT);
@@ -455,9 +484,10 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
             bytes = (int64_t)dtype_bytes(v.dtype);
         bool wanted = false, inside = true;
         for (int i = 0; i < p->ndim; i++) {
-            inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= p->shape[i]
-                     && b->start[i] <= p->shape[i] - b->count[i];
-            if (inside) bytes *= b->count[i];
+            inside = inside && b->start[i] >= 0 && b->count[i] > 0 && b->count[i] <= p->shape[i] &&
+                     b->start[i] <= p->shape[i] - b->count[i];
+            if (inside)
+                bytes *= b->count[i];
         }
         if (!inside || bytes > io_max_block_bytes) {
             errors_add(errors, EXIT_CHECKPOINT,
@@ -466,12 +496,16 @@ static void read_tensor(const char *path, hid_t file, const struct io_manifest *
         }
         for (int s = 0; s < n_slabs; s++)
             wanted = wanted || overlap(b, &slab[s], p->ndim, start, count);
-        if (!wanted) continue;
+        if (!wanted)
+            continue;
         *buf = grow(*buf, have, (size_t)bytes);
-        if (!io_block_verify(path, set, name, v.dtype, p->ndim, b, *buf, errors)) continue;
-        for (int s = 0; s < n_slabs; s++) found += scatter(model, &v, b, &slab[s], p->ndim, *buf);
+        if (!io_block_verify(path, set, name, v.dtype, p->ndim, b, *buf, errors))
+            continue;
+        for (int s = 0; s < n_slabs; s++)
+            found += scatter(model, &v, b, &slab[s], p->ndim, *buf);
     }
-    for (int s = 0; s < n_slabs; s++) want += io_volume(p->ndim, slab[s].count);
+    for (int s = 0; s < n_slabs; s++)
+        want += io_volume(p->ndim, slab[s].count);
     if (found != want && errors->count == before)
         errors_add(errors, EXIT_CHECKPOINT,
                    "%s: error: %s: /manifest vouches for %lld of the %lld elements needed", path,
@@ -502,9 +536,11 @@ void io_tensors_read(const char *path, hid_t file, const struct io_manifest *m,
 static int by_place(const void *a, const void *b)
 {
     const struct io_block *x = a, *y = b;
-    if (x->tensor != y->tensor) return x->tensor < y->tensor ? -1 : 1;
+    if (x->tensor != y->tensor)
+        return x->tensor < y->tensor ? -1 : 1;
     for (int i = 0; i < TENSOR_MAX_DIMS; i++)
-        if (x->start[i] != y->start[i]) return x->start[i] < y->start[i] ? -1 : 1;
+        if (x->start[i] != y->start[i])
+            return x->start[i] < y->start[i] ? -1 : 1;
     return 0;
 }
 
@@ -516,7 +552,8 @@ void io_manifest_gather(struct io_manifest *m, const struct topology *topo)
     free(m->block);
     m->block = all;
     m->n_blocks = (int64_t)(bytes / sizeof *all);
-    if (topo->rank == 0) qsort(all, (size_t)m->n_blocks, sizeof *all, by_place);
+    if (topo->rank == 0)
+        qsort(all, (size_t)m->n_blocks, sizeof *all, by_place);
 }
 
 hid_t io_compound_of_block(void)
@@ -581,20 +618,21 @@ bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m, struct
     uint64_t stored = 0;
     hid_t text = path_type(), block = io_compound_of_block(), group = -1;
     *m = (struct io_manifest){ 0 };
-    bool ok = io_get_shape(file, "/manifest/path", paths) == 1
-              && io_get_shape(file, "/manifest/block", blocks) == 1 && paths[0] >= 0
-              && paths[0] < 1 << 24 && blocks[0] >= 0 && blocks[0] < 1 << 28;
+    bool ok = io_get_shape(file, "/manifest/path", paths) == 1 &&
+              io_get_shape(file, "/manifest/block", blocks) == 1 && paths[0] >= 0 &&
+              paths[0] < 1 << 24 && blocks[0] >= 0 && blocks[0] < 1 << 28;
     if (ok) {
         m->n_paths = paths[0];
         m->n_blocks = blocks[0];
         m->path = xcalloc((size_t)m->n_paths + 1, sizeof *m->path);
         m->block = xcalloc((size_t)m->n_blocks + 1, sizeof *m->block);
         group = H5Gopen2(file, "/manifest", H5P_DEFAULT);
-        ok = group >= 0 && io_get_attr_u64(group, "xxh3", &stored)
-             && io_get(file, "/manifest/path", text, m->n_paths, m->path)
-             && io_get(file, "/manifest/block", block, m->n_blocks, m->block)
-             && manifest_hash(m) == stored;
-        if (group >= 0) H5Gclose(group);
+        ok = group >= 0 && io_get_attr_u64(group, "xxh3", &stored) &&
+             io_get(file, "/manifest/path", text, m->n_paths, m->path) &&
+             io_get(file, "/manifest/block", block, m->n_blocks, m->block) &&
+             manifest_hash(m) == stored;
+        if (group >= 0)
+            H5Gclose(group);
     }
     H5Tclose(text);
     H5Tclose(block);
@@ -604,7 +642,8 @@ bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m, struct
                    "%s: error: /manifest, the list of checksums, is missing or damaged", path);
         return false;
     }
-    for (int64_t i = 0; i < m->n_paths; i++) m->path[i][IO_TENSOR_PATH - 1] = 0;
+    for (int64_t i = 0; i < m->n_paths; i++)
+        m->path[i][IO_TENSOR_PATH - 1] = 0;
     return true;
 }
 

@@ -95,8 +95,10 @@ struct trace {
 
 static hid_t type_of(enum kind kind) /* file and memory alike on a little-endian machine */
 {
-    if (kind == KIND_F64) return H5T_IEEE_F64LE;
-    if (kind == KIND_F32) return H5T_IEEE_F32LE;
+    if (kind == KIND_F64)
+        return H5T_IEEE_F64LE;
+    if (kind == KIND_F32)
+        return H5T_IEEE_F32LE;
     return kind == KIND_I64 ? H5T_STD_I64LE : H5T_STD_I8LE;
 }
 
@@ -109,10 +111,14 @@ static size_t bytes_of(enum kind kind)
 static void set_unknown(enum kind kind, void *data, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
-        if (kind == KIND_F64) ((double *)data)[i] = NAN;
-        else if (kind == KIND_F32) ((float *)data)[i] = NAN;
-        else if (kind == KIND_I64) ((int64_t *)data)[i] = -1;
-        else ((int8_t *)data)[i] = -1;
+        if (kind == KIND_F64)
+            ((double *)data)[i] = NAN;
+        else if (kind == KIND_F32)
+            ((float *)data)[i] = NAN;
+        else if (kind == KIND_I64)
+            ((int64_t *)data)[i] = -1;
+        else
+            ((int8_t *)data)[i] = -1;
 }
 
 /* ---- layout, by rank 0 --------------------------------------------------------------------- */
@@ -175,7 +181,8 @@ static void copy_rows(const char *path, hid_t from, hid_t to, const char *name, 
     int ndim = io_get_shape(to, name, new),
         old_ndim = from < 0 ? -1 : io_get_shape(from, name, old);
     hid_t target = IO_WRITE(path, name, H5Dopen2(to, name, H5P_DEFAULT)), source = -1;
-    if (old_ndim == ndim) source = H5Dopen2(from, name, H5P_DEFAULT);
+    if (old_ndim == ndim)
+        source = H5Dopen2(from, name, H5P_DEFAULT);
     int64_t row = io_volume(ndim - 1, new + 1), step = row ? 1 + (1 << 20) / row : 1;
     char *buf = xmalloc((size_t)(step * (row ? row : 1)), bytes_of(kind));
     for (int64_t r = 0; r < keep && row > 0; r += step) {
@@ -191,11 +198,13 @@ static void copy_rows(const char *path, hid_t from, hid_t to, const char *name, 
                                           : new[i];
             some = some && common[i] > 0;
         }
-        if (!some || !io_get_box(source, type_of(kind), ndim, start, common, buf)) continue;
+        if (!some || !io_get_box(source, type_of(kind), ndim, start, common, buf))
+            continue;
         io_write_box(path, name, target, type_of(kind), ndim, start, common, buf);
     }
     free(buf);
-    if (source >= 0) H5Dclose(source);
+    if (source >= 0)
+        H5Dclose(source);
     H5Dclose(target);
 }
 
@@ -217,7 +226,8 @@ static hid_t open_old(struct trace *t, const struct deck *deck, struct old_trace
     char format[64] = "", why[1200];
     const char *not_regular = io_why_not_regular(t->path);
     if (not_regular[0]) {
-        if (access(t->path, F_OK) != 0 && errno == ENOENT) return -1;
+        if (access(t->path, F_OK) != 0 && errno == ENOENT)
+            return -1;
         FATAL(EXIT_WRITE, "%s: cannot continue this trace: it %s", t->path, not_regular);
     }
     hid_t file = io_open(t->path, false);
@@ -225,19 +235,22 @@ static hid_t open_old(struct trace *t, const struct deck *deck, struct old_trace
         fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away to start a new trace",
               "%s: cannot continue this trace: %s", t->path, io_reason(why, sizeof why));
     int64_t shape[TENSOR_MAX_DIMS], version = 0;
-    bool ok = io_get_attr_string(file, "format", format, sizeof format)
-              && strcmp(format, "mimo-trace") == 0
-              && io_get_attr_i64(file, "format_version", &version) && version == IO_TRACE_VERSION
-              && io_get(file, "/rows", H5T_NATIVE_INT64, 1, &old->rows)
-              && io_get(file, "/eval/rows", H5T_NATIVE_INT64, 1, &old->eval_rows);
+    bool ok = io_get_attr_string(file, "format", format, sizeof format) &&
+              strcmp(format, "mimo-trace") == 0 &&
+              io_get_attr_i64(file, "format_version", &version) && version == IO_TRACE_VERSION &&
+              io_get(file, "/rows", H5T_NATIVE_INT64, 1, &old->rows) &&
+              io_get(file, "/eval/rows", H5T_NATIVE_INT64, 1, &old->eval_rows);
     ok = ok && io_get_shape(file, "/iteration", shape) == 1;
-    if (ok) old->n_rows = shape[0];
+    if (ok)
+        old->n_rows = shape[0];
     ok = ok && io_get_shape(file, arena_path, shape) == 2;
-    if (ok) old->width = shape[0];
+    if (ok)
+        old->width = shape[0];
     ok = ok && io_get_shape(file, eval_paths[0], shape) == 1;
-    if (ok) old->n_eval = shape[0];
-    ok = ok && old->rows >= 0 && old->rows <= old->n_rows && old->eval_rows >= 0
-         && old->eval_rows <= old->n_eval && old->width > 0;
+    if (ok)
+        old->n_eval = shape[0];
+    ok = ok && old->rows >= 0 && old->rows <= old->n_rows && old->eval_rows >= 0 &&
+         old->eval_rows <= old->n_eval && old->width > 0;
     if (!ok)
         fatal(EXIT_WRITE, __FILE__, __LINE__, "move the file away to start a new trace",
               "%s: cannot continue this trace: it is no complete trace of format version %d",
@@ -245,14 +258,15 @@ static hid_t open_old(struct trace *t, const struct deck *deck, struct old_trace
 
     int64_t value = 0;
     hid_t ranks = H5Gopen2(file, "/ranks", H5P_DEFAULT);
-    bool same = ranks >= 0 && io_get_shape(file, experts_path, shape) == 3 && shape[1] == t->n_moe
-                && shape[2] == t->n_experts && old->n_rows == t->n_rows
-                && old->width == t->topo->size && old->n_eval == t->n_eval;
-    same = same && io_get_attr_i64(ranks, "encoder_size", &value)
-           && value == (t->topo->encoder.present ? t->topo->encoder.size : 0);
-    same = same && io_get_attr_i64(ranks, "language_offset", &value)
-           && value == (t->topo->language.present ? t->topo->language.offset : -1);
-    if (ranks >= 0) H5Gclose(ranks);
+    bool same = ranks >= 0 && io_get_shape(file, experts_path, shape) == 3 &&
+                shape[1] == t->n_moe && shape[2] == t->n_experts && old->n_rows == t->n_rows &&
+                old->width == t->topo->size && old->n_eval == t->n_eval;
+    same = same && io_get_attr_i64(ranks, "encoder_size", &value) &&
+           value == (t->topo->encoder.present ? t->topo->encoder.size : 0);
+    same = same && io_get_attr_i64(ranks, "language_offset", &value) &&
+           value == (t->topo->language.present ? t->topo->language.offset : -1);
+    if (ranks >= 0)
+        H5Gclose(ranks);
     char *now = io_deck_text(deck), *then = xcalloc(strlen(now) + 2, 1);
     same =
         same && io_get_string(file, "/deck/text", then, strlen(now) + 2) && strcmp(now, then) == 0;
@@ -268,7 +282,8 @@ static void keep_eval(struct trace *t, hid_t file, const struct old_trace *old, 
     int64_t n = old->eval_rows, start[1] = { 0 }, one[1] = { n }, last = 0;
     t->eval_count = 0;
     t->eval_iteration = -1;
-    if (start_row == 0 || n == 0) return;
+    if (start_row == 0 || n == 0)
+        return;
     hid_t iteration = H5Dopen2(file, "/iteration", H5P_DEFAULT),
           eval = H5Dopen2(file, eval_paths[0], H5P_DEFAULT);
     int64_t *at = xcalloc((size_t)n, sizeof *at);
@@ -289,7 +304,8 @@ static void prepare(struct trace *t, const struct deck *deck, int64_t start_row)
     struct old_trace old = { 0 };
     hid_t from = start_row > 0 ? open_old(t, deck, &old) : -1;
     if (from >= 0) {
-        if (old.width > t->width) t->width = old.width;
+        if (old.width > t->width)
+            t->width = old.width;
         keep_eval(t, from, &old, start_row);
     }
     if (start_row > old.rows)
@@ -319,7 +335,8 @@ static void prepare(struct trace *t, const struct deck *deck, int64_t start_row)
     put_count(temporary, to, "/rows", start_row);
     put_count(temporary, to, "/eval/rows", t->eval_count);
     IO_WRITE(temporary, "metadata", H5Fclose(to));
-    if (from >= 0) H5Fclose(from);
+    if (from >= 0)
+        H5Fclose(from);
     io_sync(temporary);
     CHECK_SYS(rename(temporary, t->path) == 0, EXIT_WRITE, "%s: cannot rename to %s", temporary,
               t->path);
@@ -350,18 +367,22 @@ struct trace *trace_open(const char *path, const struct deck *deck, const struct
     t->n_experts = n_moe ? deck->moe.num_experts : 0;
     int64_t layers = 0; /* rank 0, which lays out, may hold no language model: n_moe is the job's,
                            not the rank's */
-    for (const char *c = deck->derived.pattern; *c; c++) layers += *c == 'E';
+    for (const char *c = deck->derived.pattern; *c; c++)
+        layers += *c == 'E';
     ASSERT(t->n_moe == layers);
     t->eval_iteration = -1;
-    if (topo->rank == 0) prepare(t, deck, start_row);
+    if (topo->rank == 0)
+        prepare(t, deck, start_row);
     comm_host_broadcast(topo->world, &t->width, sizeof t->width, 0);
 
     t->file = io_open_parallel(t->path, topo->world);
-    for (int i = 0; i < N_FIELDS; i++) t->set[i] = open_dataset(t, fields[i].path);
+    for (int i = 0; i < N_FIELDS; i++)
+        t->set[i] = open_dataset(t, fields[i].path);
     t->experts = open_dataset(t, experts_path);
     t->rows = open_dataset(t, "/rows");
     t->eval_rows = open_dataset(t, "/eval/rows");
-    for (int i = 0; i < 3; i++) t->eval[i] = open_dataset(t, eval_paths[i]);
+    for (int i = 0; i < 3; i++)
+        t->eval[i] = open_dataset(t, eval_paths[i]);
     hid_t arenas = open_dataset(t, arena_path);
     io_write_box(t->path, arena_path, arenas, H5T_STD_I64LE, 2, (int64_t[2]){ topo->rank, 0 },
                  (int64_t[2]){ 1, ARENA_COUNT }, arena_bytes);
@@ -375,11 +396,13 @@ void trace_write(struct trace *t, int64_t row, const struct trace_row *values)
     int rank = t->topo->rank;
     for (int i = 0; i < N_FIELDS; i++) {
         const struct field *f = &fields[i];
-        if (!f->per_rank && rank) continue;
+        if (!f->per_rank && rank)
+            continue;
         io_write_box(t->path, f->path, t->set[i], type_of(f->kind), f->per_rank ? 2 : 1,
                      (int64_t[2]){ row, rank }, (int64_t[2]){ 1, 1 },
                      (const char *)values + f->offset);
-        if (rank || !f->per_rank || t->width == t->topo->size) continue;
+        if (rank || !f->per_rank || t->width == t->topo->size)
+            continue;
         int64_t absent = t->width - t->topo->size; /* columns of a larger earlier job */
         char *unknown = xmalloc((size_t)absent, 8);
         set_unknown(f->kind, unknown, absent);
@@ -387,9 +410,11 @@ void trace_write(struct trace *t, int64_t row, const struct trace_row *values)
                      (int64_t[2]){ row, t->topo->size }, (int64_t[2]){ 1, absent }, unknown);
         free(unknown);
     }
-    /* A row is valid when every rank has written its columns: one that is killed before it has must not leave a valid row without. */
+    /* A row is valid when every rank has written its columns: one that is killed before it has must
+     * not leave a valid row without. */
     comm_host_barrier(t->topo->world);
-    if (rank) return;
+    if (rank)
+        return;
     if (t->n_moe > 0 && values->tokens_per_expert)
         io_write_box(t->path, experts_path, t->experts, H5T_STD_I64LE, 3, (int64_t[3]){ row, 0, 0 },
                      (int64_t[3]){ 1, t->n_moe, t->n_experts }, values->tokens_per_expert);
@@ -399,7 +424,8 @@ void trace_write(struct trace *t, int64_t row, const struct trace_row *values)
 
 void trace_write_eval(struct trace *t, int64_t iteration, double lm_loss, double lm_loss_ablated)
 {
-    if (t->topo->rank) return;
+    if (t->topo->rank)
+        return;
     int64_t row = t->eval_count > 0 && t->eval_iteration == iteration ? t->eval_count - 1
                                                                       : t->eval_count,
             one[1] = { 1 };
@@ -418,19 +444,24 @@ void trace_write_eval(struct trace *t, int64_t iteration, double lm_loss, double
 void trace_sync(const struct trace *t)
 {
     io_sync(t->path);
-    if (t->topo->rank) return;
+    if (t->topo->rank)
+        return;
     char directory[IO_PATH];
     snprintf(directory, sizeof directory, "%s", t->path);
     char *slash = strrchr(directory, '/');
-    if (slash) *slash = '\0';
+    if (slash)
+        *slash = '\0';
     io_sync(slash ? directory : ".");
 }
 
 void trace_close(struct trace *t)
 {
-    if (!t) return;
-    for (int i = 0; i < N_FIELDS; i++) H5Dclose(t->set[i]);
-    for (int i = 0; i < 3; i++) H5Dclose(t->eval[i]);
+    if (!t)
+        return;
+    for (int i = 0; i < N_FIELDS; i++)
+        H5Dclose(t->set[i]);
+    for (int i = 0; i < 3; i++)
+        H5Dclose(t->eval[i]);
     H5Dclose(t->experts);
     H5Dclose(t->rows);
     H5Dclose(t->eval_rows);

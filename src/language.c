@@ -1,15 +1,19 @@
 /* language.c - the language module of one rank (model.md 1.1-1.3, 1.9, 3.1):
  *
- *   x_0 = text embeddings with picture embeddings merged in; x_{l+1} = x_l + f_l(norm(x_l)) for each letter of the pattern;
- *   logits = RMSNorm(x_L) W_out^T; loss_sum = sum over tokens of mask * (log-sum-exp - logit[label]).
+ *   x_0 = text embeddings with picture embeddings merged in; x_{l+1} = x_l + f_l(norm(x_l)) for
+ *     each letter of the pattern;
+ *   logits = RMSNorm(x_L) W_out^T; loss_sum = sum over tokens of mask * (log-sum-exp -
+ *     logit[label]).
  *
- * Backward starts from the SUM (g = mask): no division by tokens or micro-batches happens here; the optimizer divides once by the
- * global number of loss tokens. Padded vocabulary rows take part in the softmax. One activation slot: a forward is followed by
- * its backward before the next forward.
+ * Backward starts from the SUM (g = mask): no division by tokens or micro-batches happens here; the
+ * optimizer divides once by the global number of loss tokens. Padded vocabulary rows take part in
+ * the softmax. One activation slot: a forward is followed by its backward before the next forward.
  *
- * Tensor parallelism (t ranks): embedding and output rows are cut over the vocabulary, the residual stream by tokens (T/t rows, linear.h).
- * The embedding's partial rows are summed and cut in one step; pictures are merged on tp rank 0 alone, the others add zero there, so only
- * that rank needs the embeddings and only it returns their gradient. Every rank holds the whole loss; one of them counts.
+ * Tensor parallelism (t ranks): embedding and output rows are cut over the vocabulary, the residual
+ * stream by tokens (T/t rows, linear.h). The embedding's partial rows are summed and cut in one
+ * step; pictures are merged on tp rank 0 alone, the others add zero there, so only that rank needs
+ * the embeddings and only it returns their gradient. Every rank holds the whole loss; one of them
+ * counts.
  */
 #include "language.h"
 
@@ -28,22 +32,22 @@
 
 struct language {
     int n_layers;
-    struct layer *layer;                   /* [L] */
-    int embedding, final_norm, output;     /* parameter indices */
+    struct layer *layer;               /* [L] */
+    int embedding, final_norm, output; /* parameter indices */
     double eps;
     struct ragged batch;
-    struct tensor ids, labels;             /* I64 [T] */
-    struct tensor mask;                    /* acc [T] */
-    struct tensor image_row;               /* I32 [T] */
-    struct tensor x_last;                  /* [T/t,H] output of the last layer */
-    struct tensor rs, hidden;              /* acc [T/t], [T/t,H]: final norm */
-    struct tensor logits;                  /* [T,Vp/t], in backward their gradient */
-    struct tensor mx, se, pl, loss;        /* acc [T] */
-    struct tensor loss_sum, metric;        /* acc [1] over micro-batches */
-    struct tensor dx, dhidden;             /* [T/t,H] */
-    struct tensor dimage;                  /* [rows,H] */
-    int64_t image_rows;                    /* of the micro-batch in the slot */
-    struct tensor host_cu;                 /* I32 [B+1] on the host, for the copy to the device */
+    struct tensor ids, labels;      /* I64 [T] */
+    struct tensor mask;             /* acc [T] */
+    struct tensor image_row;        /* I32 [T] */
+    struct tensor x_last;           /* [T/t,H] output of the last layer */
+    struct tensor rs, hidden;       /* acc [T/t], [T/t,H]: final norm */
+    struct tensor logits;           /* [T,Vp/t], in backward their gradient */
+    struct tensor mx, se, pl, loss; /* acc [T] */
+    struct tensor loss_sum, metric; /* acc [1] over micro-batches */
+    struct tensor dx, dhidden;      /* [T/t,H] */
+    struct tensor dimage;           /* [rows,H] */
+    int64_t image_rows;             /* of the micro-batch in the slot */
+    struct tensor host_cu;          /* I32 [B+1] on the host, for the copy to the device */
 };
 
 struct language *language_init(struct model *m)
@@ -65,7 +69,10 @@ struct language *language_init(struct model *m)
         case 'M': l->mamba = mamba_init(m, i); break;
         case '*': l->attention = attention_init(m, i); break;
         case '-': l->mlp = mlp_init(m, i); break;
-        case 'E': l->moe = moe_init(m, i); m->n_moe++; break;
+        case 'E':
+            l->moe = moe_init(m, i);
+            m->n_moe++;
+            break;
         default: FATAL(EXIT_INTERNAL, "layer %d has the unknown kind '%c'", i, l->kind);
         }
         l->end = m->n_params;
@@ -77,9 +84,11 @@ struct language *language_init(struct model *m)
     return lm;
 }
 
-static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens, int64_t sequences)
+static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens,
+                       int64_t sequences)
 {
-    l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens), m->deck->language.hidden_size);
+    l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens),
+                    m->deck->language.hidden_size);
     switch (l->kind) {
     case 'M': mamba_plan(m, l->mamba, as, tokens, sequences); break;
     case '*': attention_plan(m, l->attention, as, tokens, sequences, tokens / sequences); break;
@@ -93,7 +102,8 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     const struct deck *deck = m->deck;
     const int64_t b = deck->batch.micro_batch_size, s = deck->language.seq_length, t = b * s;
-    const int64_t h = deck->language.hidden_size, vp = deck->derived.padded_vocab / m->topo->language.tp_size;
+    const int64_t h = deck->language.hidden_size,
+                  vp = deck->derived.padded_vocab / m->topo->language.tp_size;
     const int64_t local = linear_local_rows(m, t);
     lm->batch = (struct ragged){ .tokens = t, .segments = b, .max_len = s };
     lm->batch.cu = arena_1d(acts, "language.cu", DTYPE_I32, b + 1);
@@ -146,7 +156,10 @@ void language_free(struct language *lm)
 /* The time of a layer; an expert layer books its own steps. */
 static enum timer_part part_of(const struct layer *l)
 {
-    return l->kind == 'M' ? TIMER_MAMBA : l->kind == '*' ? TIMER_ATTENTION : l->kind == '-' ? TIMER_DENSE : TIMER_NO_PART;
+    return l->kind == 'M'   ? TIMER_MAMBA
+           : l->kind == '*' ? TIMER_ATTENTION
+           : l->kind == '-' ? TIMER_DENSE
+                            : TIMER_NO_PART;
 }
 
 struct moe *language_moe(const struct language *lm, int moe_layer)
@@ -199,11 +212,13 @@ static int64_t first_word(const struct model *m)
     return g->tp_rank * (m->deck->derived.padded_vocab / g->tp_size);
 }
 
-static void embed(struct model *m, struct language *lm, const struct tensor *image, const struct tensor *x)
+static void embed(struct model *m, struct language *lm, const struct tensor *image,
+                  const struct tensor *x)
 {
     const bool alone = m->topo->language.tp_size == 1;
     const struct tensor *whole = alone ? x : &m->partial;
-    m->be->embed_merge_forward(m->compute, &lm->ids, &lm->image_row, &model_param(m, lm->embedding)->value, first_word(m),
+    m->be->embed_merge_forward(m->compute, &lm->ids, &lm->image_row,
+                               &model_param(m, lm->embedding)->value, first_word(m),
                                m->topo->language.tp_rank == 0 ? image : NULL, whole);
     linear_reduce(m, whole, x);
 }
@@ -225,16 +240,21 @@ static void loss(struct model *m, struct language *lm)
     be->loss_finish(s, &lm->se, &lm->pl, &lm->mask, &lm->loss, &lm->loss_sum);
 }
 
-void model_language_load(struct model *m, int slot, const struct text_batch *text, const struct tensor *image)
+void model_language_load(struct model *m, int slot, const struct text_batch *text,
+                         const struct tensor *image)
 {
     ASSERT(slot == 0);
     if (m->topo->language.tp_rank == 0 && tensor_rows(image) != text->image_rows)
-        FATAL(EXIT_DATA, "the tokens of the micro-batch have places for %lld picture embeddings, the encoder gave %lld (first sample %s)",
-              (long long)text->image_rows, (long long)tensor_rows(image), text->key ? text->key[0] : "unnamed");
+        FATAL(
+            EXIT_DATA,
+            "the tokens of the micro-batch have places for %lld picture embeddings, the encoder gave %lld (first sample %s)",
+            (long long)text->image_rows, (long long)tensor_rows(image),
+            text->key ? text->key[0] : "unnamed");
     load_batch(m, m->language, text);
 }
 
-void model_language_forward(struct model *m, int slot, const struct text_batch *text, const struct tensor *image, bool train)
+void model_language_forward(struct model *m, int slot, const struct text_batch *text,
+                            const struct tensor *image, bool train)
 {
     model_language_load(m, slot, text, image);
     model_language_compute(m, slot, image, train);
@@ -265,8 +285,10 @@ void model_language_compute(struct model *m, int slot, const struct tensor *imag
     }
     ddp_use(m->ddp, true, lm->output + 1);
     timer_part(TIMER_VOCABULARY);
-    be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps, &lm->hidden, &lm->rs);
-    linear_forward(m, model_param(m, lm->output), linear_gather(m, &lm->hidden, &m->gathered), NULL, &lm->logits);
+    be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps,
+                        &lm->hidden, &lm->rs);
+    linear_forward(m, model_param(m, lm->output), linear_gather(m, &lm->hidden, &m->gathered), NULL,
+                   &lm->logits);
     loss(m, lm);
     timer_part(TIMER_NO_PART);
 }
@@ -282,7 +304,8 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     be->loss_backward(s, &lm->labels, first_word(m), &lm->mx, &lm->se, &lm->mask, &lm->logits);
     linear_column_backward(m, model_param(m, lm->output), &lm->hidden, &lm->logits, &lm->dhidden);
     be->fill(s, &lm->dx, 0.0);
-    be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx, param_grad(norm));
+    be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx,
+                         param_grad(norm));
     timer_part(TIMER_NO_PART);
     ddp_ready(m->ddp, true, lm->final_norm);
     for (int i = lm->n_layers - 1; i >= 0; i--) {
@@ -301,8 +324,9 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     struct tensor dimage = { 0 };
     if (want_image_gradient && m->topo->language.tp_rank == 0)
         dimage = tensor_row_range(&lm->dimage, 0, lm->image_rows);
-    be->embed_merge_backward(s, &lm->ids, &lm->image_row, linear_gather(m, &lm->dx, &m->gathered), first_word(m),
-                             param_grad(model_param(m, lm->embedding)), dimage.data ? &dimage : NULL);
+    be->embed_merge_backward(s, &lm->ids, &lm->image_row, linear_gather(m, &lm->dx, &m->gathered),
+                             first_word(m), param_grad(model_param(m, lm->embedding)),
+                             dimage.data ? &dimage : NULL);
     timer_part(TIMER_NO_PART);
     ddp_ready(m->ddp, true, lm->embedding);
     return dimage;
@@ -333,7 +357,8 @@ void model_token_lse(struct model *m, double *lse)
     struct language *lm = m->language;
     const int64_t t = lm->batch.tokens;
     double *mx = xcalloc((size_t)t, sizeof *mx), *se = xcalloc((size_t)t, sizeof *se);
-    const struct tensor mx_host = tensor_1d(mx, DTYPE_F64, PLACE_HOST, t), se_host = tensor_1d(se, DTYPE_F64, PLACE_HOST, t);
+    const struct tensor mx_host = tensor_1d(mx, DTYPE_F64, PLACE_HOST, t),
+                        se_host = tensor_1d(se, DTYPE_F64, PLACE_HOST, t);
     m->be->cast(m->compute, &lm->mx, &mx_host);
     m->be->cast(m->compute, &lm->se, &se_host);
     m->be->stream_sync(m->compute);

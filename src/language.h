@@ -1,14 +1,16 @@
-/* language.h - the language module: merged embedding, the layers of the pattern, final norm, output layer, loss. */
+/* language.h - the language module: merged embedding, the layers of the pattern, final norm, output
+ * layer, loss. */
 #ifndef MIMO_LANGUAGE_H
 #define MIMO_LANGUAGE_H
 
 #include "model.h"
 
-/* A micro-batch of B sequences as a ragged batch: what the sequence-mixing operations take (backend.h). */
+/* A micro-batch of B sequences as a ragged batch: what the sequence-mixing operations take
+ * (backend.h). */
 struct ragged {
-    struct tensor cu;            /* I32 [B+1] */
-    int64_t tokens, segments;    /* T, B */
-    int64_t max_len;             /* S */
+    struct tensor cu;         /* I32 [B+1] */
+    int64_t tokens, segments; /* T, B */
+    int64_t max_len;          /* S */
 };
 
 /* Declare every parameter and layer. Local. */

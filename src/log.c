@@ -20,7 +20,7 @@ enum { WARNINGS_MAX = 20, LINE_MAX_BYTES = 8192, EARLY_BYTES = 16384, PROGRESS_M
 
 static struct {
     FILE *file;
-    char early[EARLY_BYTES];       /* said before run.log was open */
+    char early[EARLY_BYTES]; /* said before run.log was open */
     size_t early_used;
     bool writer;
     bool terminal;                 /* stdout is one that can erase a line */
@@ -165,8 +165,8 @@ static void keep(const char *fmt, va_list args)
         }
         return;
     }
-    const bool ok = vfprintf(state.file, fmt, args) >= 0 && fputc('\n', state.file) != EOF
-                    && fflush(state.file) == 0;
+    const bool ok = vfprintf(state.file, fmt, args) >= 0 && fputc('\n', state.file) != EOF &&
+                    fflush(state.file) == 0;
     CHECK_SYS(ok, EXIT_WRITE, "%s/run.log", process.output_dir);
 }
 

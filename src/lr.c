@@ -1,7 +1,9 @@
-/* lr.c - learning rate and weight decay at a sample counter n (training.md 2.1-2.3; Megatron-LM optimizer_param_scheduler.py).
+/* lr.c - learning rate and weight decay at a sample counter n (training.md 2.1-2.3; Megatron-LM
+ * optimizer_param_scheduler.py).
  *
- * n counts the samples of successful updates only, so iteration i trains with lr((i-1)*gbs) when nothing was skipped. Double precision
- * throughout; the order of the cases in lr_at is part of the definition.
+ * n counts the samples of successful updates only, so iteration i trains with lr((i-1)*gbs) when
+ * nothing was skipped. Double precision throughout; the order of the cases in lr_at is part of the
+ * definition.
  */
 #include <math.h>
 #include <string.h>
@@ -12,8 +14,10 @@ static const double pi = 3.14159265358979323846;
 /* A length that may be given in samples or in iterations; `otherwise` when neither is. */
 static double in_samples(int64_t samples, int64_t iters, int64_t gbs, double otherwise)
 {
-    if (samples > 0) return (double)samples;
-    if (iters > 0) return (double)iters * (double)gbs;
+    if (samples > 0)
+        return (double)samples;
+    if (iters > 0)
+        return (double)iters * (double)gbs;
     return otherwise;
 }
 
@@ -54,9 +58,12 @@ double lr_at(const struct lr_schedule *s, double n)
 {
     double c, r;
 
-    if (s->warmup > 0.0 && n <= s->warmup) return s->init + (s->max - s->init) * n / s->warmup;
-    if (s->style == DECK_LR_CONSTANT) return s->max;
-    if (n > s->decay) return s->min;
+    if (s->warmup > 0.0 && n <= s->warmup)
+        return s->init + (s->max - s->init) * n / s->warmup;
+    if (s->style == DECK_LR_CONSTANT)
+        return s->max;
+    if (n > s->decay)
+        return s->min;
     if (s->style == DECK_LR_INVERSE_SQUARE_ROOT)
         return fmax(s->min, s->max * sqrt(fmax(s->warmup, 1.0)) / sqrt(fmax(n, 1.0)));
     r = (n - s->warmup) / (s->decay - s->warmup);
@@ -75,8 +82,10 @@ double lr_weight_decay_at(const struct lr_schedule *s, double n)
 {
     double c;
 
-    if (s->wd_style == DECK_WD_CONSTANT || n > s->wd_steps) return s->wd_end;
+    if (s->wd_style == DECK_WD_CONSTANT || n > s->wd_steps)
+        return s->wd_end;
     c = s->wd_steps > 0.0 ? n / s->wd_steps : 0.0;
-    if (s->wd_style == DECK_WD_COSINE) c = 0.5 * (cos(pi * (1.0 - c)) + 1.0);
+    if (s->wd_style == DECK_WD_COSINE)
+        c = 0.5 * (cos(pi * (1.0 - c)) + 1.0);
     return s->wd_start + c * (s->wd_end - s->wd_start);
 }

@@ -1,11 +1,13 @@
 /* mamba.c - Mamba-2 layer `M` (model.md 1.6):
  *
- *   u = RMSNorm(x); [z | x | B | C | dt] = u W_in^T; (x,B,C) <- silu(conv(x,B,C)); y = scan(x,B,C,dt) + D x;
+ *   u = RMSNorm(x); [z | x | B | C | dt] = u W_in^T; (x,B,C) <- silu(conv(x,B,C)); y =
+ *     scan(x,B,C,dt) + D x;
  *   o = GroupedRMSNorm(y silu(z)); out = x + o W_out^T
  *
- * The five blocks of W_in's rows lie as z (Di), x (Di), B (G*N), C (G*N), dt (mh); a tensor-parallel rank holds its part of each
- * block, not a contiguous slice of the whole. Kept for backward: zxBCdt, y before the gate, norm statistics; the convolution,
- * the states of the scan, u and o are recomputed.
+ * The five blocks of W_in's rows lie as z (Di), x (Di), B (G*N), C (G*N), dt (mh); a
+ * tensor-parallel rank holds its part of each block, not a contiguous slice of the whole. Kept for
+ * backward: zxBCdt, y before the gate, norm statistics; the convolution, the states of the scan, u
+ * and o are recomputed.
  */
 #include "mamba.h"
 
@@ -17,19 +19,20 @@
 #include "linear.h"
 
 struct mamba {
-    int heads, head_dim, groups, state, taps, chunk;     /* on this rank: mh, P, G, N, W, Q */
-    int64_t inner, channels;                             /* Di = mh*P, Di + 2GN */
+    int heads, head_dim, groups, state, taps, chunk; /* on this rank: mh, P, G, N, W, Q */
+    int64_t inner, channels;                         /* Di = mh*P, Di + 2GN */
     double eps;
-    int norm, in_proj, conv_weight, conv_bias, dt_bias, a_log, d_skip, gate_norm, out_proj;   /* parameter indices */
-    struct tensor rs;                      /* acc [T/t] */
-    struct tensor zxbcdt;                  /* [T,2Di+2GN+mh] */
-    struct tensor y;                       /* [T,Di] scan output before the gate */
-    struct tensor gate_rs;                 /* acc [T,G] */
-    struct tensor u, du;                   /* [T/t,H] temporaries */
-    struct tensor xbc, dxbc;               /* [T,Di+2GN] temporaries */
-    struct tensor o, d_o, dy;              /* [T,Di] temporaries */
-    struct tensor dzxbcdt;                 /* as zxbcdt, temporary */
-    struct tensor scratch;                 /* acc, of the scan */
+    /* parameter indices */
+    int norm, in_proj, conv_weight, conv_bias, dt_bias, a_log, d_skip, gate_norm, out_proj;
+    struct tensor rs;         /* acc [T/t] */
+    struct tensor zxbcdt;     /* [T,2Di+2GN+mh] */
+    struct tensor y;          /* [T,Di] scan output before the gate */
+    struct tensor gate_rs;    /* acc [T,G] */
+    struct tensor u, du;      /* [T/t,H] temporaries */
+    struct tensor xbc, dxbc;  /* [T,Di+2GN] temporaries */
+    struct tensor o, d_o, dy; /* [T,Di] temporaries */
+    struct tensor dzxbcdt;    /* as zxbcdt, temporary */
+    struct tensor scratch;    /* acc, of the scan */
 };
 
 /* Column ranges of zxBCdt. */
@@ -52,7 +55,8 @@ static void declare(struct model *m, struct mamba *l, int i)
 {
     const struct deck *deck = m->deck;
     const int64_t h = deck->language.hidden_size, mh = deck->mamba.mamba_num_heads;
-    const int64_t di = mh * deck->mamba.mamba_head_dim, gn = deck->mamba.mamba_num_groups * deck->mamba.mamba_state_dim;
+    const int64_t di = mh * deck->mamba.mamba_head_dim,
+                  gn = deck->mamba.mamba_num_groups * deck->mamba.mamba_state_dim;
     const int64_t taps = deck->mamba.linear_conv_kernel_dim;
     const double sigma = deck->language.init_method_std, conv = 1.0 / sqrt((double)taps);
     struct param p = { .module = MODEL_LANGUAGE };
@@ -61,12 +65,20 @@ static void declare(struct model *m, struct mamba *l, int i)
     snprintf(p.name, sizeof p.name, "%s.in_proj.layer_norm_weight", prefix);
     l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
 
-    struct param w = { .module = MODEL_LANGUAGE, .n_blocks = 5, .block_rows = { di, di, gn, gn, mh } };
+    struct param w = { .module = MODEL_LANGUAGE,
+                       .n_blocks = 5,
+                       .block_rows = { di, di, gn, gn, mh } };
     snprintf(w.name, sizeof w.name, "%s.in_proj.weight", prefix);
     l->in_proj = model_add_matrix(m, &w, 2 * di + 2 * gn + mh, h, PARAM_SPLIT_ROWS, sigma);
 
-    struct param c = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { di + 2 * gn, 1, taps }, .shard = PARAM_SPLIT_ROWS,
-                       .n_blocks = 3, .block_rows = { di, gn, gn }, .decay = true, .init = RNG_UNIFORM,
+    struct param c = { .module = MODEL_LANGUAGE,
+                       .ndim = 3,
+                       .shape = { di + 2 * gn, 1, taps },
+                       .shard = PARAM_SPLIT_ROWS,
+                       .n_blocks = 3,
+                       .block_rows = { di, gn, gn },
+                       .decay = true,
+                       .init = RNG_UNIFORM,
                        .init_scale = conv };
     snprintf(c.name, sizeof c.name, "%s.conv1d_weight", prefix);
     l->conv_weight = model_add_param(m, &c);
@@ -83,7 +95,8 @@ static void declare(struct model *m, struct mamba *l, int i)
     snprintf(p.name, sizeof p.name, "%s.norm.weight", prefix);
     l->gate_norm = model_add_vector(m, &p, di, PARAM_SPLIT_ROWS, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "%s.out_proj.weight", prefix);
-    l->out_proj = model_add_matrix(m, &p, h, di, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
+    l->out_proj = model_add_matrix(m, &p, h, di, PARAM_SPLIT_COLS,
+                                   sigma / sqrt((double)deck->derived.num_layers));
 }
 
 struct mamba *mamba_init(struct model *m, int i)
@@ -104,7 +117,8 @@ struct mamba *mamba_init(struct model *m, int i)
     return l;
 }
 
-void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tokens, int64_t segments)
+void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tokens,
+                int64_t segments)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, wide = l->inner + l->channels + l->heads;
@@ -122,45 +136,56 @@ void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tok
     l->d_o = arena_2d(work, "mamba.do", m->act, tokens, l->inner);
     l->dy = arena_2d(work, "mamba.dy", m->act, tokens, l->inner);
     l->dzxbcdt = arena_2d(work, "mamba.dzxbcdt", m->act, tokens, wide);
-    l->scratch = arena_1d(work, "mamba.scan", m->acc,
-                          m->be->ssd_work(tokens, segments, l->heads, l->head_dim, l->groups, l->state, l->chunk));
+    l->scratch = arena_1d(
+        work, "mamba.scan", m->acc,
+        m->be->ssd_work(tokens, segments, l->heads, l->head_dim, l->groups, l->state, l->chunk));
     arena_rewind(work, mark);
 }
 
-void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x, const struct tensor *y)
+void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x,
+                   const struct tensor *y)
 {
     const struct backend_ops *be = m->be;
-    const struct tensor z = z_of(l, &l->zxbcdt), xbc = xbc_of(l, &l->zxbcdt), dt = dt_of(l, &l->zxbcdt);
+    const struct tensor z = z_of(l, &l->zxbcdt), xbc = xbc_of(l, &l->zxbcdt),
+                        dt = dt_of(l, &l->zxbcdt);
     be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
-    linear_forward(m, model_param(m, l->in_proj), linear_gather(m, &l->u, &m->gathered), NULL, &l->zxbcdt);
-    be->conv_forward(m->compute, &xbc, &model_param(m, l->conv_weight)->value, &model_param(m, l->conv_bias)->value, &b->cu,
-                     b->max_len, &l->xbc);
-    be->ssd_forward(m->compute, &l->xbc, &dt, &model_param(m, l->dt_bias)->value, &model_param(m, l->a_log)->value,
-                    &model_param(m, l->d_skip)->value, &b->cu, b->max_len, l->heads, l->head_dim, l->groups, l->state,
-                    l->chunk, &l->scratch, &l->y);
-    be->gated_norm_forward(m->compute, &l->y, &z, &model_param(m, l->gate_norm)->value, l->groups, l->eps, &l->o,
-                           &l->gate_rs);
+    linear_forward(m, model_param(m, l->in_proj), linear_gather(m, &l->u, &m->gathered), NULL,
+                   &l->zxbcdt);
+    be->conv_forward(m->compute, &xbc, &model_param(m, l->conv_weight)->value,
+                     &model_param(m, l->conv_bias)->value, &b->cu, b->max_len, &l->xbc);
+    be->ssd_forward(m->compute, &l->xbc, &dt, &model_param(m, l->dt_bias)->value,
+                    &model_param(m, l->a_log)->value, &model_param(m, l->d_skip)->value, &b->cu,
+                    b->max_len, l->heads, l->head_dim, l->groups, l->state, l->chunk, &l->scratch,
+                    &l->y);
+    be->gated_norm_forward(m->compute, &l->y, &z, &model_param(m, l->gate_norm)->value, l->groups,
+                           l->eps, &l->o, &l->gate_rs);
     linear_row_forward(m, model_param(m, l->out_proj), &l->o, x, y);
 }
 
-void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
+void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b,
+                    const struct tensor *x, const struct tensor *dx)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    const struct tensor z = z_of(l, &l->zxbcdt), xbc = xbc_of(l, &l->zxbcdt), dt = dt_of(l, &l->zxbcdt);
-    const struct tensor dz = z_of(l, &l->dzxbcdt), dxbc = xbc_of(l, &l->dzxbcdt), ddt = dt_of(l, &l->dzxbcdt);
+    const struct tensor z = z_of(l, &l->zxbcdt), xbc = xbc_of(l, &l->zxbcdt),
+                        dt = dt_of(l, &l->zxbcdt);
+    const struct tensor dz = z_of(l, &l->dzxbcdt), dxbc = xbc_of(l, &l->dzxbcdt),
+                        ddt = dt_of(l, &l->dzxbcdt);
     const struct param *norm = model_param(m, l->norm), *gate = model_param(m, l->gate_norm);
     const struct param *cw = model_param(m, l->conv_weight), *cb = model_param(m, l->conv_bias);
-    const struct param *dtb = model_param(m, l->dt_bias), *al = model_param(m, l->a_log), *ds = model_param(m, l->d_skip);
+    const struct param *dtb = model_param(m, l->dt_bias), *al = model_param(m, l->a_log),
+                       *ds = model_param(m, l->d_skip);
 
     be->gated_norm_forward(s, &l->y, &z, &gate->value, l->groups, l->eps, &l->o, &l->gate_rs);
     linear_row_backward(m, model_param(m, l->out_proj), &l->o, dx, &l->d_o);
-    be->gated_norm_backward(s, &l->y, &z, &gate->value, l->groups, &l->gate_rs, &l->d_o, &l->dy, &dz, param_grad(gate));
+    be->gated_norm_backward(s, &l->y, &z, &gate->value, l->groups, &l->gate_rs, &l->d_o, &l->dy,
+                            &dz, param_grad(gate));
     be->conv_forward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->xbc);
-    be->ssd_backward(s, &l->xbc, &dt, &dtb->value, &al->value, &ds->value, &b->cu, b->max_len, l->heads, l->head_dim,
-                     l->groups, l->state, l->chunk, &l->dy, &l->scratch, &l->dxbc, &ddt, param_grad(dtb), param_grad(al),
-                     param_grad(ds));
-    be->conv_backward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->dxbc, &dxbc, param_grad(cw), param_grad(cb));
+    be->ssd_backward(s, &l->xbc, &dt, &dtb->value, &al->value, &ds->value, &b->cu, b->max_len,
+                     l->heads, l->head_dim, l->groups, l->state, l->chunk, &l->dy, &l->scratch,
+                     &l->dxbc, &ddt, param_grad(dtb), param_grad(al), param_grad(ds));
+    be->conv_backward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->dxbc, &dxbc,
+                      param_grad(cw), param_grad(cb));
     be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->u, &l->rs);
     linear_column_backward(m, model_param(m, l->in_proj), &l->u, &l->dzxbcdt, &l->du);
     be->rmsnorm_backward(s, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));

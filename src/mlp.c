@@ -1,5 +1,5 @@
-/* mlp.c - dense feed-forward layer `-` (model.md 1.7): u = RMSNorm(x); h = u W1^T; a = relu(h)^2; y = x + a W2^T.
- * Kept for backward: the norm's statistics and h; u and a are recomputed. */
+/* mlp.c - dense feed-forward layer `-` (model.md 1.7): u = RMSNorm(x); h = u W1^T; a = relu(h)^2; y
+ * = x + a W2^T. Kept for backward: the norm's statistics and h; u and a are recomputed. */
 #include "mlp.h"
 
 #include <math.h>
@@ -10,11 +10,11 @@
 
 struct mlp {
     double eps;
-    int norm, fc1, fc2;                    /* parameter indices */
-    struct tensor rs;                      /* acc [T/t] */
-    struct tensor h;                       /* [T,ffn] */
-    struct tensor u, du;                   /* [T/t,H] temporaries */
-    struct tensor a, da;                   /* [T,ffn] temporaries */
+    int norm, fc1, fc2;  /* parameter indices */
+    struct tensor rs;    /* acc [T/t] */
+    struct tensor h;     /* [T,ffn] */
+    struct tensor u, du; /* [T/t,H] temporaries */
+    struct tensor a, da; /* [T,ffn] temporaries */
 };
 
 struct mlp *mlp_init(struct model *m, int i)
@@ -30,7 +30,8 @@ struct mlp *mlp_init(struct model *m, int i)
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc1.weight", i);
     l->fc1 = model_add_matrix(m, &p, ffn, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc2.weight", i);
-    l->fc2 = model_add_matrix(m, &p, h, ffn, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
+    l->fc2 = model_add_matrix(m, &p, h, ffn, PARAM_SPLIT_COLS,
+                              sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 

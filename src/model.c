@@ -1,8 +1,9 @@
-/* model.c - the parameter table of this rank and what iterates it: allocation, initial values, counts. The mathematics is in
- * language.c and radio.c.
+/* model.c - the parameter table of this rank and what iterates it: allocation, initial values,
+ * counts. The mathematics is in language.c and radio.c.
  *
- * Initial values (model.md 1.2, [CHOICE]): every element is a function of (seed, module, name, index in the full logical tensor), made
- * in double, rounded to float (and further to bf16 in a bf16 run), so layouts and precisions start from the same numbers.
+ * Initial values (model.md 1.2, [CHOICE]): every element is a function of (seed, module, name,
+ * index in the full logical tensor), made in double, rounded to float (and further to bf16 in a
+ * bf16 run), so layouts and precisions start from the same numbers.
  */
 #include "model.h"
 
@@ -20,7 +21,7 @@
 
 const char *const model_module_names[MODEL_MODULES] = { "vision", "projector", "language" };
 
-/* ---- declaration ------------------------------------------------------------------------------------------------- */
+/* ---- declaration ----------------------------------------------------------------------------- */
 
 static bool module_frozen(const struct deck *deck, enum model_module module)
 {
@@ -49,12 +50,14 @@ int model_add_param(struct model *m, const struct param *p)
         q->block_rows[0] = q->shape[0];
     }
     q->trainable = !q->buffer && !module_frozen(m->deck, q->module);
-    q->sum_tp = q->module == MODEL_LANGUAGE && q->shard == PARAM_REPLICATED && !q->expert && !q->buffer;
+    q->sum_tp =
+        q->module == MODEL_LANGUAGE && q->shard == PARAM_REPLICATED && !q->expert && !q->buffer;
     q->master = q->m = q->v = tensor_1d(NULL, m->acc, PLACE_DEVICE, 0);
     return m->n_params++;
 }
 
-int model_add_matrix(struct model *m, const struct param *base, int64_t out, int64_t in, enum param_shard shard, double std)
+int model_add_matrix(struct model *m, const struct param *base, int64_t out, int64_t in,
+                     enum param_shard shard, double std)
 {
     struct param p = *base;
     p.ndim = 2;
@@ -67,8 +70,8 @@ int model_add_matrix(struct model *m, const struct param *base, int64_t out, int
     return model_add_param(m, &p);
 }
 
-int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard, enum rng_init init,
-                     double scale)
+int model_add_vector(struct model *m, const struct param *base, int64_t n, enum param_shard shard,
+                     enum rng_init init, double scale)
 {
     struct param p = *base;
     p.ndim = 1;
@@ -108,10 +111,12 @@ static void declare(struct model *m)
         m->language = language_init(m);
 }
 
-void model_init(struct model *m, const struct deck *deck, const struct topology *topo, const struct backend_ops *be,
-                struct stream *compute)
+void model_init(struct model *m, const struct deck *deck, const struct topology *topo,
+                const struct backend_ops *be, struct stream *compute)
 {
-    *m = (struct model){ .deck = deck, .topo = topo, .be = be, .comm = comm_select(deck), .compute = compute };
+    *m = (struct model){
+        .deck = deck, .topo = topo, .be = be, .comm = comm_select(deck), .compute = compute
+    };
     set_types(m);
     m->has_encoder = topo->encoder.member;
     m->has_language = topo->language.member;
@@ -139,7 +144,7 @@ void model_free(struct model *m)
     *m = (struct model){ 0 };
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------ */
+/* ---- memory ---------------------------------------------------------------------------------- */
 
 void model_local_shape(const struct model *m, const struct param *p, int64_t shape[TENSOR_MAX_DIMS])
 {
@@ -165,7 +170,8 @@ int64_t model_param_numel(const struct model *m, const struct param *p)
 void model_plan(struct model *m, struct arenas *as)
 {
     ddp_plan(m->ddp, as);
-    const struct tensor scratch = arena_1d(&as->a[ARENA_WORKSPACE], "operations", DTYPE_U8, (int64_t)m->be->scratch_bytes);
+    const struct tensor scratch =
+        arena_1d(&as->a[ARENA_WORKSPACE], "operations", DTYPE_U8, (int64_t)m->be->scratch_bytes);
     if (scratch.data)
         m->be->stream_scratch(m->compute, &scratch);
     for (int i = 0; i < m->n_params; i++) {
@@ -174,7 +180,8 @@ void model_plan(struct model *m, struct arenas *as)
         if (p->trainable)
             continue;
         model_local_shape(m, p, shape);
-        p->value = arena_tensor(&as->a[ARENA_PARAMS], p->name, p->buffer ? m->acc : m->act, p->ndim, shape);
+        p->value = arena_tensor(&as->a[ARENA_PARAMS], p->name, p->buffer ? m->acc : m->act, p->ndim,
+                                shape);
     }
     if (m->has_encoder)
         radio_plan(m, m->encoder, as);
@@ -192,7 +199,7 @@ struct tensor model_grad_buffer(struct model *m, bool language)
             continue;
         if (!first)
             first = b;
-        n += b->numel;   /* a multiple of the arena's alignment: buffers lie side by side */
+        n += b->numel; /* a multiple of the arena's alignment: buffers lie side by side */
     }
     return tensor_1d(first ? first->grad.data : NULL, m->acc, PLACE_DEVICE, n);
 }
@@ -206,9 +213,10 @@ void model_zero_grads(struct model *m)
     }
 }
 
-/* ---- initial values ---------------------------------------------------------------------------------------------- */
+/* ---- initial values -------------------------------------------------------------------------- */
 
-/* Full row (dimension 0) of local row r of a tensor whose rows are cut block by block over `size` ranks. */
+/* Full row (dimension 0) of local row r of a tensor whose rows are cut block by block over `size`
+ * ranks. */
 static int64_t full_row(const struct param *p, int64_t r, int size, int rank)
 {
     int64_t first = 0;
@@ -237,7 +245,8 @@ uint64_t model_full_index(const struct model *m, const struct param *p, int64_t 
     return (uint64_t)(row * full_cols + col);
 }
 
-/* Runs of rows (of dimension 0) that lie one after the other in the full tensor are one operation. */
+/* Runs of rows (of dimension 0) that lie one after the other in the full tensor are one
+ * operation. */
 static void initialise_param(struct model *m, struct param *p)
 {
     char purpose[160];
@@ -265,13 +274,20 @@ void model_initialise(struct model *m)
     m->be->stream_sync(m->compute);
 }
 
-/* ---- the whole model --------------------------------------------------------------------------------------------- */
+/* ---- the whole model ------------------------------------------------------------------------- */
 
 void model_describe(struct model *m, struct topology *topo, const struct deck *deck)
 {
     const bool encoder = deck->topology.layout != DECK_LAYOUT_LANGUAGE_ONLY;
-    struct grid one = { .tp_size = 1, .cp_size = 1, .dp_size = 1, .pp_size = 1, .ep_size = 1, .expt_tp_size = 1,
-                        .expt_dp_size = 1, .member = true, .present = true };
+    struct grid one = { .tp_size = 1,
+                        .cp_size = 1,
+                        .dp_size = 1,
+                        .pp_size = 1,
+                        .ep_size = 1,
+                        .expt_tp_size = 1,
+                        .expt_dp_size = 1,
+                        .member = true,
+                        .present = true };
     *topo = (struct topology){ .size = 1, .layout = deck->topology.layout, .language = one };
     if (encoder)
         topo->encoder = one;
@@ -294,9 +310,12 @@ struct model_counts model_count(const struct deck *deck)
             n *= p->shape[d];
         if (p->buffer)
             continue;
-        *(p->module == MODEL_VISION ? &c.vision : p->module == MODEL_PROJECTOR ? &c.projector : &c.language) += n;
+        *(p->module == MODEL_VISION      ? &c.vision
+          : p->module == MODEL_PROJECTOR ? &c.projector
+                                         : &c.language) += n;
         if (p->expert)
-            idle_experts += n / deck->moe.num_experts * (deck->moe.num_experts - deck->moe.moe_router_topk);
+            idle_experts +=
+                n / deck->moe.num_experts * (deck->moe.num_experts - deck->moe.moe_router_topk);
         if (strcmp(p->name, "embedding.word_embeddings.weight") == 0)
             embedding = n;
     }

@@ -1,17 +1,21 @@
 /* moe.c - mixture-of-experts layer `E` (model.md 1.8):
  *
- *   hN = RMSNorm(x); scores = sigmoid(hN W_r^T); top-K of scores + expert_bias; p = scaling * score / sum of chosen scores
+ *   hN = RMSNorm(x); scores = sigmoid(hN W_r^T); top-K of scores + expert_bias; p = scaling * score
+ *     / sum of chosen scores
  *   out = sum_k W2_k (relu(W1_k hN)^2 p_k) + W2_s relu(W1_s hN)^2;   y = x + out
  *
- * The K*T copies are sorted by (expert, token), so each expert works on consecutive rows; how many is known to the device only.
- * The sequence auxiliary loss enters as a gradient on the normalised scores (step 5). The expert bias and the counts of
- * dispatched tokens are state of the layer; the optimizer updates the bias once per step. A frozen language module keeps its bias and
- * has no auxiliary loss. Forced load balancing replaces the choice alone: what it depends on is in moe.h. Router and routed experts work
- * on this rank's own rows of the residual stream; with expert parallelism the sorted copies travel to the owners of their experts
- * (dispatch.h) and back, R rows in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared
+ * The K*T copies are sorted by (expert, token), so each expert works on consecutive rows; how many
+ * is known to the device only. The sequence auxiliary loss enters as a gradient on the normalised
+ * scores (step 5). The expert bias and the counts of dispatched tokens are state of the layer; the
+ * optimizer updates the bias once per step. A frozen language module keeps its bias and has no
+ * auxiliary loss. Forced load balancing replaces the choice alone: what it depends on is in moe.h.
+ * Router and routed experts work on this rank's own rows of the residual stream; with expert
+ * parallelism the sorted copies travel to the owners of their experts (dispatch.h) and back, R rows
+ * in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared
  * experts.
  *
- * A pass is a list of steps; the order in which they are issued is data (at the end), and is what moe_shared_expert_overlap chooses.
+ * A pass is a list of steps; the order in which they are issued is data (at the end), and is what
+ * moe_shared_expert_overlap chooses.
  */
 #include "moe.h"
 
@@ -26,15 +30,15 @@
 #include "timer.h"
 
 struct moe {
-    int index;                             /* of the layer in the pattern */
-    int64_t experts, topk;                 /* E, K */
-    int64_t width, shared_width;           /* F, Fs on this rank; Fs = 0: no shared expert */
+    int index;                   /* of the layer in the pattern */
+    int64_t experts, topk;       /* E, K */
+    int64_t width, shared_width; /* F, Fs on this rank; Fs = 0: no shared expert */
     double eps, scaling, coeff;
-    bool balance;                          /* auxiliary loss in training */
-    bool count;                            /* tokens per expert in training */
-    bool forced;                           /* the choice is made by moe_force_choice */
-    int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2;   /* parameter indices, -1 = absent */
-    struct dispatch *dispatch;             /* NULL with one expert-parallel rank */
+    bool balance; /* auxiliary loss in training */
+    bool count;   /* tokens per expert in training */
+    bool forced;  /* the choice is made by moe_force_choice */
+    int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2; /* parameter indices, -1 = absent */
+    struct dispatch *dispatch; /* NULL with one expert-parallel rank */
     /* t = T/tp rows of this rank, C = t*K copies, R rows of its experts (= C without dispatch) */
     struct tensor rs;                      /* acc [t] */
     struct tensor scores;                  /* acc [t,E] */
@@ -45,24 +49,28 @@ struct moe {
     struct tensor received, received_prob; /* [R,H], acc [R] of the owned experts; dispatch only */
     struct tensor h;                       /* [R,F] */
     struct tensor shared_h;                /* [T,Fs] */
-    struct tensor balance_count, balance_sum;   /* I64, acc [B,E] */
-    struct tensor tokens_per_expert;       /* I64 [E], over micro-batches */
-    struct tensor hn, dhn, dshared;        /* [t,H] temporaries */
-    struct tensor logits;                  /* acc [t,E] logits, then their gradient; temporary */
-    struct tensor dprob, drow;             /* acc [t,K], [C] temporaries */
-    struct tensor copies;                  /* [C,H] temporary: sorted copies on their way out or back */
-    struct tensor yp, dreceived_prob;      /* [R,H], acc [R] temporaries: expert outputs or gradients; dispatch only for the second */
-    struct tensor a, da;                   /* [R,F] temporaries */
-    struct tensor shared_a, shared_da;     /* [T,Fs] temporaries */
-    struct tensor host_choice;             /* I32 [t,K] on the host; forced only */
+    struct tensor balance_count, balance_sum; /* I64, acc [B,E] */
+    struct tensor tokens_per_expert;          /* I64 [E], over micro-batches */
+    struct tensor hn, dhn, dshared;           /* [t,H] temporaries */
+    struct tensor logits;                     /* acc [t,E] logits, then their gradient; temporary */
+    struct tensor dprob, drow;                /* acc [t,K], [C] temporaries */
+    /* [C,H] temporary: sorted copies on their way out or back */
+    struct tensor copies;
+    /* [R,H], acc [R] temporaries: expert outputs or gradients; dispatch only for the second */
+    struct tensor yp, dreceived_prob;
+    struct tensor a, da;               /* [R,F] temporaries */
+    struct tensor shared_a, shared_da; /* [T,Fs] temporaries */
+    struct tensor host_choice;         /* I32 [t,K] on the host; forced only */
 };
 
 static void declare(struct model *m, struct moe *l, int i)
 {
     const struct deck *deck = m->deck;
-    const int64_t h = deck->language.hidden_size, e = deck->moe.num_experts, f = deck->moe.moe_ffn_hidden_size;
+    const int64_t h = deck->language.hidden_size, e = deck->moe.num_experts,
+                  f = deck->moe.moe_ffn_hidden_size;
     const int64_t fs = deck->moe.moe_shared_expert_intermediate_size;
-    const double sigma = deck->language.init_method_std, so = sigma / sqrt((double)deck->derived.num_layers);
+    const double sigma = deck->language.init_method_std,
+                 so = sigma / sqrt((double)deck->derived.num_layers);
     struct param p = { .module = MODEL_LANGUAGE };
     char prefix[32];
     snprintf(prefix, sizeof prefix, "decoder.layers.%d", i);
@@ -76,12 +84,22 @@ static void declare(struct model *m, struct moe *l, int i)
         snprintf(b.name, sizeof b.name, "%s.mlp.router.expert_bias", prefix);
         l->bias = model_add_vector(m, &b, e, PARAM_REPLICATED, RNG_ZEROS, 0.0);
     }
-    struct param w1 = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { e, f, h }, .expert = true, .decay = true,
-                        .init = RNG_NORMAL, .init_scale = sigma };
+    struct param w1 = { .module = MODEL_LANGUAGE,
+                        .ndim = 3,
+                        .shape = { e, f, h },
+                        .expert = true,
+                        .decay = true,
+                        .init = RNG_NORMAL,
+                        .init_scale = sigma };
     snprintf(w1.name, sizeof w1.name, "%s.mlp.experts.linear_fc1.weight", prefix);
     l->fc1 = model_add_param(m, &w1);
-    struct param w2 = { .module = MODEL_LANGUAGE, .ndim = 3, .shape = { e, h, f }, .expert = true, .decay = true,
-                        .init = RNG_NORMAL, .init_scale = so };
+    struct param w2 = { .module = MODEL_LANGUAGE,
+                        .ndim = 3,
+                        .shape = { e, h, f },
+                        .expert = true,
+                        .decay = true,
+                        .init = RNG_NORMAL,
+                        .init_scale = so };
     snprintf(w2.name, sizeof w2.name, "%s.mlp.experts.linear_fc2.weight", prefix);
     l->fc2 = model_add_param(m, &w2);
     l->shared_fc1 = l->shared_fc2 = -1;
@@ -107,17 +125,20 @@ struct moe *moe_init(struct model *m, int i)
     l->scaling = deck->moe.moe_router_topk_scaling_factor;
     l->coeff = deck->moe.moe_aux_loss_coeff;
     l->count = !deck->derived.freeze_language;
-    l->balance = l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
+    l->balance =
+        l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
     if (m->topo->language.ep_size > 1)
         l->dispatch = dispatch_init(m, l->experts);
     declare(m, l, i);
     return l;
 }
 
-static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
+static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t tokens,
+                      int64_t sequences)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS];
-    const int64_t e = l->experts, k = l->topk, local = linear_local_rows(m, tokens), copies = local * k;
+    const int64_t e = l->experts, k = l->topk, local = linear_local_rows(m, tokens),
+                  copies = local * k;
     int64_t rows = copies;
     l->rs = arena_1d(acts, "moe.rs", m->acc, local);
     l->scores = arena_2d(acts, "moe.scores", m->acc, local, e);
@@ -145,7 +166,8 @@ static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t
 void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
 {
     struct arena *work = &as->a[ARENA_WORKSPACE];
-    const int64_t h = m->deck->language.hidden_size, e = l->experts, local = linear_local_rows(m, tokens);
+    const int64_t h = m->deck->language.hidden_size, e = l->experts,
+                  local = linear_local_rows(m, tokens);
     const int64_t copies = local * l->topk;
     plan_kept(m, l, as, tokens, sequences);
     const int64_t rows = l->dispatch ? l->dispatch->max_rows : copies;
@@ -178,7 +200,8 @@ static int64_t first_row(const struct model *m, const struct ragged *b)
     return m->topo->language.tp_rank * linear_local_rows(m, b->tokens);
 }
 
-void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b, const int64_t *sample_index)
+void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b,
+                      const int64_t *sample_index)
 {
     const int64_t e = l->experts, k = l->topk, stride = e / k, first = first_row(m, b);
     int32_t *choice = l->host_choice.data;
@@ -189,7 +212,9 @@ void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b, co
     const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
     for (int64_t t = 0; t < tensor_rows(&l->host_choice); t++, choice += k) {
         const int64_t sample = (first + t) / b->max_len, position = (first + t) % b->max_len;
-        const int64_t base = ((int64_t)rng_below(key, 0, (uint64_t)sample_index[sample], (uint64_t)e) + position) % e;
+        const int64_t base =
+            ((int64_t)rng_below(key, 0, (uint64_t)sample_index[sample], (uint64_t)e) + position) %
+            e;
         /* base + i*stride < base + e wraps once: what wrapped comes first in ascending order. */
         int64_t n = 0;
         for (int64_t i = 0; i < k; i++)
@@ -207,7 +232,8 @@ static void count_expert_flops(struct model *m, const struct moe *l, int64_t row
 }
 
 /* Scores, choice and probabilities of this rank's rows, the auxiliary loss, the sort. */
-static void route(struct model *m, struct moe *l, const struct ragged *b, bool train, const struct tensor *metric)
+static void route(struct model *m, struct moe *l, const struct ragged *b, bool train,
+                  const struct tensor *metric)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
@@ -216,21 +242,25 @@ static void route(struct model *m, struct moe *l, const struct ragged *b, bool t
     const struct param *router = model_param(m, l->router);
     be->gemm(s, false, true, 1.0, &l->hn, &router->value, 0.0, NULL, &l->logits);
     m->gemm_flops += 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
-    be->router_forward(s, &l->logits, bias, l->scaling, l->forced, &l->scores, &l->expert, &l->prob);
+    be->router_forward(s, &l->logits, bias, l->scaling, l->forced, &l->scores, &l->expert,
+                       &l->prob);
     if (train && l->balance) {
-        be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len, &l->balance_count, &l->balance_sum);
+        be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len,
+                           &l->balance_count, &l->balance_sum);
         if (g->tp_cp.size > 1)
             m->comm->all_reduce(g->tp_cp.comm, &l->balance_count, COMM_SUM, s);
-        be->router_balance_loss(s, &l->balance_count, &l->balance_sum, (int)l->topk, b->max_len, metric);
+        be->router_balance_loss(s, &l->balance_count, &l->balance_sum, (int)l->topk, b->max_len,
+                                metric);
     }
     be->moe_sort(s, &l->expert, &l->prob, &l->offsets, &l->row_token, &l->row_prob, &l->token_row,
                  train && l->count ? &l->tokens_per_expert : NULL);
 }
 
-/* What the routed experts of this rank work on: rows, their probabilities, where each owned expert's rows begin. */
+/* What the routed experts of this rank work on: rows, their probabilities, where each owned
+ * expert's rows begin. */
 struct expert_rows {
-    int64_t n;                             /* R */
-    struct tensor x, prob, offsets;        /* [R,H], acc [R], I32 [E/ep+1] */
+    int64_t n;                      /* R */
+    struct tensor x, prob, offsets; /* [R,H], acc [R], I32 [E/ep+1] */
 };
 
 /* The rows in use; x holds them between step_receive and the next use of l->copies. */
@@ -239,36 +269,39 @@ static struct expert_rows expert_rows(const struct moe *l)
     if (!l->dispatch)
         return (struct expert_rows){ tensor_rows(&l->copies), l->copies, l->row_prob, l->offsets };
     const int64_t n = l->dispatch->received;
-    return (struct expert_rows){ n, tensor_first(&l->received, n), tensor_first(&l->received_prob, n), l->dispatch->offsets };
+    return (struct expert_rows){ n, tensor_first(&l->received, n),
+                                 tensor_first(&l->received_prob, n), l->dispatch->offsets };
 }
 
-/* ---- steps ------------------------------------------------------------------------------------------------------- */
+/* ---- steps ----------------------------------------------------------------------------------- */
 
 /* What the steps of one pass work on. */
 struct pass {
     const struct ragged *b;
-    const struct tensor *x, *y;            /* [t,H] of the layer; y in forward */
-    const struct tensor *dx;               /* [t,H] in backward */
+    const struct tensor *x, *y; /* [t,H] of the layer; y in forward */
+    const struct tensor *dx;    /* [t,H] in backward */
     const struct tensor *metric;
     bool train;
 };
 
 struct step {
     const char *name;
-    int part;                              /* enum timer_part, where its time is booked */
+    int part; /* enum timer_part, where its time is booked */
     void (*run)(struct model *m, struct moe *l, const struct pass *p);
 };
 
 /* Norm, choice, sort, and how many rows go where. */
 static void step_route(struct model *m, struct moe *l, const struct pass *p)
 {
-    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
+    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn,
+                           &l->rs);
     route(m, l, p->b, p->train, p->metric);
     if (l->dispatch)
         dispatch_begin(m, l->dispatch, &l->offsets);
 }
 
-/* rows of `from` [t,H], copied for each chosen expert, leave for the expert's rank; they stay in l->copies without dispatch. */
+/* rows of `from` [t,H], copied for each chosen expert, leave for the expert's rank; they stay in
+ * l->copies without dispatch. */
 static void send_copies(struct model *m, struct moe *l, const struct tensor *from)
 {
     m->be->gather_rows(m->compute, from, &l->row_token, &l->copies);
@@ -304,9 +337,12 @@ static void step_experts(struct model *m, struct moe *l, const struct pass *p)
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     const struct expert_rows r = expert_rows(l);
-    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), yp = tensor_first(&l->yp, r.n);
-    backend_grouped_act_forward(be, s, &r.x, &model_param(m, l->fc1)->value, &r.offsets, &r.prob, &h, &a);
-    be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n, &yp);
+    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n),
+                        yp = tensor_first(&l->yp, r.n);
+    backend_grouped_act_forward(be, s, &r.x, &model_param(m, l->fc1)->value, &r.offsets, &r.prob,
+                                &h, &a);
+    be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n,
+                     &yp);
     count_expert_flops(m, l, r.n, 2);
 }
 
@@ -357,12 +393,13 @@ static void step_shared_fc2(struct model *m, struct moe *l, const struct pass *p
         m->be->copy(m->compute, p->x, p->y);
 }
 
-/* ---- steps of backward ------------------------------------------------------------------------------------------- */
+/* ---- steps of backward ----------------------------------------------------------------------- */
 
 /* hN again, and the gradient of each copy on its way to the expert's rank. */
 static void back_send_rows(struct model *m, struct moe *l, const struct pass *p)
 {
-    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn, &l->rs);
+    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn,
+                           &l->rs);
     send_copies(m, l, p->dx);
 }
 
@@ -372,13 +409,15 @@ static void back_shared_fc2(struct model *m, struct moe *l, const struct pass *p
         return;
     m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
     linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, p->dx, &l->shared_da);
-    m->be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da, &l->shared_da);
+    m->be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da,
+                               &l->shared_da);
 }
 
 static void back_shared_fc1(struct model *m, struct moe *l, const struct pass *p)
 {
     if (l->shared_fc1 >= 0)
-        linear_column_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da, &l->dshared);
+        linear_column_backward(m, model_param(m, l->shared_fc1), &l->hn, &l->shared_da,
+                               &l->dshared);
 }
 
 static void back_receive(struct model *m, struct moe *l, const struct pass *p)
@@ -403,14 +442,18 @@ static void back_experts(struct model *m, struct moe *l, const struct pass *p)
     struct stream *s = m->compute;
     const struct param *fc1 = model_param(m, l->fc1), *fc2 = model_param(m, l->fc2);
     const struct expert_rows r = expert_rows(l);
-    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n), da = tensor_first(&l->da, r.n);
-    const struct tensor yp = tensor_first(&l->yp, r.n), drow = drow_here(l), dy = l->dispatch ? yp : l->copies;
-    backend_grouped_act_backward(be, s, &dy, &fc2->value, &r.offsets, &h, &r.prob, &da, &drow, fc2->trainable ? &a : NULL);
+    const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n),
+                        da = tensor_first(&l->da, r.n);
+    const struct tensor yp = tensor_first(&l->yp, r.n), drow = drow_here(l),
+                        dy = l->dispatch ? yp : l->copies;
+    backend_grouped_act_backward(be, s, &dy, &fc2->value, &r.offsets, &h, &r.prob, &da, &drow,
+                                 fc2->trainable ? &a : NULL);
     if (fc2->trainable)
         be->grouped_gemm(s, BACKEND_GROUPED_TN, &dy, &a, &r.offsets, r.n, &fc2->grad);
     if (fc1->trainable) {
         if (!l->dispatch)
-            be->gather_rows(s, &l->hn, &l->row_token, &l->copies);   /* what was received lies in its own memory */
+            /* what was received lies in its own memory */
+            be->gather_rows(s, &l->hn, &l->row_token, &l->copies);
         be->grouped_gemm(s, BACKEND_GROUPED_TN, &da, &r.x, &r.offsets, r.n, &fc1->grad);
     }
     be->grouped_gemm(s, BACKEND_GROUPED_NN, &da, &fc1->value, &r.offsets, r.n, &yp);
@@ -438,8 +481,9 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
     struct stream *s = m->compute;
     const struct param *norm = model_param(m, l->norm), *router = model_param(m, l->router);
     const int64_t router_flops = 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
-    be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling, l->balance ? &l->balance_count : NULL,
-                        l->coeff, first_row(m, p->b), p->b->max_len, &l->logits);
+    be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling,
+                        l->balance ? &l->balance_count : NULL, l->coeff, first_row(m, p->b),
+                        p->b->max_len, &l->logits);
     if (router->trainable) {
         be->gemm(s, true, false, 1.0, &l->logits, &l->hn, 1.0, &router->grad, &router->grad);
         m->gemm_flops += router_flops;
@@ -451,35 +495,46 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
     be->rmsnorm_backward(s, p->x, &norm->value, &l->rs, &l->dhn, p->dx, param_grad(norm));
 }
 
-/* ---- orders ------------------------------------------------------------------------------------------------------ */
+/* ---- orders ---------------------------------------------------------------------------------- */
 
-/* Both orders of a pass hold the same steps and give the same bits. Overlapped (parallel.md 5.6), the shared expert's products are issued
- * between the start and the end of a journey of the routed rows. */
+/* Both orders of a pass hold the same steps and give the same bits. Overlapped (parallel.md 5.6),
+ * the shared expert's products are issued between the start and the end of a journey of the routed
+ * rows. */
 enum { FORWARD, BACKWARD, ORDER_MAX = 12 };
 
 enum { R = TIMER_ROUTER, D = TIMER_DISPATCH, X = TIMER_EXPERTS, S = TIMER_SHARED };
 
 static const struct step orders[2][2][ORDER_MAX] = {
+    /* clang-format off */
     [FORWARD] = {
-        { { "route", R, step_route }, { "send_rows", D, step_send_rows }, { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
-          { "experts", X, step_experts }, { "return_rows", D, step_return_rows }, { "shared_gather", S, step_shared_gather },
-          { "shared_fc1", S, step_shared_fc1 }, { "shared_fc2", S, step_shared_fc2 }, { "combine", D, step_combine } },
-        { { "route", R, step_route }, { "shared_gather", S, step_shared_gather }, { "send_rows", D, step_send_rows },
-          { "shared_fc1", S, step_shared_fc1 }, { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
-          { "experts", X, step_experts }, { "return_rows", D, step_return_rows }, { "shared_fc2", S, step_shared_fc2 },
-          { "combine", D, step_combine } } },
+        { { "route", R, step_route }, { "send_rows", D, step_send_rows },
+          { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts }, { "return_rows", D, step_return_rows },
+          { "shared_gather", S, step_shared_gather }, { "shared_fc1", S, step_shared_fc1 },
+          { "shared_fc2", S, step_shared_fc2 }, { "combine", D, step_combine } },
+        { { "route", R, step_route }, { "shared_gather", S, step_shared_gather },
+          { "send_rows", D, step_send_rows }, { "shared_fc1", S, step_shared_fc1 },
+          { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts }, { "return_rows", D, step_return_rows },
+          { "shared_fc2", S, step_shared_fc2 }, { "combine", D, step_combine } } },
     [BACKWARD] = {
-        { { "send_rows", D, back_send_rows }, { "receive", D, back_receive }, { "experts", X, back_experts },
-          { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows }, { "combine", D, back_combine },
-          { "shared_fc2", S, back_shared_fc2 }, { "shared_fc1", S, back_shared_fc1 }, { "route", R, back_route } },
-        { { "send_rows", D, back_send_rows }, { "shared_fc2", S, back_shared_fc2 }, { "receive", D, back_receive },
-          { "experts", X, back_experts }, { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows },
-          { "shared_fc1", S, back_shared_fc1 }, { "combine", D, back_combine }, { "route", R, back_route } } },
+        { { "send_rows", D, back_send_rows }, { "receive", D, back_receive },
+          { "experts", X, back_experts }, { "return_probs", D, back_return_probs },
+          { "return_rows", D, step_return_rows }, { "combine", D, back_combine },
+          { "shared_fc2", S, back_shared_fc2 }, { "shared_fc1", S, back_shared_fc1 },
+          { "route", R, back_route } },
+        { { "send_rows", D, back_send_rows }, { "shared_fc2", S, back_shared_fc2 },
+          { "receive", D, back_receive }, { "experts", X, back_experts },
+          { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows },
+          { "shared_fc1", S, back_shared_fc1 }, { "combine", D, back_combine },
+          { "route", R, back_route } } },
+    /* clang-format on */
 };
 
 static void run_steps(struct model *m, struct moe *l, int direction, const struct pass *p)
 {
-    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run; s++) {
+    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run;
+         s++) {
         timer_part(s->part);
         s->run(m, l, p);
     }
@@ -496,14 +551,15 @@ void moe_print_order(const struct deck *deck, FILE *out)
     }
 }
 
-void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *y,
-                 bool train, const struct tensor *metric)
+void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x,
+                 const struct tensor *y, bool train, const struct tensor *metric)
 {
     const struct pass p = { .b = b, .x = x, .y = y, .metric = metric, .train = train };
     run_steps(m, l, FORWARD, &p);
 }
 
-void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x, const struct tensor *dx)
+void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x,
+                  const struct tensor *dx)
 {
     const struct pass p = { .b = b, .x = x, .dx = dx };
     run_steps(m, l, BACKWARD, &p);

@@ -21,20 +21,23 @@ static void print_counts(const struct deck *deck, FILE *out)
     fprintf(out, "parameters\n");
     fprintf(out, "  %-46s %18" PRId64 "\n", "language", c.language);
     fprintf(out, "  %-46s %18" PRId64 "\n", "language, active per token", c.language_active);
-    fprintf(out, "  %-46s %18" PRId64 "\n", "language, active without input embedding", c.language_active_no_embedding);
+    fprintf(out, "  %-46s %18" PRId64 "\n", "language, active without input embedding",
+            c.language_active_no_embedding);
     fprintf(out, "  %-46s %18" PRId64 "\n", "vision", c.vision);
     fprintf(out, "  %-46s %18" PRId64 "\n", "projector", c.projector);
     fprintf(out, "  %-46s %18" PRId64 "\n\n", "total", c.total);
 }
 
-/* Ranks that differ in nothing but which samples they see share a role: the first of each pipeline stage of each grid stands for it. */
+/* Ranks that differ in nothing but which samples they see share a role: the first of each pipeline
+ * stage of each grid stands for it. */
 static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
 {
     int n = 0;
 
     for (int r = 0; r < size && n < ROLES_MAX; r++) {
         const struct grid *g = all[r].language.member ? &all[r].language : &all[r].encoder;
-        if (g->dp_rank == 0 && g->tp_rank == 0 && g->cp_rank == 0) role[n++] = r;
+        if (g->dp_rank == 0 && g->tp_rank == 0 && g->cp_rank == 0)
+            role[n++] = r;
     }
     return n;
 }
@@ -42,7 +45,7 @@ static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
 static void print_memory_row(const struct deck *deck, const struct topology *t, FILE *out)
 {
     const struct backend_ops *be = backend_sizing(deck);
-    struct stream stream = {.name = "none"};
+    struct stream stream = { .name = "none" };
     struct bridge *bridge = NULL;
     struct arenas arenas;
     struct model model;
@@ -51,8 +54,9 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
 
     model_init(&model, deck, t, be, &stream);
     optim_init(&optim, deck, t, &model, be, comm_select(deck), &stream);
-    if (t->encoder.present) bridge = bridge_init(deck, t, comm_select(deck), be, &stream);
-    struct step step = {.deck = deck, .model = &model, .bridge = bridge};
+    if (t->encoder.present)
+        bridge = bridge_init(deck, t, comm_select(deck), be, &stream);
+    struct step step = { .deck = deck, .model = &model, .bridge = bridge };
     arenas_init(&arenas);
     model_plan(&model, &arenas);
     optim_plan(&optim, &arenas);
@@ -72,30 +76,38 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
 static void print_buffers(const struct deck *deck, const struct topology *t, FILE *out)
 {
     const struct backend_ops *be = backend_sizing(deck);
-    struct stream stream = {.name = "none"};
+    struct stream stream = { .name = "none" };
     struct model model;
 
     model_init(&model, deck, t, be, &stream);
     for (int i = 0; i < model.ddp->n; i++) {
         const struct ddp_buffer *b = &model.ddp->buffer[i];
         int64_t parameters = 0;
-        for (int k = 0; k < b->n_slots; k++) parameters += b->slot[k].numel;
-        fprintf(out, "  %-10s %5d %-18s %6d %15" PRId64 " %15" PRId64 " %15" PRId64 " %8d  %s\n", topology_role(t), t->rank, b->name,
-                b->group->size, parameters, b->numel, b->shard_numel, b->n_buckets,
-                b->overlap_reduce ? b->overlap_gather ? "both" : "reduce" : b->overlap_gather ? "gather" : "none");
+        for (int k = 0; k < b->n_slots; k++)
+            parameters += b->slot[k].numel;
+        fprintf(out, "  %-10s %5d %-18s %6d %15" PRId64 " %15" PRId64 " %15" PRId64 " %8d  %s\n",
+                topology_role(t), t->rank, b->name, b->group->size, parameters, b->numel,
+                b->shard_numel, b->n_buckets,
+                b->overlap_reduce   ? b->overlap_gather ? "both" : "reduce"
+                : b->overlap_gather ? "gather"
+                                    : "none");
     }
     model_free(&model);
 }
 
-static void print_memory(const struct deck *deck, const struct topology *all, const int *role, int n_roles, FILE *out)
+static void print_memory(const struct deck *deck, const struct topology *all, const int *role,
+                         int n_roles, FILE *out)
 {
     fprintf(out, "memory, MiB a rank\n  %-10s %5s", "role", "rank");
-    for (int i = 0; i < ARENA_COUNT; i++) fprintf(out, " %12s", arena_names[i]);
+    for (int i = 0; i < ARENA_COUNT; i++)
+        fprintf(out, " %12s", arena_names[i]);
     fprintf(out, " %12s\n", "total");
-    for (int i = 0; i < n_roles; i++) print_memory_row(deck, &all[role[i]], out);
-    fprintf(out, "\ngradient buffers\n  %-10s %5s %-18s %6s %15s %15s %15s %8s  %s\n", "role", "rank", "of", "shards", "parameters",
-            "elements", "owned", "buckets", "overlap");
-    for (int i = 0; i < n_roles; i++) print_buffers(deck, &all[role[i]], out);
+    for (int i = 0; i < n_roles; i++)
+        print_memory_row(deck, &all[role[i]], out);
+    fprintf(out, "\ngradient buffers\n  %-10s %5s %-18s %6s %15s %15s %15s %8s  %s\n", "role",
+            "rank", "of", "shards", "parameters", "elements", "owned", "buckets", "overlap");
+    for (int i = 0; i < n_roles; i++)
+        print_buffers(deck, &all[role[i]], out);
     fputc('\n', out);
 }
 
@@ -115,28 +127,33 @@ static void print_schedule(const struct schedule *s, FILE *out)
         fprintf(out, "    %.*s\n", (int)length, line);
         line += length + (line[length] == '\n');
     }
-    if (*line) fprintf(out, "    ... %d actions in all\n", s->n);
+    if (*line)
+        fprintf(out, "    ... %d actions in all\n", s->n);
     free(text);
 }
 
-static void print_schedules(const struct deck *deck, const struct topology *all, int size, const int *role, int n_roles, FILE *out,
-                            struct errors *errors)
+static void print_schedules(const struct deck *deck, const struct topology *all, int size,
+                            const int *role, int n_roles, FILE *out, struct errors *errors)
 {
     struct schedule *list = xcalloc((size_t)size, sizeof *list);
     int nmb = (int)deck->derived.num_microbatches;
     bool encoder_trains = !deck->derived.freeze_encoder || !deck->derived.freeze_projector;
 
-    for (int r = 0; r < size; r++) schedule_build(&list[r], &all[r], nmb, false, encoder_trains);
+    for (int r = 0; r < size; r++)
+        schedule_build(&list[r], &all[r], nmb, false, encoder_trains);
     bool sound = schedule_verify(list, all, size, errors);
-    fprintf(out, "schedule, %d micro-batches, %s for all %d ranks\n", nmb, sound ? "verified" : "NOT SOUND", size);
+    fprintf(out, "schedule, %d micro-batches, %s for all %d ranks\n", nmb,
+            sound ? "verified" : "NOT SOUND", size);
     for (int i = 0; i < n_roles; i++) {
         const struct schedule *s = &list[role[i]];
-        fprintf(out, "  %s, rank %d, activation slots: %d encoder, %d language\n", topology_role(&all[role[i]]), role[i],
-                s->encoder_slots, s->language_slots);
+        fprintf(out, "  %s, rank %d, activation slots: %d encoder, %d language\n",
+                topology_role(&all[role[i]]), role[i], s->encoder_slots, s->language_slots);
         print_schedule(s, out);
     }
-    if (strchr(deck->derived.pattern, 'E')) moe_print_order(deck, out);
-    for (int r = 0; r < size; r++) schedule_free(&list[r]);
+    if (strchr(deck->derived.pattern, 'E'))
+        moe_print_order(deck, out);
+    for (int r = 0; r < size; r++)
+        schedule_free(&list[r]);
     free(list);
 }
 
@@ -147,18 +164,22 @@ void plan_print(const struct deck *deck, int size, FILE *out, struct errors *err
 
     deck_echo(deck, out);
     fputc('\n', out);
-    if (!deck->derived.complete) return;
+    if (!deck->derived.complete)
+        return;
     print_counts(deck, out);
     all = xcalloc((size_t)size, sizeof *all);
-    for (int r = 0; r < size && errors->count == before; r++) topology_init(&all[r], deck, size, r, errors);
+    for (int r = 0; r < size && errors->count == before; r++)
+        topology_init(&all[r], deck, size, r, errors);
     if (errors->count == before) {
         topology_print(&all[0], out);
         fputc('\n', out);
         n_roles = find_roles(all, size, role);
         print_memory(deck, all, role, n_roles, out);
-        if (import_wanted(deck)) import_print(deck, all, role, n_roles, out, errors);
+        if (import_wanted(deck))
+            import_print(deck, all, role, n_roles, out, errors);
         print_schedules(deck, all, size, role, n_roles, out, errors);
-        for (int r = 0; r < size; r++) topology_free(&all[r]);
+        for (int r = 0; r < size; r++)
+            topology_free(&all[r]);
     }
     free(all);
 }
@@ -167,7 +188,8 @@ void plan_forgive_backend(const struct deck *deck, FILE *out, struct errors *err
 {
     int kept = 0;
 
-    if (!deck->derived.no_backend) return;
+    if (!deck->derived.no_backend)
+        return;
     for (int i = 0; i < errors->count; i++) {
         if (strstr(errors->line[i], ": error: run.backend = '")) {
             fprintf(out, "note: %s\n", strstr(errors->line[i], "run.backend"));

@@ -1,6 +1,7 @@
-/* projector.c - see projector.h. The hidden width of the mlp form is four times the input width. Initial values take the language
- * model's sigma and sigma/sqrt(L). Over encoder tp the affine matrix is column-parallel with gathered output, the mlp form is
- * column- and row-parallel; input, norm and output are replicated (replicated.h). */
+/* projector.c - see projector.h. The hidden width of the mlp form is four times the input width.
+ * Initial values take the language model's sigma and sigma/sqrt(L). Over encoder tp the affine
+ * matrix is column-parallel with gathered output, the mlp form is column- and row-parallel; input,
+ * norm and output are replicated (replicated.h). */
 #include "projector.h"
 
 #include <math.h>
@@ -11,12 +12,13 @@
 #include "replicated.h"
 
 struct projector {
-    int64_t width, hidden;                 /* hidden = 0: affine */
+    int64_t width, hidden; /* hidden = 0: affine */
     double eps;
-    int norm, fc1, fc2;                    /* affine: fc1 only; -1 = absent */
-    struct tensor u, du;                   /* [rows,width] temporaries: normed input; mlp with norm */
-    struct tensor a, da;                   /* [rows,hidden/t] temporaries */
-    struct replicated_columns gathered;    /* affine */
+    int norm, fc1, fc2; /* affine: fc1 only; -1 = absent */
+    /* [rows,width] temporaries: normed input; mlp with norm */
+    struct tensor u, du;
+    struct tensor a, da;                /* [rows,hidden/t] temporaries */
+    struct replicated_columns gathered; /* affine */
 };
 
 struct projector *projector_init(struct model *m, int64_t width)
@@ -44,11 +46,13 @@ struct projector *projector_init(struct model *m, int64_t width)
     snprintf(p.name, sizeof p.name, "encoder.linear_fc1.weight");
     l->fc1 = model_add_matrix(m, &p, l->hidden, width, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "encoder.linear_fc2.weight");
-    l->fc2 = model_add_matrix(m, &p, h, l->hidden, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
+    l->fc2 = model_add_matrix(m, &p, h, l->hidden, PARAM_SPLIT_COLS,
+                              sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 
-void projector_plan(struct model *m, struct projector *l, struct arenas *as, int64_t rows, struct projector_kept *kept, int n)
+void projector_plan(struct model *m, struct projector *l, struct arenas *as, int64_t rows,
+                    struct projector_kept *kept, int n)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
     if (l->hidden == 0) {
@@ -67,17 +71,19 @@ void projector_plan(struct model *m, struct projector *l, struct arenas *as, int
 }
 
 /* The input of fc1: x itself, or its norm in the temporary u. */
-static struct tensor normed(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x)
+static struct tensor normed(struct model *m, struct projector *l, struct projector_kept *kept,
+                            const struct tensor *x)
 {
     if (l->norm < 0)
         return *x;
-    const struct tensor u = tensor_first(&l->u, tensor_rows(x)), rs = tensor_first(&kept->rs, tensor_rows(x));
+    const struct tensor u = tensor_first(&l->u, tensor_rows(x)),
+                        rs = tensor_first(&kept->rs, tensor_rows(x));
     m->be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &u, &rs);
     return u;
 }
 
-void projector_forward(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x,
-                       const struct tensor *out)
+void projector_forward(struct model *m, struct projector *l, struct projector_kept *kept,
+                       const struct tensor *x, const struct tensor *out)
 {
     if (l->hidden == 0) {
         replicated_gather_forward(m, &l->gathered, model_param(m, l->fc1), x, out);
@@ -91,8 +97,8 @@ void projector_forward(struct model *m, struct projector *l, struct projector_ke
     replicated_row_forward(m, model_param(m, l->fc2), NULL, &a, NULL, out);
 }
 
-void projector_backward(struct model *m, struct projector *l, struct projector_kept *kept, const struct tensor *x,
-                        const struct tensor *dout, const struct tensor *dx)
+void projector_backward(struct model *m, struct projector *l, struct projector_kept *kept,
+                        const struct tensor *x, const struct tensor *dout, const struct tensor *dx)
 {
     const struct backend_ops *be = m->be;
     if (l->hidden == 0) {

@@ -1,4 +1,5 @@
-/* replicated.c - see replicated.h. A gathered output arrives as one block [rows,out/t] a rank; each is copied into its columns. */
+/* replicated.c - see replicated.h. A gathered output arrives as one block [rows,out/t] a rank; each
+ * is copied into its columns. */
 #include "replicated.h"
 
 #include "linear.h"
@@ -14,7 +15,8 @@ static void sum_over_ranks(struct model *m, const struct tensor *t)
         m->comm->all_reduce(m->topo->encoder.tp.comm, t, COMM_SUM, m->compute);
 }
 
-void replicated_plan(struct model *m, struct replicated_columns *c, struct arena *work, int64_t rows, int64_t out)
+void replicated_plan(struct model *m, struct replicated_columns *c, struct arena *work,
+                     int64_t rows, int64_t out)
 {
     if (ranks(m) > 1)
         c->blocks = arena_2d(work, "replicated.blocks", m->act, ranks(m) * rows, out / ranks(m));
@@ -27,8 +29,8 @@ static struct tensor columns_of(const struct model *m, const struct tensor *y, i
     return tensor_col_range(y, r * width, width);
 }
 
-void replicated_gather_forward(struct model *m, struct replicated_columns *c, const struct param *w, const struct tensor *x,
-                               const struct tensor *y)
+void replicated_gather_forward(struct model *m, struct replicated_columns *c, const struct param *w,
+                               const struct tensor *x, const struct tensor *y)
 {
     if (ranks(m) == 1) {
         linear_forward(m, w, x, NULL, y);
@@ -40,20 +42,21 @@ void replicated_gather_forward(struct model *m, struct replicated_columns *c, co
     linear_forward(m, w, x, NULL, &own);
     m->comm->all_gather(m->topo->encoder.tp.comm, &own, &all, m->compute);
     for (int r = 0; r < ranks(m); r++) {
-        const struct tensor block = tensor_row_range(&all, r * rows, rows), to = columns_of(m, y, r);
+        const struct tensor block = tensor_row_range(&all, r * rows, rows),
+                            to = columns_of(m, y, r);
         m->be->copy(m->compute, &block, &to);
     }
 }
 
-void replicated_gather_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dy,
-                                const struct tensor *dx)
+void replicated_gather_backward(struct model *m, const struct param *w, const struct tensor *x,
+                                const struct tensor *dy, const struct tensor *dx)
 {
     const struct tensor own = columns_of(m, dy, m->topo->encoder.tp_rank);
     replicated_column_backward(m, w, x, &own, dx);
 }
 
-void replicated_column_backward(struct model *m, const struct param *w, const struct tensor *x, const struct tensor *dz,
-                                const struct tensor *dx)
+void replicated_column_backward(struct model *m, const struct param *w, const struct tensor *x,
+                                const struct tensor *dz, const struct tensor *dx)
 {
     if (ranks(m) == 1 || !dx) {
         linear_backward(m, w, x, dz, 0.0, dx);
@@ -66,8 +69,9 @@ void replicated_column_backward(struct model *m, const struct param *w, const st
     linear_join(m);
 }
 
-void replicated_row_forward(struct model *m, const struct param *w, const struct param *bias, const struct tensor *a,
-                            const struct tensor *residual, const struct tensor *y)
+void replicated_row_forward(struct model *m, const struct param *w, const struct param *bias,
+                            const struct tensor *a, const struct tensor *residual,
+                            const struct tensor *y)
 {
     if (ranks(m) == 1) {
         linear_forward(m, w, a, residual, y);

@@ -1,8 +1,9 @@
-/* rng_core.h - the arithmetic of rng.h, for the host and for kernels: who includes it says in RNG_CORE what its functions are
- * (static inline; in CUDA also __host__ __device__). Local, all.
+/* rng_core.h - the arithmetic of rng.h, for the host and for kernels: who includes it says in
+ * RNG_CORE what its functions are (static inline; in CUDA also __host__ __device__). Local, all.
  *
- * Ten rounds of two 32x32->64 bit multiplications; between rounds the key is bumped by the Weyl constants. Counter words:
- * (lo low, lo high, hi low, hi high), least significant first as in the published test vectors.
+ * Ten rounds of two 32x32->64 bit multiplications; between rounds the key is bumped by the Weyl
+ * constants. Counter words: (lo low, lo high, hi low, hi high), least significant first as in the
+ * published test vectors.
  */
 #ifndef MIMO_RNG_CORE_H
 #define MIMO_RNG_CORE_H
@@ -52,13 +53,15 @@ RNG_CORE double rng_core_normal(struct rng_key key, uint64_t index)
 {
     uint32_t w[4];
     rng_core_philox(key, 0, index / 2, w);
-    const double u = rng_core_fraction(rng_core_word(w, 0)), v = rng_core_fraction(rng_core_word(w, 1));
+    const double u = rng_core_fraction(rng_core_word(w, 0)),
+                 v = rng_core_fraction(rng_core_word(w, 1));
     /* 1-u lies in (0,1], so the logarithm is finite. */
     const double radius = sqrt(-2.0 * log(1.0 - u)), angle = 6.283185307179586476925286766559 * v;
     return radius * (index % 2 ? sin(angle) : cos(angle));
 }
 
-RNG_CORE double rng_core_initial(enum rng_init init, double scale, struct rng_key key, uint64_t index)
+RNG_CORE double rng_core_initial(enum rng_init init, double scale, struct rng_key key,
+                                 uint64_t index)
 {
     switch (init) {
     case RNG_ONES: return 1.0;

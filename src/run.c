@@ -1,11 +1,12 @@
 /* run.c - see run.h.
  *
- * Lock. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid, job) decides where flock cannot: a file
- * named by another host is stale only if it belongs to this very job (requeued). A lock taken over is said.
- * Signals. The handler must not need a global: it only puts the default action back for both signals, so that a second one ends the
- * process at once, and "the default action is installed" is what the loop reads as "a signal arrived".
- * Starts. Each has its line in progress.txt, with the code that the one before ended with: a batch system that submits again what cannot
- * go on is found there.
+ * Lock. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid,
+ * job) decides where flock cannot: a file named by another host is stale only if it belongs to this
+ * very job (requeued). A lock taken over is said. Signals. The handler must not need a global: it
+ * only puts the default action back for both signals, so that a second one ends the process at
+ * once, and "the default action is installed" is what the loop reads as "a signal arrived". Starts.
+ * Each has its line in progress.txt, with the code that the one before ended with: a batch system
+ * that submits again what cannot go on is found there.
  */
 #include "run.h"
 #include <errno.h>
@@ -24,7 +25,8 @@
 
 enum { PATH_BYTES = 4096 + 64, STARTS_WITHOUT_PROGRESS = 3 };
 
-static const char *const kept_files[] = {"trace.h5", "run.log", "progress.txt", "deck.nml", "batches.h5"};
+static const char *const kept_files[] = { "trace.h5", "run.log", "progress.txt", "deck.nml",
+                                          "batches.h5" };
 enum { KEPT_FILES = sizeof kept_files / sizeof kept_files[0] };
 
 static const char *path_of(const char *dir, const char *name, char path[PATH_BYTES])
@@ -40,7 +42,7 @@ static const char *job_id(void)
     return id && *id ? id : "-";
 }
 
-/* ---- directory and lock ------------------------------------------------------------------------------------------- */
+/* ---- directory and lock ---------------------------------------------------------------------- */
 
 bool run_make_directories(const char *dir)
 {
@@ -48,14 +50,18 @@ bool run_make_directories(const char *dir)
 
     snprintf(path, sizeof path, "%s", dir);
     for (char *p = path + 1; *p; p++) {
-        if (*p != '/') continue;
+        if (*p != '/')
+            continue;
         *p = '\0';
-        if (mkdir(path, 0777) != 0 && errno != EEXIST) return false;
+        if (mkdir(path, 0777) != 0 && errno != EEXIST)
+            return false;
         *p = '/';
     }
     struct stat st;
-    if (mkdir(path, 0777) != 0 && errno != EEXIST) return false;
-    if (stat(path, &st) != 0) return false;
+    if (mkdir(path, 0777) != 0 && errno != EEXIST)
+        return false;
+    if (stat(path, &st) != 0)
+        return false;
     errno = ENOTDIR;
     return S_ISDIR(st.st_mode);
 }
@@ -66,7 +72,8 @@ static bool read_owner(int fd, char host[256], long *pid, char job[128])
     char text[512];
     ssize_t n = pread(fd, text, sizeof text - 1, 0);
 
-    if (n <= 0) return false;
+    if (n <= 0)
+        return false;
     text[n] = '\0';
     return sscanf(text, "host: %255s pid: %ld job: %127s", host, pid, job) == 3;
 }
@@ -80,34 +87,42 @@ static int take_lock(const char *dir, bool *cannot_write, char *why, size_t size
     int fd;
 
     path_of(dir, "LOCK", path);
-    if (gethostname(own, sizeof own - 1) != 0) snprintf(own, sizeof own, "unknown");
+    if (gethostname(own, sizeof own - 1) != 0)
+        snprintf(own, sizeof own, "unknown");
     for (;;) {
         fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
         if (fd < 0) {
             *cannot_write = true;
-            snprintf(why, size, "%s: %s; run.output_dir must be a directory that can be written", path, strerror(errno));
+            snprintf(why, size, "%s: %s; run.output_dir must be a directory that can be written",
+                     path, strerror(errno));
             return -1;
         }
         if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
             bool known = read_owner(fd, host, &pid, job);
-            snprintf(why, size, "%s: the directory belongs to a live run (host %s, pid %ld)", path, known ? host : "unknown", pid);
+            snprintf(why, size, "%s: the directory belongs to a live run (host %s, pid %ld)", path,
+                     known ? host : "unknown", pid);
             close(fd);
             return -1;
         }
         /* A lock on a file that its owner has just removed is worth nothing. */
-        if (fstat(fd, &by_fd) == 0 && stat(path, &by_name) == 0 && by_fd.st_ino == by_name.st_ino) break;
+        if (fstat(fd, &by_fd) == 0 && stat(path, &by_name) == 0 && by_fd.st_ino == by_name.st_ino)
+            break;
         close(fd);
     }
     if (read_owner(fd, host, &pid, job)) {
         if (strcmp(host, own) != 0 && (strcmp(job, "-") == 0 || strcmp(job, job_id()) != 0)) {
-            snprintf(why, size, "%s: the directory may belong to a live run on host %s (pid %ld, job %s); remove LOCK if it is dead",
-                     path, host, pid, job);
+            snprintf(
+                why, size,
+                "%s: the directory may belong to a live run on host %s (pid %ld, job %s); remove LOCK if it is dead",
+                path, host, pid, job);
             close(fd);
             return -1;
         }
-        log_line("%s: left by a run that has ended (host %s, pid %ld); taken over", path, host, pid);
+        log_line("%s: left by a run that has ended (host %s, pid %ld); taken over", path, host,
+                 pid);
     }
-    int n = snprintf(text, sizeof text, "host: %s\npid: %ld\njob: %s\n", own, (long)getpid(), job_id());
+    int n =
+        snprintf(text, sizeof text, "host: %s\npid: %ld\njob: %s\n", own, (long)getpid(), job_id());
     if (ftruncate(fd, 0) != 0 || pwrite(fd, text, (size_t)n, 0) != n) {
         *cannot_write = true;
         snprintf(why, size, "%s: %s", path, strerror(errno));
@@ -125,7 +140,7 @@ static void drop_lock(const char *dir, int fd)
     close(fd);
 }
 
-/* ---- signals ------------------------------------------------------------------------------------------------------ */
+/* ---- signals --------------------------------------------------------------------------------- */
 
 static void stop_requested(int number)
 {
@@ -140,7 +155,8 @@ static bool default_action(int number)
     return sigaction(number, NULL, &now) == 0 && now.sa_handler == SIG_DFL;
 }
 
-/* SIGUSR1 always; SIGTERM only if it is the deck's exit_signal, else it ends the process as usual. */
+/* SIGUSR1 always; SIGTERM only if it is the deck's exit_signal, else it ends the process as
+ * usual. */
 static void catch_signals(bool term)
 {
     struct sigaction a;
@@ -149,7 +165,8 @@ static void catch_signals(bool term)
     a.sa_handler = stop_requested;
     a.sa_flags = SA_RESTART;
     sigemptyset(&a.sa_mask);
-    if (term) sigaction(SIGTERM, &a, NULL);
+    if (term)
+        sigaction(SIGTERM, &a, NULL);
     sigaction(SIGUSR1, &a, NULL);
     /* A closed pipe on stdout is an error of a write, not the end of the process. */
     signal(SIGPIPE, SIG_IGN);
@@ -179,12 +196,14 @@ static int read_code(const char *path)
     FILE *f = fopen(path, "re");
     int code = -1;
 
-    if (f && fscanf(f, "%d", &code) != 1) code = -1;
-    if (f) fclose(f);
+    if (f && fscanf(f, "%d", &code) != 1)
+        code = -1;
+    if (f)
+        fclose(f);
     return code;
 }
 
-/* ---- life of a run ------------------------------------------------------------------------------------------------ */
+/* ---- life of a run --------------------------------------------------------------------------- */
 
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
 {
@@ -192,21 +211,29 @@ void run_init(struct run *r, const struct deck *deck, struct comm *world, struct
     int64_t ours = 1;
     bool cannot_write = false;
 
-    *r = (struct run){.deck = deck, .world = world, .dir = deck->run.output_dir, .lock = -1, .start = timer_now(), .earlier_end = -1};
+    *r = (struct run){ .deck = deck,
+                       .world = world,
+                       .dir = deck->run.output_dir,
+                       .lock = -1,
+                       .start = timer_now(),
+                       .earlier_end = -1 };
     catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
     if (world->rank == 0) {
         if (!run_make_directories(r->dir)) {
-            errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s", deck_where(deck, "run", "output_dir"), r->dir,
-                       strerror(errno));
+            errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s",
+                       deck_where(deck, "run", "output_dir"), r->dir, strerror(errno));
         } else if ((r->lock = take_lock(r->dir, &cannot_write, why, sizeof why)) < 0) {
-            errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s", why);
+            errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s",
+                       why);
         }
         if (r->lock >= 0) {
             r->earlier_end = read_code(path_of(r->dir, "EXIT", path));
             unlink(path);
             if (exists(r->dir, "STOP"))
-                errors_add(errors, EXIT_DECK, "mimo: error: %s lies there and would end the run at once; remove it first",
-                           path_of(r->dir, "STOP", path));
+                errors_add(
+                    errors, EXIT_DECK,
+                    "mimo: error: %s lies there and would end the run at once; remove it first",
+                    path_of(r->dir, "STOP", path));
         }
         ours = r->lock >= 0;
     }
@@ -225,7 +252,8 @@ static int next_number(const char *dir)
             snprintf(name, sizeof name, "%s.%d", kept_files[i], n);
             used |= access(path_of(dir, name, path), F_OK) == 0;
         }
-        if (!used) return n;
+        if (!used)
+            return n;
     }
 }
 
@@ -240,28 +268,34 @@ static void keep_file(const char *dir, const char *name, int number)
 
 /* What the lines of progress.txt tell of the starts before this one. */
 struct history {
-    int64_t starts, first;   /* how many, and the iteration of the first, where the trace begins */
-    int64_t last, streak;    /* iteration of the last, and how many at the end began there with the one before ended by itself */
+    int64_t starts, first; /* how many, and the iteration of the first, where the trace begins */
+    /* iteration of the last, and how many at the end began there with the one before ended by
+     * itself */
+    int64_t last, streak;
 };
 
 static struct history read_progress(const char *dir)
 {
     static const char start[] = "Starting job\tIteration: ", gave_up[] = "Gave up\t";
     char path[PATH_BYTES], line[512];
-    struct history h = {.last = -1};
+    struct history h = { .last = -1 };
     FILE *f = fopen(path_of(dir, "progress.txt", path), "re");
 
     while (f && fgets(line, sizeof line, f)) {
         const char *at = strstr(line, start);
         long long here;
         int end = -1;
-        if (strstr(line, gave_up)) h.last = -1;
-        if (!at || sscanf(at + sizeof start - 1, "%lld\tEarlier end: %d", &here, &end) < 1) continue;
-        if (h.starts++ == 0) h.first = here;
+        if (strstr(line, gave_up))
+            h.last = -1;
+        if (!at || sscanf(at + sizeof start - 1, "%lld\tEarlier end: %d", &here, &end) < 1)
+            continue;
+        if (h.starts++ == 0)
+            h.first = here;
         h.streak = here == h.last && end >= 0 ? h.streak + 1 : 1;
         h.last = here;
     }
-    if (f) fclose(f);
+    if (f)
+        fclose(f);
     return h;
 }
 
@@ -284,7 +318,8 @@ bool run_same_deck(const struct run *r)
     FILE *f = fopen(path_of(r->dir, "deck.nml", path), "re");
     bool same = f && fread(before, 1, bytes + 1, f) == bytes && memcmp(before, text, bytes) == 0;
 
-    if (f) fclose(f);
+    if (f)
+        fclose(f);
     free(before);
     free(text);
     return same;
@@ -294,13 +329,17 @@ void run_check_progress(const struct run *r, int64_t iteration, bool resumed, st
 {
     struct history h;
 
-    if (r->lock < 0 || !resumed || iteration >= r->deck->derived.train_iterations || r->earlier_end < 0 || !run_same_deck(r)) return;
+    if (r->lock < 0 || !resumed || iteration >= r->deck->derived.train_iterations ||
+        r->earlier_end < 0 || !run_same_deck(r))
+        return;
     h = read_progress(r->dir);
-    if (h.last != iteration || h.streak < STARTS_WITHOUT_PROGRESS) return;
-    errors_add(errors, EXIT_CHECKPOINT,
-               "mimo: error: no progress in %lld starts: each of this deck began at iteration %lld and ended (the last with %d) before anything "
-               "newer was saved; %s/run.log says how; submit once more to try again",
-               (long long)h.streak, (long long)iteration, r->earlier_end, r->dir);
+    if (h.last != iteration || h.streak < STARTS_WITHOUT_PROGRESS)
+        return;
+    errors_add(
+        errors, EXIT_CHECKPOINT,
+        "mimo: error: no progress in %lld starts: each of this deck began at iteration %lld and ended (the last with %d) before anything "
+        "newer was saved; %s/run.log says how; submit once more to try again",
+        (long long)h.streak, (long long)iteration, r->earlier_end, r->dir);
     run_progress(r, "Gave up\tIteration: %lld", (long long)iteration);
 }
 
@@ -311,7 +350,8 @@ static void write_echo(const struct run *r, int number)
     size_t bytes;
     FILE *f;
 
-    if (run_same_deck(r)) return;
+    if (run_same_deck(r))
+        return;
     if (exists(r->dir, "deck.nml")) {
         keep_file(r->dir, "deck.nml", number);
         log_line("the deck differs from the earlier start's, which is kept as deck.nml.%d", number);
@@ -328,7 +368,7 @@ static void write_echo(const struct run *r, int number)
 void run_begin(struct run *r, int64_t iteration, bool resumed)
 {
     char path[PATH_BYTES], kept[256] = "";
-    int64_t agreed[3] = {0, 0, 0};
+    int64_t agreed[3] = { 0, 0, 0 };
 
     if (r->world->rank == 0) {
         int number = next_number(r->dir);
@@ -342,13 +382,16 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
         }
         r->starts = r->continues ? r->starts + 1 : 1;
         for (int i = 0; i < KEPT_FILES && !r->continues; i++) {
-            if (!exists(r->dir, kept_files[i])) continue;
+            if (!exists(r->dir, kept_files[i]))
+                continue;
             keep_file(r->dir, kept_files[i], number);
-            snprintf(kept + strlen(kept), sizeof kept - strlen(kept), " %s.%d", kept_files[i], number);
+            snprintf(kept + strlen(kept), sizeof kept - strlen(kept), " %s.%d", kept_files[i],
+                     number);
         }
         path_of(r->dir, "run.log", path);
         CHECK_SYS(log_open(path, true), EXIT_WRITE, "%s", path);
-        if (*kept) log_line("files of an earlier run in %s are kept as%s", r->dir, kept);
+        if (*kept)
+            log_line("files of an earlier run in %s are kept as%s", r->dir, kept);
         write_echo(r, number);
         agreed[0] = r->continues;
         agreed[1] = r->first_iteration;
@@ -360,7 +403,8 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     r->continues = agreed[0] != 0;
     r->first_iteration = agreed[1];
     r->starts = agreed[2];
-    run_progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration, r->earlier_end);
+    run_progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration,
+                 r->earlier_end);
     r->watchdog = watchdog_start(r->dir, r->world, 60.0 * r->deck->run.distributed_timeout_minutes);
 }
 
@@ -369,10 +413,12 @@ void run_poll(void *run, bool *request)
     struct run *r = run;
     double limit = 60.0 * r->deck->run.exit_duration_in_mins;
 
-    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        request[i] = false;
     /* Whichever was caught put back both. */
     request[STEP_STOP_SIGNAL] = default_action(SIGUSR1);
-    if (r->world->rank != 0) return;
+    if (r->world->rank != 0)
+        return;
     request[STEP_STOP_FILE] = exists(r->dir, "STOP");
     request[STEP_SAVE_FILE] = exists(r->dir, "SAVE");
     request[STEP_STOP_TIME] = limit > 0.0 && timer_now() - r->start > limit;
@@ -382,7 +428,8 @@ void run_save_served(struct run *r)
 {
     char path[PATH_BYTES];
 
-    if (r->world->rank == 0) unlink(path_of(r->dir, "SAVE", path));
+    if (r->world->rank == 0)
+        unlink(path_of(r->dir, "SAVE", path));
 }
 
 /* On rank 0: a run whose directory has been taken away ends instead of writing to nowhere. */
@@ -391,7 +438,9 @@ static void check_directory(const struct run *r)
     char path[PATH_BYTES];
     struct stat by_name, by_fd;
 
-    if (fstat(r->lock, &by_fd) == 0 && stat(path_of(r->dir, "LOCK", path), &by_name) == 0 && by_fd.st_ino == by_name.st_ino) return;
+    if (fstat(r->lock, &by_fd) == 0 && stat(path_of(r->dir, "LOCK", path), &by_name) == 0 &&
+        by_fd.st_ino == by_name.st_ino)
+        return;
     FATAL(EXIT_WRITE, "%s: the run directory or its lock was removed while the run was live", path);
 }
 
@@ -403,7 +452,8 @@ void run_progress(const struct run *r, const char *fmt, ...)
     va_list ap;
     FILE *f;
 
-    if (r->world->rank != 0) return;
+    if (r->world->rank != 0)
+        return;
     check_directory(r);
     f = fopen(path_of(r->dir, "progress.txt", path), "ae");
     CHECK_SYS(f != NULL, EXIT_WRITE, "%s", path);
@@ -422,17 +472,23 @@ void run_note_data(const struct run *r, const char *fingerprint)
     char path[PATH_BYTES], line[512], before[256] = "";
     FILE *f;
 
-    if (r->world->rank != 0 || !*fingerprint) return;
+    if (r->world->rank != 0 || !*fingerprint)
+        return;
     f = fopen(path_of(r->dir, "progress.txt", path), "re");
     while (f && fgets(line, sizeof line, f)) {
         const char *at = strstr(line, mark);
-        if (at) snprintf(before, sizeof before, "%.*s", (int)strcspn(at + sizeof mark - 1, "\n"), at + sizeof mark - 1);
+        if (at)
+            snprintf(before, sizeof before, "%.*s", (int)strcspn(at + sizeof mark - 1, "\n"),
+                     at + sizeof mark - 1);
     }
-    if (f) fclose(f);
-    if (strcmp(before, fingerprint) == 0) return;
+    if (f)
+        fclose(f);
+    if (strcmp(before, fingerprint) == 0)
+        return;
     if (*before)
-        log_warn("the training data are not those of the start before: there were %s, there are %s; from here on the samples are others",
-                 before, fingerprint);
+        log_warn(
+            "the training data are not those of the start before: there were %s, there are %s; from here on the samples are others",
+            before, fingerprint);
     run_progress(r, "%s%s", mark, fingerprint);
 }
 
@@ -471,9 +527,11 @@ void run_refuse(const char *dir, int code, const char *text)
     int fd;
     bool cannot_write;
 
-    if (stat(dir, &st) != 0 || !S_ISDIR(st.st_mode)) return;
+    if (stat(dir, &st) != 0 || !S_ISDIR(st.st_mode))
+        return;
     fd = take_lock(dir, &cannot_write, why, sizeof why);
-    if (fd < 0) return;
+    if (fd < 0)
+        return;
     write_exit(dir, code, -1, text);
     drop_lock(dir, fd);
 }
@@ -486,7 +544,8 @@ int run_status(const char *dir, FILE *out)
 
     if (!f) {
         fprintf(out, "%d - - - no EXIT file in %s: %s\n", code, dir,
-                exists(dir, "LOCK") ? "the run is live or was killed from outside" : "no run has ended there");
+                exists(dir, "LOCK") ? "the run is live or was killed from outside"
+                                    : "no run has ended there");
         return code;
     }
     if (!fgets(line, sizeof line, f) || sscanf(line, "%d", &code) != 1) {

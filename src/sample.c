@@ -71,8 +71,8 @@ bool sample_read(struct sample *out, struct shard_set *set, int64_t index, const
 bool sample_is_picture(const char *part_name)
 {
     const char *dot = strrchr(part_name, '.'), *ending = dot ? dot + 1 : part_name;
-    return strcasecmp(ending, "jpg") == 0 || strcasecmp(ending, "jpeg") == 0
-           || strcasecmp(ending, "png") == 0 || strcasecmp(ending, "webp") == 0;
+    return strcasecmp(ending, "jpg") == 0 || strcasecmp(ending, "jpeg") == 0 ||
+           strcasecmp(ending, "png") == 0 || strcasecmp(ending, "webp") == 0;
 }
 
 const char *sample_kind_name(enum sample_kind kind)
@@ -289,8 +289,8 @@ static bool is_utf8(const unsigned char *s, int64_t n)
             if ((s[i + k] & 0xc0) != 0x80)
                 return false;
         const unsigned char second = more ? s[i + 1] : 0;
-        if ((c == 0xe0 && second < 0xa0) || (c == 0xed && second > 0x9f)
-            || (c == 0xf0 && second < 0x90) || (c == 0xf4 && second > 0x8f))
+        if ((c == 0xe0 && second < 0xa0) || (c == 0xed && second > 0x9f) ||
+            (c == 0xf0 && second < 0x90) || (c == 0xf4 && second > 0x8f))
             return false;
         i += 1 + more;
     }

@@ -1,11 +1,13 @@
 /* shadow.c - copies of operands, the comparison and its tolerances; see shadow.h.
  *
  * An element x of an output is compared with the truth's w:
- *     |x - w| <= element (|w| + rms) + 20 u_n (|w| + max(rms, terms)),    and over a whole output (or part of it)
+ *     |x - w| <= element (|w| + rms) + 20 u_n (|w| + max(rms, terms)),
+ *       and over a whole output (or part of it)
  *     |x - w|_2 <= frobenius |w|_2 + u_n max(|w|_2, terms sqrt(elements)),
- * rms that of w, element and frobenius from the table below, and u_n = 6e-8 sqrt(n) the rounding of a sum of n fp32 numbers in any
- * order; with bf16 operands it grows by n/16 truncations, as tensor cores add. `terms` is the size of the sum's terms where they may
- * cancel. Integers are equal. A NaN agrees with a NaN only, an infinity with itself.
+ * rms that of w, element and frobenius from the table below, and u_n = 6e-8 sqrt(n) the rounding of
+ * a sum of n fp32 numbers in any order; with bf16 operands it grows by n/16 truncations, as tensor
+ * cores add. `terms` is the size of the sum's terms where they may cancel. Integers are equal. A
+ * NaN agrees with a NaN only, an infinity with itself.
  */
 #include "shadow.h"
 #include <math.h>
@@ -16,14 +18,31 @@
 #include "check.h"
 #include "log.h"
 
-struct bound { double frobenius, element; };
+struct bound {
+    double frobenius, element;
+};
 
 /* The bounds of a type: half a unit in the last place of bf16 is 2^-8 of the number at most. */
-#define EXACT { 0, 0 }
-#define ROUND { 4e-3, 4e-3 }
-#define TWICE { 6e-3, 1e-2 }             /* rounded, added to and rounded again */
-#define SQUARE { 1.2e-2, 1.3e-2 }        /* the square of what was rounded, rounded */
-#define SINGLE { 1e-6, 1e-5 }
+#define EXACT \
+    { \
+        0, 0 \
+    }
+#define ROUND \
+    { \
+        4e-3, 4e-3 \
+    }
+#define TWICE \
+    { \
+        6e-3, 1e-2 \
+    } /* rounded, added to and rounded again */
+#define SQUARE \
+    { \
+        1.2e-2, 1.3e-2 \
+    } /* the square of what was rounded, rounded */
+#define SINGLE \
+    { \
+        1e-6, 1e-5 \
+    }
 #define OP(op) SHADOW_##op
 
 /* A row for every output: results in bf16; in fp32 from operands in bf16; in fp32 from fp32. */
@@ -137,14 +156,17 @@ static struct {
     bool limited;
     double sample_above;
     int64_t calls[SHADOW_OPS], sampled[SHADOW_OPS];
-    double nearest[SHADOW_OPS];          /* the largest error as a fraction of its tolerance */
-    const char *output[SHADOW_OPS];      /* where */
+    double nearest[SHADOW_OPS];     /* the largest error as a fraction of its tolerance */
+    const char *output[SHADOW_OPS]; /* where */
 } state;
 
-static void fetch(const struct shadow_call *c, const struct shadow_operand *o, const struct tensor *to);
+static void fetch(const struct shadow_call *c, const struct shadow_operand *o,
+                  const struct tensor *to);
 static void compare(struct shadow_call *c, struct shadow_operand *o);
-static void compare_integers(const struct shadow_call *c, const struct shadow_operand *o, const struct tensor *got);
-static void compare_part(struct shadow_call *c, const struct shadow_operand *o, const struct tensor *got, struct bound b, int part);
+static void compare_integers(const struct shadow_call *c, const struct shadow_operand *o,
+                             const struct tensor *got);
+static void compare_part(struct shadow_call *c, const struct shadow_operand *o,
+                         const struct tensor *got, struct bound b, int part);
 
 /* ---- the process's shadow ---- */
 
@@ -167,9 +189,11 @@ void shadow_detach(void)
         return;
     for (int op = 0; op < SHADOW_OPS; op++)
         if (state.calls[op] > 0)
-            log_line("shadow: %-21s %8lld calls agree, %lld of them sampled; nearest to its tolerance: %.2f of it%s%s", op_name[op],
-                     (long long)state.calls[op], (long long)state.sampled[op], state.nearest[op], state.nearest[op] > 0 ? " in " : "",
-                     state.nearest[op] > 0 ? state.output[op] : "");
+            log_line(
+                "shadow: %-21s %8lld calls agree, %lld of them sampled; nearest to its tolerance: %.2f of it%s%s",
+                op_name[op], (long long)state.calls[op], (long long)state.sampled[op],
+                state.nearest[op], state.nearest[op] > 0 ? " in " : "",
+                state.nearest[op] > 0 ? state.output[op] : "");
 }
 
 const struct backend_ops *shadow_primary(void)
@@ -197,12 +221,13 @@ void shadow_begin(struct shadow_call *c, struct stream *s, enum shadow_op op, do
                                .truth = state.truth,
                                .op = op,
                                .number = state.calls[op]++,
-                               .sampled = steps > (state.limited ? state.sample_above : SAMPLE_ABOVE),
+                               .sampled =
+                                   steps > (state.limited ? state.sample_above : SAMPLE_ABOVE),
                                .stream = s,
                                .cpu = { .name = "shadow" } };
     ASSERT(state.streams > 0);
     state.sampled[op] += c->sampled;
-    log_beat();   /* many times slower than the operation is no hang */
+    log_beat(); /* many times slower than the operation is no hang */
 }
 
 struct shadow_pick shadow_range(int64_t first, int64_t n)
@@ -220,7 +245,10 @@ struct shadow_pick shadow_blocks(const struct shadow_call *c, int64_t n, int64_t
     for (int i = 0; i < SHADOW_SPREAD; i++) {
         const int64_t from = n * i / SHADOW_SPREAD, to = n * (i + 1) / SHADOW_SPREAD - block;
         random = (random ^ random >> 31) * 0xBF58476D1CE4E5B9u;
-        p.first[i] = i == 0 ? 0 : i == SHADOW_SPREAD - 1 ? n - block : from + (int64_t)((random >> 20) % (uint64_t)(to - from + 1));
+        p.first[i] = i == 0 ? 0
+                     : i == SHADOW_SPREAD - 1
+                         ? n - block
+                         : from + (int64_t)((random >> 20) % (uint64_t)(to - from + 1));
         p.n[i] = block;
     }
     return p;
@@ -270,12 +298,13 @@ static bool is_float(enum dtype dtype)
     return dtype == DTYPE_F32 || dtype == DTYPE_BF16 || dtype == DTYPE_F64;
 }
 
-static struct shadow_operand *add(struct shadow_call *c, const char *name, in_t t, const struct shadow_pick *rows,
-                                  const struct shadow_pick *cols)
+static struct shadow_operand *add(struct shadow_call *c, const char *name, in_t t,
+                                  const struct shadow_pick *rows, const struct shadow_pick *cols)
 {
     ASSERT(c->count < SHADOW_OPERANDS);
     struct shadow_operand *o = &c->operand[c->count++];
-    const enum dtype dtype = is_float(t->dtype) && !(c->wide && t->dtype == DTYPE_F64) ? DTYPE_F32 : t->dtype;
+    const enum dtype dtype =
+        is_float(t->dtype) && !(c->wide && t->dtype == DTYPE_F64) ? DTYPE_F32 : t->dtype;
     const bool whole = !rows && !cols;
     *o = (struct shadow_operand){ .name = name, .dev = *t, .length = 1 };
     if (t->ndim == 1 && rows) {
@@ -287,19 +316,22 @@ static struct shadow_operand *add(struct shadow_call *c, const char *name, in_t 
     o->cols = cols ? *cols : shadow_range(0, tensor_cols(t));
     const int64_t shape[2] = { shadow_count(&o->rows), shadow_count(&o->cols) };
     o->host = whole ? tensor_view(NULL, dtype, PLACE_HOST, t->ndim, t->shape)
-                    : tensor_view(NULL, dtype, PLACE_HOST, t->ndim == 1 ? 1 : 2, t->ndim == 1 ? &shape[1] : shape);
+                    : tensor_view(NULL, dtype, PLACE_HOST, t->ndim == 1 ? 1 : 2,
+                                  t->ndim == 1 ? &shape[1] : shape);
     o->host.data = xmalloc((size_t)tensor_numel(&o->host) + 1, dtype_bytes(dtype));
     c->bf16 |= t->dtype == DTYPE_BF16;
     fetch(c, o, &o->host);
     return o;
 }
 
-in_t shadow_in(struct shadow_call *c, const char *name, in_t t, const struct shadow_pick *rows, const struct shadow_pick *cols)
+in_t shadow_in(struct shadow_call *c, const char *name, in_t t, const struct shadow_pick *rows,
+               const struct shadow_pick *cols)
 {
     return t ? &add(c, name, t, rows, cols)->host : NULL;
 }
 
-out_t shadow_out(struct shadow_call *c, const char *name, out_t t, const struct shadow_pick *rows, const struct shadow_pick *cols)
+out_t shadow_out(struct shadow_call *c, const char *name, out_t t, const struct shadow_pick *rows,
+                 const struct shadow_pick *cols)
 {
     if (!t)
         return NULL;
@@ -312,7 +344,9 @@ in_t shadow_work(struct shadow_call *c, enum dtype dtype, int64_t n)
 {
     ASSERT(c->count < SHADOW_OPERANDS);
     struct shadow_operand *o = &c->operand[c->count++];
-    *o = (struct shadow_operand){ .name = "work", .host = tensor_1d(xmalloc((size_t)n + 1, dtype_bytes(dtype)), dtype, PLACE_HOST, n) };
+    *o = (struct shadow_operand){ .name = "work",
+                                  .host = tensor_1d(xmalloc((size_t)n + 1, dtype_bytes(dtype)),
+                                                    dtype, PLACE_HOST, n) };
     return &o->host;
 }
 
@@ -345,7 +379,8 @@ void shadow_slack(struct shadow_call *c, const int64_t *slack)
     last(c)->slack = slack;
 }
 
-static struct tensor block_of(const struct tensor *t, int64_t row, int64_t rows, int64_t col, int64_t cols)
+static struct tensor block_of(const struct tensor *t, int64_t row, int64_t rows, int64_t col,
+                              int64_t cols)
 {
     struct tensor b = *t;
     b.data = (char *)t->data + (row * t->ld + col) * (int64_t)dtype_bytes(t->dtype);
@@ -357,25 +392,31 @@ static struct tensor block_of(const struct tensor *t, int64_t row, int64_t rows,
 
 static float widened(const void *p, enum dtype dtype, int64_t i)
 {
-    return dtype == DTYPE_F32 ? ((const float *)p)[i]
-                              : dtype == DTYPE_F64 ? (float)((const double *)p)[i] : bf16_to_float(((const uint16_t *)p)[i]);
+    return dtype == DTYPE_F32   ? ((const float *)p)[i]
+           : dtype == DTYPE_F64 ? (float)((const double *)p)[i]
+                                : bf16_to_float(((const uint16_t *)p)[i]);
 }
 
-/* The picked blocks of the primary's memory, side by side, in `to`: of the host copy's type and shape. */
-static void fetch(const struct shadow_call *c, const struct shadow_operand *o, const struct tensor *to)
+/* The picked blocks of the primary's memory, side by side, in `to`: of the host copy's type and
+ * shape. */
+static void fetch(const struct shadow_call *c, const struct shadow_operand *o,
+                  const struct tensor *to)
 {
     const int64_t rows = shadow_count(&o->rows), cols = shadow_count(&o->cols);
     if (rows * cols == 0)
         return;
     const bool same = o->dev.dtype == to->dtype;
-    struct tensor raw = tensor_2d(same ? to->data : xmalloc((size_t)(rows * cols), dtype_bytes(o->dev.dtype)), o->dev.dtype, PLACE_HOST,
-                                  rows, cols);
+    struct tensor raw =
+        tensor_2d(same ? to->data : xmalloc((size_t)(rows * cols), dtype_bytes(o->dev.dtype)),
+                  o->dev.dtype, PLACE_HOST, rows, cols);
     int64_t row = 0;
     for (int i = 0; i < o->rows.blocks; row += o->rows.n[i++]) {
         int64_t col = 0;
         for (int j = 0; j < o->cols.blocks; col += o->cols.n[j++]) {
-            ASSERT(o->rows.first[i] + o->rows.n[i] <= tensor_rows(&o->dev) && o->cols.first[j] + o->cols.n[j] <= tensor_cols(&o->dev));
-            const struct tensor from = block_of(&o->dev, o->rows.first[i], o->rows.n[i], o->cols.first[j], o->cols.n[j]);
+            ASSERT(o->rows.first[i] + o->rows.n[i] <= tensor_rows(&o->dev) &&
+                   o->cols.first[j] + o->cols.n[j] <= tensor_cols(&o->dev));
+            const struct tensor from =
+                block_of(&o->dev, o->rows.first[i], o->rows.n[i], o->cols.first[j], o->cols.n[j]);
             const struct tensor into = block_of(&raw, row, o->rows.n[i], col, o->cols.n[j]);
             c->primary->copy(c->stream, &from, &into);
         }
@@ -432,12 +473,15 @@ void shadow_end(struct shadow_call *c)
         free(c->operand[i].host.data);
 }
 
-void shadow_fail(const struct shadow_call *c, const char *tensor, int64_t row, int64_t col, double primary, double truth,
-                 double tolerance, const char *why)
+void shadow_fail(const struct shadow_call *c, const char *tensor, int64_t row, int64_t col,
+                 double primary, double truth, double tolerance, const char *why)
 {
-    FATAL(EXIT_NUMERICS, "shadow: %s: %s[%lld,%lld] is %.9g of %s and %.9g of %s: they differ by %.3g, tolerance %.3g%s%s; call %lld of this operation",
-          op_name[c->op], tensor, (long long)row, (long long)col, primary, c->primary->name, truth, c->truth->name,
-          fabs(primary - truth), tolerance, *why ? "; " : "", why, (long long)c->number);
+    FATAL(
+        EXIT_NUMERICS,
+        "shadow: %s: %s[%lld,%lld] is %.9g of %s and %.9g of %s: they differ by %.3g, tolerance %.3g%s%s; call %lld of this operation",
+        op_name[c->op], tensor, (long long)row, (long long)col, primary, c->primary->name, truth,
+        c->truth->name, fabs(primary - truth), tolerance, *why ? "; " : "", why,
+        (long long)c->number);
 }
 
 /* The index in the tensor of entry i of the picked ones. */
@@ -449,11 +493,13 @@ static int64_t original(const struct shadow_pick *pick, int64_t i)
     return pick->first[b] + i;
 }
 
-static _Noreturn void fail_at(const struct shadow_call *c, const struct shadow_operand *o, int64_t i, double primary, double truth,
-                              double tolerance, const char *why)
+static _Noreturn void fail_at(const struct shadow_call *c, const struct shadow_operand *o,
+                              int64_t i, double primary, double truth, double tolerance,
+                              const char *why)
 {
     const int64_t cols = tensor_cols(&o->host);
-    shadow_fail(c, o->name, original(&o->rows, i / cols), original(&o->cols, i % cols), primary, truth, tolerance, why);
+    shadow_fail(c, o->name, original(&o->rows, i / cols), original(&o->cols, i % cols), primary,
+                truth, tolerance, why);
 }
 
 static const struct tolerance *tolerance_of(const struct shadow_call *c, const char *output)
@@ -503,10 +549,12 @@ static int64_t integer_at(const struct tensor *t, int64_t i)
     }
 }
 
-static void compare_integers(const struct shadow_call *c, const struct shadow_operand *o, const struct tensor *got)
+static void compare_integers(const struct shadow_call *c, const struct shadow_operand *o,
+                             const struct tensor *got)
 {
     for (int64_t i = 0; i < tensor_numel(got); i++) {
-        const int64_t x = integer_at(got, i), w = integer_at(&o->host, i), most = o->slack ? o->slack[i] : 0;
+        const int64_t x = integer_at(got, i), w = integer_at(&o->host, i),
+                      most = o->slack ? o->slack[i] : 0;
         if (x - w > most || w - x > most)
             fail_at(c, o, i, (double)x, (double)w, (double)most, "");
     }
@@ -528,7 +576,8 @@ static void note(struct shadow_call *c, const char *output, double fraction)
     }
 }
 
-static void compare_part(struct shadow_call *c, const struct shadow_operand *o, const struct tensor *got, struct bound b, int part)
+static void compare_part(struct shadow_call *c, const struct shadow_operand *o,
+                         const struct tensor *got, struct bound b, int part)
 {
     const float *x = got->data, *w = o->host.data;
     const int64_t n = tensor_numel(got);
@@ -545,7 +594,9 @@ static void compare_part(struct shadow_call *c, const struct shadow_operand *o, 
     for (int64_t i = 0; i < n; i++) {
         if (!in_part(o, i, part) || x[i] == w[i] || (isnan(x[i]) && isnan(w[i])))
             continue;
-        const double error = fabs((double)x[i] - w[i]), most = b.element * (fabs((double)w[i]) + rms) + 20 * u * (fabs((double)w[i]) + scale);
+        const double error = fabs((double)x[i] - w[i]),
+                     most = b.element * (fabs((double)w[i]) + rms) +
+                            20 * u * (fabs((double)w[i]) + scale);
         if (!(error <= most))
             fail_at(c, o, i, x[i], w[i], most, "");
         difference += error * error;
@@ -555,11 +606,14 @@ static void compare_part(struct shadow_call *c, const struct shadow_operand *o, 
             at = i;
         }
     }
-    const double norm = sqrt(difference), most = b.frobenius * sqrt(square) + u * sqrt(count) * scale;
+    const double norm = sqrt(difference),
+                 most = b.frobenius * sqrt(square) + u * sqrt(count) * scale;
     if (norm > most) {
         char why[120];
         snprintf(why, sizeof why, "as a whole by %.3g, tolerance %.3g", norm, most);
-        fail_at(c, o, at, x[at], w[at], b.element * (fabs((double)w[at]) + rms) + 20 * u * (fabs((double)w[at]) + scale), why);
+        fail_at(c, o, at, x[at], w[at],
+                b.element * (fabs((double)w[at]) + rms) + 20 * u * (fabs((double)w[at]) + scale),
+                why);
     }
     note(c, o->name, fmax(largest, norm > 0 ? norm / most : 0));
 }

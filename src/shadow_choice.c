@@ -15,7 +15,8 @@ void shadow_choice_listed(const struct shadow_call *c, in_t expert, int64_t expe
     for (int64_t i = 0; i < tensor_numel(expert); i++) {
         const int32_t before = i % topk ? choice[i - 1] : -1;
         if (choice[i] <= before || choice[i] >= experts)
-            shadow_fail(c, "expert", i / topk, i % topk, choice[i], before + 1, 0, "a choice is an ascending list of experts");
+            shadow_fail(c, "expert", i / topk, i % topk, choice[i], before + 1, 0,
+                        "a choice is an ascending list of experts");
     }
 }
 
@@ -49,7 +50,8 @@ void shadow_choice_best(const struct shadow_call *c, in_t scores, in_t bias, in_
             }
         }
         if (best >= 0 && most - least > NEAR * (1 + fabs(least)))
-            shadow_fail(c, "expert", t, worst, choice[worst], (double)best, 0, "an expert with a better score was passed over");
+            shadow_fail(c, "expert", t, worst, choice[worst], (double)best, 0,
+                        "an expert with a better score was passed over");
     }
 }
 
@@ -59,8 +61,8 @@ static int descending(const void *a, const void *b)
     return (x < y) - (x > y);
 }
 
-
-int64_t *shadow_choice_ties(in_t scores, int64_t topk, int64_t first_row, int64_t seq_len, int64_t sequences)
+int64_t *shadow_choice_ties(in_t scores, int64_t topk, int64_t first_row, int64_t seq_len,
+                            int64_t sequences)
 {
     const int64_t experts = tensor_cols(scores);
     int64_t *ties = xcalloc((size_t)(sequences * experts) + 1, sizeof *ties);
@@ -74,7 +76,8 @@ int64_t *shadow_choice_ties(in_t scores, int64_t topk, int64_t first_row, int64_
         if (last - sorted[topk] > near)
             continue;
         for (int64_t e = 0; e < experts; e++)
-            ties[(first_row + t) / seq_len * experts + e] += !(fabs((double)(score[e] - last)) > near);
+            ties[(first_row + t) / seq_len * experts + e] +=
+                !(fabs((double)(score[e] - last)) > near);
     }
     free(sorted);
     return ties;

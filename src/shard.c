@@ -305,8 +305,8 @@ static const char *unpack_command(const char *path, const unsigned char *head, i
     };
     const size_t length = strlen(path);
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (head && n >= known[i].bytes
-            && memcmp(head, known[i].magic, (size_t)known[i].bytes) == 0)
+        if (head && n >= known[i].bytes &&
+            memcmp(head, known[i].magic, (size_t)known[i].bytes) == 0)
             return known[i].command;
         for (int k = 0; !head && k < 3 && known[i].ending[k]; k++) {
             const size_t e = strlen(known[i].ending[k]);
@@ -391,8 +391,8 @@ static bool walk_member(struct walk *w, struct archive *a)
         return check_end(w);
     /* A warning about a character set (of an owner's name, say) changes no byte of a name. */
     const bool ok = status == ARCHIVE_OK || (status == ARCHIVE_WARN && archive_errno(a) == EILSEQ);
-    if (status == ARCHIVE_EOF || status == ARCHIVE_RETRY
-        || (ok && archive_read_header_position(a) != w->at))
+    if (status == ARCHIVE_EOF || status == ARCHIVE_RETRY ||
+        (ok && archive_read_header_position(a) != w->at))
         return refuse_after(w, "damaged header");
     const char *name = ok ? archive_entry_pathname(entry) : NULL;
     const bool file = archive_entry_filetype(entry) == AE_IFREG;
@@ -471,9 +471,9 @@ static bool check_pax(struct walk *w, int64_t at, int64_t n, bool global, const 
         const char *record = text + done;
         errno = 0;
         length = isdigit((unsigned char)*record) ? strtoll(record, &key, 10) : 0;
-        if (length <= 0 || errno != 0 || length > n - done || *key != ' '
-            || ++key >= record + length || record[length - 1] != '\n'
-            || !memchr(key, '=', (size_t)(record + length - key)))
+        if (length <= 0 || errno != 0 || length > n - done || *key != ' ' ||
+            ++key >= record + length || record[length - 1] != '\n' ||
+            !memchr(key, '=', (size_t)(record + length - key)))
             return refuse(w, "its pax header is damaged");
         for (size_t i = 0; i < sizeof sparse / sizeof *sparse; i++)
             if (strncmp(key, sparse[i], strlen(sparse[i])) == 0)

@@ -1,7 +1,9 @@
-/* step.c - see step.h. The functions named run_* are the action table; each does one action of the schedule for this rank.
+/* step.c - see step.h. The functions named run_* are the action table; each does one action of the
+ * schedule for this rank.
  *
- * A batch buffer belongs to a slot: the encoder's pictures and the language module's text live until their micro-batch has passed
- * backward. Text is read before its embeddings are received, because the bridge checks their row counts against it.
+ * A batch buffer belongs to a slot: the encoder's pictures and the language module's text live
+ * until their micro-batch has passed backward. Text is read before its embeddings are received,
+ * because the bridge checks their row counts against it.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -11,38 +13,52 @@
 #include "step.h"
 #include "timer.h"
 
-/* What the world adds up before the update; and after it: the balancing metric, then the expert counts. */
-enum { SUM_TOKENS, SUM_IMAGES, SUM_PATCHES, SUM_ROWS, SUM_ENCODER_FLOPS, SUM_PARTICIPANTS, SUM_REQUESTS,
-       SUMS = SUM_REQUESTS + STEP_REQUESTS };
+/* What the world adds up before the update; and after it: the balancing metric, then the expert
+ * counts. */
+enum {
+    SUM_TOKENS,
+    SUM_IMAGES,
+    SUM_PATCHES,
+    SUM_ROWS,
+    SUM_ENCODER_FLOPS,
+    SUM_PARTICIPANTS,
+    SUM_REQUESTS,
+    SUMS = SUM_REQUESTS + STEP_REQUESTS
+};
 enum { LATE_BALANCE, LATE_EXPERTS };
 
 /* A timer section of training; an evaluation books all of its time as its own. */
 static void enter(const struct step *s, enum timer_section section)
 {
-    if (s->training) timer_start(section);
+    if (s->training)
+        timer_start(section);
 }
 
 static void leave(const struct step *s, enum timer_section section)
 {
-    if (s->training) timer_stop(section);
+    if (s->training)
+        timer_stop(section);
 }
 
-/* ---- set-up ------------------------------------------------------------------------------------------------------ */
+/* ---- set-up ---------------------------------------------------------------------------------- */
 
 static void add_sender(struct step *s, struct comm *c)
 {
-    if (!c) return;
-    s->sender = xrealloc(s->sender, (size_t)s->n_senders + 1, sizeof *s->sender);   /* NOLINT(bugprone-sizeof-expression): pointers */
+    if (!c)
+        return;
+    s->sender = xrealloc(s->sender, (size_t)s->n_senders + 1,
+                         sizeof *s->sender); /* NOLINT(bugprone-sizeof-expression): pointers */
     s->sender[s->n_senders++] = c;
 }
 
 static void find_senders(struct step *s)
 {
-    const struct grid *grid[2] = {&s->topo->encoder, &s->topo->language};
+    const struct grid *grid[2] = { &s->topo->encoder, &s->topo->language };
 
     add_sender(s, s->topo->world);
     for (int i = 0; i < 2; i++) {
-        if (!grid[i]->member) continue;
+        if (!grid[i]->member)
+            continue;
 #define X(name_, ...) add_sender(s, grid[i]->name_.comm);
         TOPOLOGY_FAMILIES(X)
 #undef X
@@ -58,7 +74,8 @@ static int64_t expert_layers(const struct deck *deck)
 {
     int64_t n = 0;
 
-    for (const char *c = deck->derived.pattern; *c; c++) n += *c == 'E';
+    for (const char *c = deck->derived.pattern; *c; c++)
+        n += *c == 'E';
     return n;
 }
 
@@ -72,31 +89,44 @@ static bool encoder_trains(const struct deck *deck)
     return !deck->derived.freeze_encoder || !deck->derived.freeze_projector;
 }
 
-void step_init(struct step *s, const struct deck *deck, const struct topology *topo, struct model *model, struct optim *optim,
-               const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream)
+void step_init(struct step *s, const struct deck *deck, const struct topology *topo,
+               struct model *model, struct optim *optim, const struct backend_ops *be,
+               const struct comm_ops *comm, struct stream *stream)
 {
     struct data_limits limits = data_limits(deck);
     int nmb = (int)deck->derived.num_microbatches;
     int64_t patch_dim = 3 * deck->vision.patch_dim * deck->vision.patch_dim;
 
-    *s = (struct step){.deck = deck, .topo = topo, .model = model, .optim = optim, .be = be, .comm = comm, .stream = stream};
+    *s = (struct step){ .deck = deck,
+                        .topo = topo,
+                        .model = model,
+                        .optim = optim,
+                        .be = be,
+                        .comm = comm,
+                        .stream = stream };
     schedule_build(&s->train, topo, nmb, false, encoder_trains(deck));
     schedule_build(&s->forward, topo, nmb, true, false);
-    if (topo->encoder.member) s->n_pictures = s->train.encoder_slots > 0 ? s->train.encoder_slots : 1;
-    if (topo->language.member) s->n_text = s->train.language_slots > 0 ? s->train.language_slots : 1;
+    if (topo->encoder.member)
+        s->n_pictures = s->train.encoder_slots > 0 ? s->train.encoder_slots : 1;
+    if (topo->language.member)
+        s->n_text = s->train.language_slots > 0 ? s->train.language_slots : 1;
     ASSERT(s->forward.encoder_slots <= s->n_pictures && s->forward.language_slots <= s->n_text);
-    if (topo->encoder.present) s->bridge = bridge_init(deck, topo, comm, be, stream);
+    if (topo->encoder.present)
+        s->bridge = bridge_init(deck, topo, comm, be, stream);
     s->pictures = xcalloc((size_t)s->n_pictures, sizeof *s->pictures);
     s->embedding = xcalloc((size_t)s->n_pictures, sizeof *s->embedding);
     for (int i = 0; i < s->n_pictures; i++)
-        picture_batch_init(&s->pictures[i], &limits, deck->derived.encoder_microbatch, patch_dim, deck->derived.fp64);
+        picture_batch_init(&s->pictures[i], &limits, deck->derived.encoder_microbatch, patch_dim,
+                           deck->derived.fp64);
     s->text = xcalloc((size_t)s->n_text, sizeof *s->text);
     s->text_loaded = xcalloc((size_t)s->n_text, sizeof *s->text_loaded);
-    for (int i = 0; i < s->n_text; i++) text_batch_init(&s->text[i], &limits, deck->batch.micro_batch_size);
+    for (int i = 0; i < s->n_text; i++)
+        text_batch_init(&s->text[i], &limits, deck->batch.micro_batch_size);
     s->n_moe = expert_layers(deck);
     s->sum = xcalloc(SUMS, sizeof *s->sum);
     s->pending.sum = xcalloc(SUMS, sizeof *s->pending.sum);
-    for (int i = 0; i < 2; i++) (be->event_create_timed ? be->event_create_timed : be->event_create)(&s->mark[i]);
+    for (int i = 0; i < 2; i++)
+        (be->event_create_timed ? be->event_create_timed : be->event_create)(&s->mark[i]);
     s->late = xcalloc((size_t)(LATE_EXPERTS + expert_counts(s)), sizeof *s->late);
     s->expert_count = xcalloc((size_t)expert_counts(s), sizeof *s->expert_count);
     find_senders(s);
@@ -104,16 +134,19 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
 
 void step_plan(struct step *s, struct arenas *arenas)
 {
-    if (s->bridge) bridge_plan(s->bridge, arenas);
+    if (s->bridge)
+        bridge_plan(s->bridge, arenas);
     s->host_balance = arena_1d(&arenas->a[ARENA_DATA], "step.balance", s->model->acc, 1);
-    s->host_count = arena_2d(&arenas->a[ARENA_DATA], "step.expert_counts", DTYPE_I64, expert_layers(s->deck),
-                             s->deck->moe.num_experts);
+    s->host_count = arena_2d(&arenas->a[ARENA_DATA], "step.expert_counts", DTYPE_I64,
+                             expert_layers(s->deck), s->deck->moe.num_experts);
 }
 
 void step_free(struct step *s)
 {
-    for (int i = 0; i < s->n_pictures; i++) picture_batch_free(&s->pictures[i]);
-    for (int i = 0; i < s->n_text; i++) text_batch_free(&s->text[i]);
+    for (int i = 0; i < s->n_pictures; i++)
+        picture_batch_free(&s->pictures[i]);
+    for (int i = 0; i < s->n_text; i++)
+        text_batch_free(&s->text[i]);
     free(s->pictures);
     free(s->embedding);
     free(s->text);
@@ -122,7 +155,8 @@ void step_free(struct step *s)
     free(s->pending.sum);
     free(s->late);
     free(s->expert_count);
-    for (int i = 0; i < 2; i++) s->be->event_destroy(&s->mark[i]);
+    for (int i = 0; i < 2; i++)
+        s->be->event_destroy(&s->mark[i]);
     free(s->sender);
     bridge_free(s->bridge);
     schedule_free(&s->train);
@@ -130,7 +164,7 @@ void step_free(struct step *s)
     memset(s, 0, sizeof *s);
 }
 
-/* ---- batches ----------------------------------------------------------------------------------------------------- */
+/* ---- batches --------------------------------------------------------------------------------- */
 
 static void load_pictures(struct step *s, int m, int slot)
 {
@@ -139,16 +173,21 @@ static void load_pictures(struct step *s, int m, int slot)
 
     enter(s, TIMER_DATA_WAIT);
     data_pictures(s->data, s->iteration, m, g->dp_rank, g->dp_size, b);
-    if (s->change) s->change->change(s->change->ctx, b);
-    if (s->dump) batch_dump_add(s->dump, m, NULL, b);
+    if (s->change)
+        s->change->change(s->change->ctx, b);
+    if (s->dump)
+        batch_dump_add(s->dump, m, NULL, b);
     leave(s, TIMER_DATA_WAIT);
-    if (b->rows > 0) s->picture_seen = true;
-    if (g->tp_rank != 0 || g->cp_rank != 0 || g->pp_rank != 0) return;
+    if (b->rows > 0)
+        s->picture_seen = true;
+    if (g->tp_rank != 0 || g->cp_rank != 0 || g->pp_rank != 0)
+        return;
     s->sum[SUM_IMAGES] += (double)b->tiles;
     s->sum[SUM_PATCHES] += (double)b->patches;
     s->sum[SUM_ROWS] += (double)b->rows;
     for (int64_t i = 0; i < b->tiles; i++) {
-        int64_t p = s->deck->vision.patch_dim, patches = b->tile_size[i][0] / p * (b->tile_size[i][1] / p);
+        int64_t p = s->deck->vision.patch_dim,
+                patches = b->tile_size[i][0] / p * (b->tile_size[i][1] / p);
         s->sum[SUM_ENCODER_FLOPS] += model_flops_encoder_tile(s->deck, (double)patches);
     }
 }
@@ -167,17 +206,20 @@ static struct text_batch *load_text(struct step *s, int m)
     int slot = m % s->n_text;
     struct text_batch *b = &s->text[slot];
 
-    if (s->text_loaded[slot] == m) return b;
+    if (s->text_loaded[slot] == m)
+        return b;
     enter(s, TIMER_DATA_WAIT);
     data_text(s->data, s->iteration, m, g->dp_rank, g->dp_size, b);
     s->text_loaded[slot] = m;
-    if (s->dump) batch_dump_add(s->dump, m, b, NULL);
-    if (counts_tokens(s)) s->sum[SUM_TOKENS] += (double)b->loss_tokens;
+    if (s->dump)
+        batch_dump_add(s->dump, m, b, NULL);
+    if (counts_tokens(s))
+        s->sum[SUM_TOKENS] += (double)b->loss_tokens;
     leave(s, TIMER_DATA_WAIT);
     return b;
 }
 
-/* ---- actions ----------------------------------------------------------------------------------------------------- */
+/* ---- actions --------------------------------------------------------------------------------- */
 
 static void run_encoder_forward(void *ctx, const struct action *a)
 {
@@ -186,14 +228,16 @@ static void run_encoder_forward(void *ctx, const struct action *a)
     load_pictures(s, a->microbatch, a->slot);
     enter(s, TIMER_FORWARD);
     bridge_embedding_free(s->bridge, a->slot);
-    s->embedding[a->slot] = model_encoder_forward(s->model, a->slot, &s->pictures[a->slot], s->training);
+    s->embedding[a->slot] =
+        model_encoder_forward(s->model, a->slot, &s->pictures[a->slot], s->training);
     leave(s, TIMER_FORWARD);
 }
 
 /* Only the last backward's gradients are final: nothing is reduced before. */
 static void announce_last(struct step *s, const struct action *a, bool language)
 {
-    if (a->microbatch == s->train.n_microbatches - 1) ddp_last_backward(s->model->ddp, language);
+    if (a->microbatch == s->train.n_microbatches - 1)
+        ddp_last_backward(s->model->ddp, language);
 }
 
 static void run_encoder_backward(void *ctx, const struct action *a)
@@ -202,8 +246,10 @@ static void run_encoder_backward(void *ctx, const struct action *a)
 
     enter(s, TIMER_BACKWARD);
     announce_last(s, a, false);
-    if (s->pictures[a->slot].rows > 0) model_encoder_backward(s->model, a->slot, &s->dembedding);
-    else ddp_ready(s->model->ddp, false, 0);
+    if (s->pictures[a->slot].rows > 0)
+        model_encoder_backward(s->model, a->slot, &s->dembedding);
+    else
+        ddp_ready(s->model->ddp, false, 0);
     leave(s, TIMER_BACKWARD);
 }
 
@@ -212,14 +258,18 @@ static void dump_choice(struct step *s, int64_t m)
 {
     const struct grid *g = &s->topo->language;
     const int64_t k = s->deck->moe.moe_router_topk;
-    const int64_t rows = s->deck->batch.micro_batch_size * s->deck->language.seq_length / g->tp_size;
-    int32_t *one = xcalloc((size_t)(rows * k), sizeof *one), *all = xcalloc((size_t)(rows * k * s->n_moe) + 1, sizeof *all);
+    const int64_t rows =
+        s->deck->batch.micro_batch_size * s->deck->language.seq_length / g->tp_size;
+    int32_t *one = xcalloc((size_t)(rows * k), sizeof *one),
+            *all = xcalloc((size_t)(rows * k * s->n_moe) + 1, sizeof *all);
 
     for (int l = 0; l < s->n_moe; l++) {
-        const struct tensor choice = model_last_choice(s->model, l), host = tensor_2d(one, DTYPE_I32, PLACE_HOST, rows, k);
+        const struct tensor choice = model_last_choice(s->model, l),
+                            host = tensor_2d(one, DTYPE_I32, PLACE_HOST, rows, k);
         s->be->copy(s->stream, &choice, &host);
         s->be->stream_sync(s->stream);
-        for (int64_t r = 0; r < rows; r++) memcpy(all + (r * s->n_moe + l) * k, one + r * k, (size_t)k * sizeof *all);
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(all + (r * s->n_moe + l) * k, one + r * k, (size_t)k * sizeof *all);
     }
     batch_dump_choice(s->dump, m, g->tp_rank * rows, rows, all);
     free(one);
@@ -238,7 +288,8 @@ static void dump_loss(struct step *s, int64_t m, const int64_t *labels)
     s->be->stream_sync(s->stream);
     model_token_lse(s->model, lse);
     for (int64_t i = 0; i < n; i++)
-        if (labels[i] < 0) wide[i] = 0.0;
+        if (labels[i] < 0)
+            wide[i] = 0.0;
     batch_dump_loss(s->dump, m, wide, lse);
     free(wide);
     free(lse);
@@ -270,9 +321,12 @@ static void run_language_forward(void *ctx, const struct action *a)
         s->image = tensor_2d(NULL, s->model->act, PLACE_DEVICE, 0, s->deck->language.hidden_size);
     model_language_forward(s->model, a->slot, text, &s->image, s->training);
     leave(s, TIMER_FORWARD);
-    if (s->dump && s->n_moe > 0) dump_choice(s, a->microbatch);
-    if (s->dump && s->topo->language.tp_rank == 0 && s->topo->language.cp_rank == 0) dump_loss(s, a->microbatch, text->labels);
-    if (s->dump && s->deck->log.dump_logits && s->topo->language.cp_rank == 0) dump_logits(s, a->microbatch);
+    if (s->dump && s->n_moe > 0)
+        dump_choice(s, a->microbatch);
+    if (s->dump && s->topo->language.tp_rank == 0 && s->topo->language.cp_rank == 0)
+        dump_loss(s, a->microbatch, text->labels);
+    if (s->dump && s->deck->log.dump_logits && s->topo->language.cp_rank == 0)
+        dump_logits(s, a->microbatch);
 }
 
 static void run_language_backward(void *ctx, const struct action *a)
@@ -281,8 +335,10 @@ static void run_language_backward(void *ctx, const struct action *a)
 
     enter(s, TIMER_BACKWARD);
     announce_last(s, a, true);
-    if (s->bridge) bridge_gradient_free(s->bridge);
-    s->dimage = model_language_backward(s->model, a->slot, s->topo->encoder.present && encoder_trains(s->deck));
+    if (s->bridge)
+        bridge_gradient_free(s->bridge);
+    s->dimage = model_language_backward(s->model, a->slot,
+                                        s->topo->encoder.present && encoder_trains(s->deck));
     leave(s, TIMER_BACKWARD);
 }
 
@@ -330,7 +386,8 @@ static void run_send_forward_recv_backward(void *ctx, const struct action *a)
     const struct picture_batch *b = &s->pictures[a->slot];
 
     enter(s, TIMER_BRIDGE_WAIT);
-    s->dembedding = bridge_send_forward_recv_backward(s->bridge, a->slot, &s->embedding[a->slot], b->rows_per_sample, b->samples,
+    s->dembedding = bridge_send_forward_recv_backward(s->bridge, a->slot, &s->embedding[a->slot],
+                                                      b->rows_per_sample, b->samples,
                                                       a->partner % s->n_pictures);
     leave(s, TIMER_BRIDGE_WAIT);
 }
@@ -341,8 +398,9 @@ static void run_send_backward_recv_forward(void *ctx, const struct action *a)
     const struct text_batch *b = load_text(s, a->partner);
 
     enter(s, TIMER_BRIDGE_WAIT);
-    s->image = bridge_send_backward_recv_forward(s->bridge, a->slot, &s->dimage, a->partner % s->n_text,
-                                                 b->image_rows_per_sample, b->samples);
+    s->image =
+        bridge_send_backward_recv_forward(s->bridge, a->slot, &s->dimage, a->partner % s->n_text,
+                                          b->image_rows_per_sample, b->samples);
     leave(s, TIMER_BRIDGE_WAIT);
 }
 
@@ -353,8 +411,8 @@ static void run_local_forward(void *ctx, const struct action *a)
     const struct text_batch *b = load_text(s, a->microbatch);
 
     enter(s, TIMER_BRIDGE_WAIT);
-    s->image = bridge_local_forward(s->bridge, &s->embedding[a->slot], p->rows_per_sample, p->samples, b->image_rows_per_sample,
-                                    b->samples);
+    s->image = bridge_local_forward(s->bridge, &s->embedding[a->slot], p->rows_per_sample,
+                                    p->samples, b->image_rows_per_sample, b->samples);
     leave(s, TIMER_BRIDGE_WAIT);
 }
 
@@ -380,35 +438,39 @@ static void run_schedule(struct step *s, const struct schedule *list)
 {
     const struct schedule_calls calls = {
         .ctx = s,
-        .call = {[SCHEDULE_ENCODER_FORWARD] = run_encoder_forward,
-                 [SCHEDULE_ENCODER_BACKWARD] = run_encoder_backward,
-                 [SCHEDULE_LANGUAGE_FORWARD] = run_language_forward,
-                 [SCHEDULE_LANGUAGE_BACKWARD] = run_language_backward,
-                 [SCHEDULE_SEND_FORWARD] = run_send_forward,
-                 [SCHEDULE_RECV_FORWARD] = run_recv_forward,
-                 [SCHEDULE_SEND_BACKWARD] = run_send_backward,
-                 [SCHEDULE_RECV_BACKWARD] = run_recv_backward,
-                 [SCHEDULE_SEND_FORWARD_RECV_BACKWARD] = run_send_forward_recv_backward,
-                 [SCHEDULE_SEND_BACKWARD_RECV_FORWARD] = run_send_backward_recv_forward,
-                 [SCHEDULE_LOCAL_FORWARD] = run_local_forward,
-                 [SCHEDULE_LOCAL_BACKWARD] = run_local_backward,
-                 [SCHEDULE_GRAD_SYNC] = run_grad_sync}};
+        .call = { [SCHEDULE_ENCODER_FORWARD] = run_encoder_forward,
+                  [SCHEDULE_ENCODER_BACKWARD] = run_encoder_backward,
+                  [SCHEDULE_LANGUAGE_FORWARD] = run_language_forward,
+                  [SCHEDULE_LANGUAGE_BACKWARD] = run_language_backward,
+                  [SCHEDULE_SEND_FORWARD] = run_send_forward,
+                  [SCHEDULE_RECV_FORWARD] = run_recv_forward,
+                  [SCHEDULE_SEND_BACKWARD] = run_send_backward,
+                  [SCHEDULE_RECV_BACKWARD] = run_recv_backward,
+                  [SCHEDULE_SEND_FORWARD_RECV_BACKWARD] = run_send_forward_recv_backward,
+                  [SCHEDULE_SEND_BACKWARD_RECV_FORWARD] = run_send_backward_recv_forward,
+                  [SCHEDULE_LOCAL_FORWARD] = run_local_forward,
+                  [SCHEDULE_LOCAL_BACKWARD] = run_local_backward,
+                  [SCHEDULE_GRAD_SYNC] = run_grad_sync }
+    };
 
     s->picture_seen = false;
-    for (int i = 0; i < s->n_text; i++) s->text_loaded[i] = -1;
-    for (int i = 0; i < SUMS; i++) s->sum[i] = 0.0;
+    for (int i = 0; i < s->n_text; i++)
+        s->text_loaded[i] = -1;
+    for (int i = 0; i < SUMS; i++)
+        s->sum[i] = 0.0;
     model_zero_accumulators(s->model);
     schedule_run(list, &calls);
 }
 
-/* ---- the sums of an iteration -------------------------------------------------------------------------------------- */
+/* ---- the sums of an iteration ---------------------------------------------------------------- */
 
 /* A device scalar of the accumulator type on the host; waits for the stream. */
 static double read_scalar(struct step *s, struct tensor t)
 {
     float f32 = 0.0f;
     double f64 = 0.0;
-    struct tensor host = tensor_1d(t.dtype == DTYPE_F64 ? (void *)&f64 : (void *)&f32, t.dtype, PLACE_HOST, 1);
+    struct tensor host =
+        tensor_1d(t.dtype == DTYPE_F64 ? (void *)&f64 : (void *)&f32, t.dtype, PLACE_HOST, 1);
 
     s->be->copy(s->stream, &t, &host);
     s->be->stream_sync(s->stream);
@@ -418,24 +480,31 @@ static double read_scalar(struct step *s, struct tensor t)
 /* What the host knows: after it every rank has the global batch's sums. */
 static void add_up(struct step *s, bool *request)
 {
-    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
-    if (s->poll.poll) s->poll.poll(s->poll.ctx, request);
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        request[i] = false;
+    if (s->poll.poll)
+        s->poll.poll(s->poll.ctx, request);
     s->sum[SUM_PARTICIPANTS] = s->picture_seen ? 1.0 : 0.0;
-    for (int i = 0; i < STEP_REQUESTS; i++) s->sum[SUM_REQUESTS + i] = request[i] ? 1.0 : 0.0;
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        s->sum[SUM_REQUESTS + i] = request[i] ? 1.0 : 0.0;
     comm_host_reduce_f64(s->topo->world, s->sum, SUMS, COMM_SUM);
-    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = s->sum[SUM_REQUESTS + i] > 0.0;
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        request[i] = s->sum[SUM_REQUESTS + i] > 0.0;
 }
 
 /* The numbers of the micro-batches start for the host, before the update resets them. */
 static void fetch_numbers(struct step *s)
 {
-    if (!s->topo->language.member) return;
+    if (!s->topo->language.member)
+        return;
     for (int i = 0; i < s->model->n_moe; i++) {
-        const struct tensor count = model_tokens_per_expert(s->model, i), host = tensor_row_range(&s->host_count, i, 1);
+        const struct tensor count = model_tokens_per_expert(s->model, i),
+                            host = tensor_row_range(&s->host_count, i, 1);
         s->be->copy(s->stream, &count, &host);
     }
     const struct tensor metric = model_balance_metric(s->model);
-    if (s->model->n_moe > 0) s->be->copy(s->stream, &metric, &s->host_balance);
+    if (s->model->n_moe > 0)
+        s->be->copy(s->stream, &metric, &s->host_balance);
 }
 
 /* Each tensor-parallel rank routes its own rows: parts of the metric and of the counts. */
@@ -444,13 +513,17 @@ static void add_up_late(struct step *s)
     const int64_t n = expert_counts(s), *count = s->host_count.data;
     const void *balance = s->host_balance.data;
 
-    for (int64_t i = 0; i < LATE_EXPERTS + n; i++) s->late[i] = 0.0;
+    for (int64_t i = 0; i < LATE_EXPERTS + n; i++)
+        s->late[i] = 0.0;
     if (s->topo->language.member && n > 0) {
-        s->late[LATE_BALANCE] = s->model->acc == DTYPE_F64 ? *(const double *)balance : (double)*(const float *)balance;
-        for (int64_t i = 0; i < n; i++) s->late[LATE_EXPERTS + i] = (double)count[i];
+        s->late[LATE_BALANCE] =
+            s->model->acc == DTYPE_F64 ? *(const double *)balance : (double)*(const float *)balance;
+        for (int64_t i = 0; i < n; i++)
+            s->late[LATE_EXPERTS + i] = (double)count[i];
     }
     comm_host_reduce_f64(s->topo->world, s->late, (int)(LATE_EXPERTS + n), COMM_SUM);
-    for (int64_t i = 0; i < n; i++) s->expert_count[i] = (int64_t)s->late[LATE_EXPERTS + i];
+    for (int64_t i = 0; i < n; i++)
+        s->expert_count[i] = (int64_t)s->late[LATE_EXPERTS + i];
 }
 
 /* parallel.md 6.7: D/k when k of the D encoder replicas saw a picture in the iteration. */
@@ -458,7 +531,9 @@ static double participation(const struct step *s)
 {
     double all = (double)s->topo->encoder.size, seen = s->sum[SUM_PARTICIPANTS];
 
-    if (!s->deck->optimizer.correct_encoder_grad_for_partial_participation || !s->topo->encoder.present) return 1.0;
+    if (!s->deck->optimizer.correct_encoder_grad_for_partial_participation ||
+        !s->topo->encoder.present)
+        return 1.0;
     return optim_participation(all, seen);
 }
 
@@ -466,14 +541,16 @@ static void fill_row(struct step *s, const struct optim_result *o, struct trace_
 {
     int64_t lanes = s->topo->language.dp_size;
     static const enum timer_section section[TRACE_SECTIONS] = {
-        [TRACE_FORWARD] = TIMER_FORWARD, [TRACE_BACKWARD] = TIMER_BACKWARD, [TRACE_BRIDGE_WAIT] = TIMER_BRIDGE_WAIT,
-        [TRACE_GRAD_SYNC] = TIMER_GRAD_SYNC, [TRACE_OPTIMIZER] = TIMER_OPTIMIZER, [TRACE_DATA_WAIT] = TIMER_DATA_WAIT};
+        [TRACE_FORWARD] = TIMER_FORWARD,         [TRACE_BACKWARD] = TIMER_BACKWARD,
+        [TRACE_BRIDGE_WAIT] = TIMER_BRIDGE_WAIT, [TRACE_GRAD_SYNC] = TIMER_GRAD_SYNC,
+        [TRACE_OPTIMIZER] = TIMER_OPTIMIZER,     [TRACE_DATA_WAIT] = TIMER_DATA_WAIT
+    };
     double seconds[TIMER_SECTIONS];
     struct rusage usage;
 
     const struct step_pending *p = &s->pending;
 
-    *row = (struct trace_row){.learning_rate = p->lr, .weight_decay = p->weight_decay};
+    *row = (struct trace_row){ .learning_rate = p->lr, .weight_decay = p->weight_decay };
     row->iteration = p->iteration + 1;
     row->num_tokens = (int64_t)p->sum[SUM_TOKENS];
     row->images = (int64_t)p->sum[SUM_IMAGES];
@@ -484,11 +561,16 @@ static void fill_row(struct step *s, const struct optim_result *o, struct trace_
     row->params_norm = o->params_norm;
     row->skipped = (int8_t)!o->applied;
     row->seq_load_balancing_loss =
-        s->n_moe > 0 ? s->late[LATE_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe) : 0.0;
+        s->n_moe > 0
+            ? s->late[LATE_BALANCE] / (double)(lanes * s->deck->derived.num_microbatches * s->n_moe)
+            : 0.0;
     row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;
-    row->iteration_seconds = timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
-    if (s->be->event_seconds) row->iteration_seconds = s->be->event_seconds(&s->mark[1 - s->last], &s->mark[s->last]);
-    for (int i = 0; i < TRACE_SECTIONS; i++) row->section_seconds[i] = (float)seconds[section[i]];
+    row->iteration_seconds =
+        timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
+    if (s->be->event_seconds)
+        row->iteration_seconds = s->be->event_seconds(&s->mark[1 - s->last], &s->mark[s->last]);
+    for (int i = 0; i < TRACE_SECTIONS; i++)
+        row->section_seconds[i] = (float)seconds[section[i]];
     row->gemm_flops = p->gemm_flops;
     row->sent_bytes = p->sent_bytes;
     getrusage(RUSAGE_SELF, &usage);
@@ -502,14 +584,17 @@ static void fill_rates(const struct step *s, struct trace_row *row)
     double seconds = row->iteration_seconds > 0.0 ? row->iteration_seconds : 1e-9;
     double tokens = (double)(deck->batch.global_batch_size * deck->language.seq_length);
     double sum_len2 = tokens * (double)deck->language.seq_length;
-    double language = model_flops_language_exact(deck, tokens, sum_len2) * (deck->derived.freeze_language ? 2.0 : 3.0);
+    double language = model_flops_language_exact(deck, tokens, sum_len2) *
+                      (deck->derived.freeze_language ? 2.0 : 3.0);
     double encoder = s->pending.sum[SUM_ENCODER_FLOPS] * (deck->derived.freeze_encoder ? 1.0 : 3.0);
-    double projector = s->pending.sum[SUM_ROWS] * model_flops_projector_row(deck) * (deck->derived.freeze_encoder ? 2.0 : 3.0);
+    double projector = s->pending.sum[SUM_ROWS] * model_flops_projector_row(deck) *
+                       (deck->derived.freeze_encoder ? 2.0 : 3.0);
 
     row->tokens_per_second = tokens / seconds;
-    row->tflops_per_gpu =
-        3.0 * model_flops_language_megatron(deck, tokens, sum_len2) / (seconds * 1e12 * (double)s->topo->language.size);
-    row->model_tflops_per_gpu = (language + encoder + projector) / (seconds * 1e12 * (double)s->topo->size);
+    row->tflops_per_gpu = 3.0 * model_flops_language_megatron(deck, tokens, sum_len2) /
+                          (seconds * 1e12 * (double)s->topo->language.size);
+    row->model_tflops_per_gpu =
+        (language + encoder + projector) / (seconds * 1e12 * (double)s->topo->size);
 }
 
 void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request)
@@ -518,7 +603,8 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
     s->change = NULL;
     s->iteration = iteration;
     s->training = true;
-    if (!s->pending.open) s->be->event_record(&s->mark[s->last], s->stream);
+    if (!s->pending.open)
+        s->be->event_record(&s->mark[s->last], s->stream);
     timer_start(TIMER_OPTIMIZER);
     model_zero_grads(s->model);
     timer_stop(TIMER_OPTIMIZER);
@@ -531,7 +617,7 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
 void step_update(struct step *s, double lr, double weight_decay)
 {
     struct step_pending *p = &s->pending;
-    const struct tensor loss = counts_tokens(s) ? model_loss_sum(s->model) : (struct tensor){0};
+    const struct tensor loss = counts_tokens(s) ? model_loss_sum(s->model) : (struct tensor){ 0 };
 
     timer_start(TIMER_OPTIMIZER);
     memcpy(p->sum, s->sum, SUMS * sizeof *p->sum);
@@ -540,13 +626,15 @@ void step_update(struct step *s, double lr, double weight_decay)
     p->weight_decay = weight_decay;
     fetch_numbers(s);
     optim_expert_bias(s->optim);
-    optim_begin(s->optim, counts_tokens(s) ? &loss : NULL, s->sum[SUM_TOKENS], participation(s), lr, weight_decay);
+    optim_begin(s->optim, counts_tokens(s) ? &loss : NULL, s->sum[SUM_TOKENS], participation(s), lr,
+                weight_decay);
     s->last = 1 - s->last;
     s->be->event_record(&s->mark[s->last], s->stream);
     p->open = true;
     p->gemm_flops = model_take_gemm_flops(s->model);
     p->sent_bytes = 0;
-    for (int i = 0; i < s->n_senders; i++) p->sent_bytes += comm_take_sent_bytes(s->sender[i]);
+    for (int i = 0; i < s->n_senders; i++)
+        p->sent_bytes += comm_take_sent_bytes(s->sender[i]);
     timer_stop(TIMER_OPTIMIZER);
 }
 
@@ -562,11 +650,11 @@ struct step_result step_finish(struct step *s, struct trace_row *row)
     timer_stop(TIMER_GRAD_SYNC);
     fill_row(s, &o, row);
     fill_rates(s, row);
-    return (struct step_result){.applied = o.applied, .finite = o.finite};
+    return (struct step_result){ .applied = o.applied, .finite = o.finite };
 }
 
-void step_forward(struct step *s, struct data *data, int64_t iteration, const struct step_pictures *change, double *loss_sum,
-                  double *tokens)
+void step_forward(struct step *s, struct data *data, int64_t iteration,
+                  const struct step_pictures *change, double *loss_sum, double *tokens)
 {
     s->data = data;
     s->change = change;

@@ -1,9 +1,10 @@
 /* tensor.h - a view of memory: what every operation takes.
  *
- * Row-major. A tensor is a matrix of `rows` = shape[0]*...*shape[ndim-2] rows and `cols` = shape[ndim-1] columns;
- * consecutive rows lie `ld` elements apart (ld == cols when dense). A view owns nothing.
- * Weights are [out, in]; activations are [tokens, width] with tokens = micro-batch sample by sample, each sample
- * its S positions in order ("batch-major"), so a micro-batch of B samples is B segments of one ragged batch.
+ * Row-major. A tensor is a matrix of `rows` = shape[0]*...*shape[ndim-2] rows and `cols` =
+ * shape[ndim-1] columns; consecutive rows lie `ld` elements apart (ld == cols when dense). A view
+ * owns nothing. Weights are [out, in]; activations are [tokens, width] with tokens = micro-batch
+ * sample by sample, each sample its S positions in order ("batch-major"), so a micro-batch of B
+ * samples is B segments of one ragged batch.
  */
 #ifndef MIMO_TENSOR_H
 #define MIMO_TENSOR_H
@@ -12,7 +13,8 @@
 #include <stdint.h>
 
 enum dtype { DTYPE_F32, DTYPE_F64, DTYPE_BF16, DTYPE_I32, DTYPE_I64, DTYPE_U8 };
-enum place { PLACE_HOST, PLACE_DEVICE };   /* the reference backend's device memory is host memory */
+/* the reference backend's device memory is host memory */
+enum place { PLACE_HOST, PLACE_DEVICE };
 
 enum { TENSOR_MAX_DIMS = 4 };
 
@@ -27,8 +29,9 @@ struct tensor {
 
 /* Local, all of them; views share the memory of their argument. */
 size_t dtype_bytes(enum dtype dtype);
-const char *dtype_name(enum dtype dtype);                          /* "fp32", "bf16", "int64", ... */
-struct tensor tensor_view(void *data, enum dtype dtype, enum place place, int ndim, const int64_t *shape);
+const char *dtype_name(enum dtype dtype); /* "fp32", "bf16", "int64", ... */
+struct tensor tensor_view(void *data, enum dtype dtype, enum place place, int ndim,
+                          const int64_t *shape);
 struct tensor tensor_1d(void *data, enum dtype dtype, enum place place, int64_t n);
 struct tensor tensor_2d(void *data, enum dtype dtype, enum place place, int64_t rows, int64_t cols);
 int64_t tensor_rows(const struct tensor *t);

@@ -1,10 +1,12 @@
 /* tensorboard.c - see tensorboard.h.
  *
- * A file is a sequence of records: u64 length, u32 masked CRC-32C of those 8 bytes, payload, u32 masked CRC-32C of the payload,
- * all little-endian (TFRecord). A payload is one protobuf message Event; only the fields that scalars need are written:
+ * A file is a sequence of records: u64 length, u32 masked CRC-32C of those 8 bytes, payload, u32
+ * masked CRC-32C of the payload, all little-endian (TFRecord). A payload is one protobuf message
+ * Event; only the fields that scalars need are written:
  *   Event   { double wall_time = 1; int64 step = 2; string file_version = 3; Summary summary = 5; }
  *   Summary { repeated Value value = 1; }   Value { string tag = 1; float simple_value = 2; }
- * Each write(2) ends with a whole record; after one that failed half-way the file is cut back to the last whole record.
+ * Each write(2) ends with a whole record; after one that failed half-way the file is cut back to
+ * the last whole record.
  */
 #include "tensorboard.h"
 #include <dirent.h>
@@ -19,7 +21,13 @@
 #include "log.h"
 #include "run.h"
 
-enum { PATH_BYTES = 4096, HOST_BYTES = 64, VALUES_MAX = 64, TAG_MAX = 96, RECORD_MAX = VALUES_MAX * (TAG_MAX + 16) + 64 };
+enum {
+    PATH_BYTES = 4096,
+    HOST_BYTES = 64,
+    VALUES_MAX = 64,
+    TAG_MAX = 96,
+    RECORD_MAX = VALUES_MAX * (TAG_MAX + 16) + 64
+};
 enum { WIRE_VARINT = 0, WIRE_64 = 1, WIRE_BYTES = 2, WIRE_32 = 5 };
 
 static const char stem[] = "events.out.tfevents.";
@@ -30,14 +38,18 @@ struct bytes {
 };
 
 struct tensorboard {
-    int fd;                          /* -1 after a failure */
-    off_t whole;                     /* bytes of whole records */
-    struct { char tag[TAG_MAX]; float value; bool both; } value[VALUES_MAX];
+    int fd;      /* -1 after a failure */
+    off_t whole; /* bytes of whole records */
+    struct {
+        char tag[TAG_MAX];
+        float value;
+        bool both;
+    } value[VALUES_MAX];
     int n;
     char path[PATH_BYTES];
 };
 
-/* ---- protobuf and records ----------------------------------------------------------------------------------------- */
+/* ---- protobuf and records -------------------------------------------------------------------- */
 
 /* CRC-32C (Castagnoli), bit by bit: a few hundred bytes an iteration need no table. */
 static uint32_t crc32c(const unsigned char *data, size_t n)
@@ -46,7 +58,8 @@ static uint32_t crc32c(const unsigned char *data, size_t n)
 
     for (size_t i = 0; i < n; i++) {
         crc ^= data[i];
-        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0u);
     }
     return ~crc;
 }
@@ -69,13 +82,15 @@ static void put_little(struct bytes *b, uint64_t v, int n_bytes)
 {
     unsigned char little[8];
 
-    for (int i = 0; i < n_bytes; i++) little[i] = (unsigned char)(v >> 8 * i);
+    for (int i = 0; i < n_bytes; i++)
+        little[i] = (unsigned char)(v >> 8 * i);
     put_bytes(b, little, (size_t)n_bytes);
 }
 
 static void put_varint(struct bytes *b, uint64_t v)
 {
-    for (; v >= 0x80; v >>= 7) put_little(b, v | 0x80, 1);
+    for (; v >= 0x80; v >>= 7)
+        put_little(b, v | 0x80, 1);
     put_little(b, v, 1);
 }
 
@@ -109,7 +124,7 @@ static void put_time_and_step(struct bytes *b, int64_t step)
 /* One value of a summary. */
 static void put_scalar(struct bytes *summary, const char *tag, float value)
 {
-    struct bytes one = {.n = 0};
+    struct bytes one = { .n = 0 };
     uint32_t bits;
 
     memcpy(&bits, &value, sizeof bits);
@@ -119,21 +134,22 @@ static void put_scalar(struct bytes *summary, const char *tag, float value)
     put_text(summary, 1, one.data, one.n);
 }
 
-/* ---- the file ----------------------------------------------------------------------------------------------------- */
+/* ---- the file -------------------------------------------------------------------------------- */
 
 /* No more events: the file keeps its whole records. */
 static void give_up(struct tensorboard *t)
 {
     int error = errno, cut = ftruncate(t->fd, t->whole);
 
-    log_warn("%s: %s; TensorBoard gets no more values%s", t->path, strerror(error), cut == 0 ? "" : ", its last record is broken");
+    log_warn("%s: %s; TensorBoard gets no more values%s", t->path, strerror(error),
+             cut == 0 ? "" : ", its last record is broken");
     close(t->fd);
     t->fd = -1;
 }
 
 static void write_record(struct tensorboard *t, const struct bytes *payload)
 {
-    struct bytes record = {.n = 0};
+    struct bytes record = { .n = 0 };
     size_t done = 0;
 
     put_little(&record, payload->n, 8);
@@ -142,11 +158,15 @@ static void write_record(struct tensorboard *t, const struct bytes *payload)
     put_little(&record, masked_crc(payload->data, payload->n), 4);
     while (t->fd >= 0 && done < record.n) {
         ssize_t wrote = write(t->fd, record.data + done, record.n - done);
-        if (wrote < 0 && errno == EINTR) continue;
-        if (wrote < 0) give_up(t);
-        else done += (size_t)wrote;
+        if (wrote < 0 && errno == EINTR)
+            continue;
+        if (wrote < 0)
+            give_up(t);
+        else
+            done += (size_t)wrote;
     }
-    if (t->fd >= 0) t->whole += (off_t)record.n;
+    if (t->fd >= 0)
+        t->whole += (off_t)record.n;
 }
 
 static bool holds_events(const char *dir)
@@ -155,12 +175,15 @@ static bool holds_events(const char *dir)
     const struct dirent *entry;
     bool found = false;
 
-    while (d && !found && (entry = readdir(d))) found = strncmp(entry->d_name, stem, sizeof stem - 1) == 0;
-    if (d) closedir(d);
+    while (d && !found && (entry = readdir(d)))
+        found = strncmp(entry->d_name, stem, sizeof stem - 1) == 0;
+    if (d)
+        closedir(d);
     return found;
 }
 
-/* A new file with a name that no other process and no earlier start has; its name is left in path. */
+/* A new file with a name that no other process and no earlier start has; its name is left in
+ * path. */
 static int create(const char *dir, char path[PATH_BYTES])
 {
     char host[HOST_BYTES] = "unknown";
@@ -168,10 +191,14 @@ static int create(const char *dir, char path[PATH_BYTES])
 
     gethostname(host, sizeof host - 1);
     for (int i = 0; fd < 0; i++) {
-        int length = snprintf(path, PATH_BYTES, "%s/%s%lld.%s.%ld.%d", dir, stem, (long long)time(NULL), host, (long)getpid(), i);
-        if (length >= PATH_BYTES) errno = ENAMETOOLONG;
-        else fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
-        if (fd < 0 && errno != EEXIST) break;
+        int length = snprintf(path, PATH_BYTES, "%s/%s%lld.%s.%ld.%d", dir, stem,
+                              (long long)time(NULL), host, (long)getpid(), i);
+        if (length >= PATH_BYTES)
+            errno = ENAMETOOLONG;
+        else
+            fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+        if (fd < 0 && errno != EEXIST)
+            break;
     }
     return fd;
 }
@@ -180,19 +207,24 @@ struct tensorboard *tensorboard_open(const char *dir, bool continues)
 {
     static const char version[] = "brain.Event:2";
     struct tensorboard *t;
-    struct bytes first = {.n = 0};
+    struct bytes first = { .n = 0 };
     bool shared;
 
-    if (!*dir) return NULL;
+    if (!*dir)
+        return NULL;
     shared = !continues && holds_events(dir);
     t = xcalloc(1, sizeof *t);
     t->fd = run_make_directories(dir) ? create(dir, t->path) : -1;
     if (t->fd < 0) {
-        log_warn("log.tensorboard_dir = '%s': %s; TensorBoard gets no values", dir, strerror(errno));
+        log_warn("log.tensorboard_dir = '%s': %s; TensorBoard gets no values", dir,
+                 strerror(errno));
         free(t);
         return NULL;
     }
-    if (shared) log_warn("log.tensorboard_dir = '%s' holds events of another run: TensorBoard draws both as one curve", dir);
+    if (shared)
+        log_warn(
+            "log.tensorboard_dir = '%s' holds events of another run: TensorBoard draws both as one curve",
+            dir);
     put_time_and_step(&first, 0);
     put_text(&first, 3, version, sizeof version - 1);
     write_record(t, &first);
@@ -200,9 +232,11 @@ struct tensorboard *tensorboard_open(const char *dir, bool continues)
     return t;
 }
 
-void tensorboard_put(struct tensorboard *t, const char *tag, enum tensorboard_axis axis, double value)
+void tensorboard_put(struct tensorboard *t, const char *tag, enum tensorboard_axis axis,
+                     double value)
 {
-    if (!t) return;
+    if (!t)
+        return;
     ASSERT(t->n < VALUES_MAX && strlen(tag) + sizeof " vs samples" <= TAG_MAX);
     snprintf(t->value[t->n].tag, TAG_MAX, "%s", tag);
     t->value[t->n].value = (float)value;
@@ -212,15 +246,17 @@ void tensorboard_put(struct tensorboard *t, const char *tag, enum tensorboard_ax
 /* One event with every kept value that belongs to the axis. */
 static void write_axis(struct tensorboard *t, int64_t step, bool samples)
 {
-    struct bytes event = {.n = 0}, summary = {.n = 0};
+    struct bytes event = { .n = 0 }, summary = { .n = 0 };
     char tag[TAG_MAX + sizeof " vs samples"];
 
     for (int i = 0; i < t->n; i++) {
-        if (samples && !t->value[i].both) continue;
+        if (samples && !t->value[i].both)
+            continue;
         snprintf(tag, sizeof tag, "%s%s", t->value[i].tag, samples ? " vs samples" : "");
         put_scalar(&summary, tag, t->value[i].value);
     }
-    if (summary.n == 0) return;
+    if (summary.n == 0)
+        return;
     put_time_and_step(&event, step);
     put_text(&event, 5, summary.data, summary.n);
     write_record(t, &event);
@@ -228,15 +264,20 @@ static void write_axis(struct tensorboard *t, int64_t step, bool samples)
 
 void tensorboard_write(struct tensorboard *t, int64_t iteration, int64_t samples)
 {
-    if (!t) return;
-    if (t->fd >= 0) write_axis(t, iteration, false);
-    if (t->fd >= 0) write_axis(t, samples, true);
+    if (!t)
+        return;
+    if (t->fd >= 0)
+        write_axis(t, iteration, false);
+    if (t->fd >= 0)
+        write_axis(t, samples, true);
     t->n = 0;
 }
 
 void tensorboard_close(struct tensorboard *t)
 {
-    if (!t) return;
-    if (t->fd >= 0) close(t->fd);
+    if (!t)
+        return;
+    if (t->fd >= 0)
+        close(t->fd);
     free(t);
 }

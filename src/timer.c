@@ -119,11 +119,12 @@ void timer_table(const struct timer_sample *samples, int n, const char *const *r
                  void (*line)(void *ctx, const char *text), void *ctx)
 {
     for (int role = 0; role < n_roles; role++)
-        role_table(samples, n, role, roles[role], role < 2 && n_roles > 1 ? roles[1 - role] : "other",
-                   line, ctx);
+        role_table(samples, n, role, roles[role],
+                   role < 2 && n_roles > 1 ? roles[1 - role] : "other", line, ctx);
 }
 
-void timer_report(struct comm *world, int role, const char *const *roles, int n_roles, double *seconds)
+void timer_report(struct comm *world, int role, const char *const *roles, int n_roles,
+                  double *seconds)
 {
     struct timer_sample own, *all = NULL;
     timer_take_sample(&own, role);
@@ -154,7 +155,8 @@ static void tell(void)
 
 static bool computing(void)
 {
-    return state.depth > 0 && (state.open[state.depth - 1] == TIMER_FORWARD || state.open[state.depth - 1] == TIMER_BACKWARD);
+    return state.depth > 0 && (state.open[state.depth - 1] == TIMER_FORWARD ||
+                               state.open[state.depth - 1] == TIMER_BACKWARD);
 }
 
 /* Book the time since the last change to the innermost open section, and to its part. */
@@ -168,8 +170,8 @@ static void settle(double now)
 }
 
 /* What to do about time that trained nothing; `whose` is "encoder ", "language " or "". */
-static void notes(const double mean[TIMER_ROWS], double wall, const char *whose,
-                  const char *other, void (*line)(void *ctx, const char *text), void *ctx)
+static void notes(const double mean[TIMER_ROWS], double wall, const char *whose, const char *other,
+                  void (*line)(void *ctx, const char *text), void *ctx)
 {
     char grid[64], text[256];
     const struct {
@@ -196,12 +198,14 @@ static void notes(const double mean[TIMER_ROWS], double wall, const char *whose,
     }
 }
 
-/* The rank that takes much longer than its equals for what is equal work on all of them and waits for nobody. Where ranks wait for each
- * other inside these parts (tensor parallelism) they take as long as the slowest and nothing is seen. */
-static void straggler(const struct timer_sample *samples, int n, int role, int ranks, double wall, const char *whose,
-                      void (*line)(void *ctx, const char *text), void *ctx)
+/* The rank that takes much longer than its equals for what is equal work on all of them and waits
+ * for nobody. Where ranks wait for each other inside these parts (tensor parallelism) they take as
+ * long as the slowest and nothing is seen. */
+static void straggler(const struct timer_sample *samples, int n, int role, int ranks, double wall,
+                      const char *whose, void (*line)(void *ctx, const char *text), void *ctx)
 {
-    static const enum timer_part equal[] = { TIMER_ENCODER, TIMER_MAMBA, TIMER_ATTENTION, TIMER_DENSE, TIMER_SHARED };
+    static const enum timer_part equal[] = { TIMER_ENCODER, TIMER_MAMBA, TIMER_ATTENTION,
+                                             TIMER_DENSE, TIMER_SHARED };
     double most = 0, mean = 0;
     int slowest = -1;
     char text[256];
@@ -219,8 +223,10 @@ static void straggler(const struct timer_sample *samples, int n, int role, int r
     }
     if (slowest < 0 || mean < slow_share * wall || most < slow_ratio * mean)
         return;
-    snprintf(text, sizeof text, "NOTE: rank %d took %.1f times as long as the %sranks do on average for the same work; a slow or shared host?",
-             slowest, most / mean, whose);
+    snprintf(
+        text, sizeof text,
+        "NOTE: rank %d took %.1f times as long as the %sranks do on average for the same work; a slow or shared host?",
+        slowest, most / mean, whose);
     line(ctx, text);
 }
 

@@ -11,30 +11,36 @@
 #include "comm.h"
 
 /* X(SECTION, "name in the table") */
-#define TIMER_SECTIONS_X(X)                                                                        \
-    X(START, "start") X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait")                    \
-    X(GRAD_SYNC, "grad sync") X(OPTIMIZER, "optimizer") X(DATA_WAIT, "data wait")                  \
+/* clang-format off */
+#define TIMER_SECTIONS_X(X) \
+    X(START, "start") X(FORWARD, "forward") X(BACKWARD, "backward") X(BRIDGE_WAIT, "bridge wait") \
+    X(GRAD_SYNC, "grad sync") X(OPTIMIZER, "optimizer") X(DATA_WAIT, "data wait") \
     X(SAVE, "save") X(EVAL, "eval") X(LOG, "log") X(IDLE, "idle")
+/* clang-format on */
 
 enum timer_section {
 #define X(section, text) TIMER_##section,
     TIMER_SECTIONS_X(X)
 #undef X
-    TIMER_SECTIONS
+        TIMER_SECTIONS
 };
 
-/* What forward and backward are made of; the sections are not shortened by it. "vocabulary" is embedding, output layer and loss. */
-#define TIMER_PARTS_X(X)                                                                           \
-    X(ENCODER, "vit blocks") X(PROJECTOR, "projector") X(MAMBA, "mamba") X(ATTENTION, "attention") X(DENSE, "dense")  \
-    X(ROUTER, "moe router") X(DISPATCH, "moe dispatch") X(EXPERTS, "moe gemm") X(SHARED, "moe shared")               \
+/* What forward and backward are made of; the sections are not shortened by it. "vocabulary" is
+ * embedding, output layer and loss. */
+/* clang-format off */
+#define TIMER_PARTS_X(X) \
+    X(ENCODER, "vit blocks") X(PROJECTOR, "projector") X(MAMBA, "mamba") \
+    X(ATTENTION, "attention") X(DENSE, "dense") X(ROUTER, "moe router") \
+    X(DISPATCH, "moe dispatch") X(EXPERTS, "moe gemm") X(SHARED, "moe shared") \
     X(VOCABULARY, "vocabulary") X(NO_PART, "")
+/* clang-format on */
 
 enum timer_part {
     TIMER_BEFORE_PARTS = TIMER_SECTIONS - 1,
 #define X(part, text) TIMER_##part,
     TIMER_PARTS_X(X)
 #undef X
-    TIMER_ROWS = TIMER_NO_PART
+        TIMER_ROWS = TIMER_NO_PART
 };
 
 /* What one rank spent since timer_reset, in sections and parts. */
@@ -53,20 +59,23 @@ void timer_reset(void);
 /* Enter and leave a section; nested at most 8 deep, left in reverse order (checked). Local. */
 void timer_start(enum timer_section section);
 void timer_stop(enum timer_section section);
-/* From here on this part, until the next call; counts only inside the sections forward and backward. Local. */
+/* From here on this part, until the next call; counts only inside the sections forward and
+ * backward. Local. */
 void timer_part(enum timer_part part);
 /* Seconds of every section and the wall time since the last call (or timer_reset): one iteration.
  * Local. */
 double timer_take_iteration(double seconds[TIMER_SECTIONS]);
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
- * the maximum and the share of the wall time, then the same of the parts; then a NOTE for what wastes a
- * tenth or more, and for a rank that is much slower than its equals. The first two roles wait for each other. samples [n] in rank order; one call of `line` each. Local. */
+ * the maximum and the share of the wall time, then the same of the parts; then a NOTE for what
+ * wastes a tenth or more, and for a rank that is much slower than its equals. The first two roles
+ * wait for each other. samples [n] in rank order; one call of `line` each. Local. */
 void timer_table(const struct timer_sample *samples, int n, const char *const *roles, int n_roles,
                  void (*line)(void *ctx, const char *text), void *ctx);
 /* Gather the samples and log the table on rank 0. seconds [TIMER_SECTIONS], or NULL: there, on rank
  * 0, the most that any rank spent since its sample before this one. Collective over the world. */
-void timer_report(struct comm *world, int role, const char *const *roles, int n_roles, double *seconds);
+void timer_report(struct comm *world, int role, const char *const *roles, int n_roles,
+                  double *seconds);
 /* "bridge wait". Local. */
 const char *timer_name(enum timer_section section);
 

@@ -93,8 +93,8 @@ size_t tokenizer_decode(const struct tokenizer *t, const int64_t *ids, int64_t n
 {
     size_t used = 0;
     for (int64_t i = 0; i < n; i++)
-        used += decode_token(t, ids[i], used < size ? out + used : NULL,
-                             used < size ? size - used : 0);
+        used +=
+            decode_token(t, ids[i], used < size ? out + used : NULL, used < size ? size - used : 0);
     if (size > 0)
         out[used < size ? used : size - 1] = '\0';
     return used;

@@ -21,7 +21,7 @@ struct tokenizer;
 
 /* From a tokenizer.json or the directory that holds one; NULL with one sentence in `why`. Local. */
 struct tokenizer *tokenizer_open(const char *path, char *why, size_t why_size);
-void tokenizer_free(struct tokenizer *t);   /* NULL is allowed. Local. */
+void tokenizer_free(struct tokenizer *t); /* NULL is allowed. Local. */
 
 /* The largest id plus one, added tokens included. Local. */
 int64_t tokenizer_size(const struct tokenizer *t);

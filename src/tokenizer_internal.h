@@ -15,34 +15,39 @@
 #include "tokenizer.h"
 
 enum {
-    TOKENIZER_MAX_FILE = 256 << 20,   /* bytes; published ones have 10 to 35 million */
+    TOKENIZER_MAX_FILE = 256 << 20, /* bytes; published ones have 10 to 35 million */
     TOKENIZER_MAX_IDS = 4 << 20,
     TOKENIZER_MAX_MERGES = 8 << 20,
-    TOKENIZER_MAX_TOKEN = 4096,       /* bytes of one token's string */
-    TOKENIZER_MAX_STEPS = 64,         /* of the pre-tokenizer */
+    TOKENIZER_MAX_TOKEN = 4096, /* bytes of one token's string */
+    TOKENIZER_MAX_STEPS = 64,   /* of the pre-tokenizer */
     TOKENIZER_MAX_TEXT = 1 << 30
 };
 
 /* Token strings by id and ids by string (open addressing). */
 struct vocab {
-    char *pool;                       /* all strings */
+    char *pool; /* all strings */
     size_t pool_used, pool_capacity;
-    struct vocab_text { size_t at; int32_t length; } *text;   /* [ids]; length -1 = unused id */
-    int64_t ids, id_capacity;         /* largest id plus one */
-    int32_t *slot;                    /* [slots] id, -1 = free; slots is a power of two */
+    struct vocab_text {
+        size_t at;
+        int32_t length;
+    } * text;                 /* [ids]; length -1 = unused id */
+    int64_t ids, id_capacity; /* largest id plus one */
+    int32_t *slot;            /* [slots] id, -1 = free; slots is a power of two */
     size_t slots, used;
 };
 /* Add a token; false if the string or the id is taken. Local. */
 bool vocab_add(struct vocab *v, const char *text, size_t n, int64_t id);
-int64_t vocab_find(const struct vocab *v, const char *text, size_t n);   /* -1 if absent. Local. */
+int64_t vocab_find(const struct vocab *v, const char *text, size_t n); /* -1 if absent. Local. */
 void vocab_free(struct vocab *v);
 
 /* Pairs of ids to rank and result. */
 struct merges {
-    struct merges_slot { int32_t left, right, rank, result; } *slot;   /* [slots]; left -1 = free */
+    struct merges_slot {
+        int32_t left, right, rank, result;
+    } * slot; /* [slots]; left -1 = free */
     size_t slots, used;
 };
-void merges_init(struct merges *m, size_t count);   /* room for `count`. Local. */
+void merges_init(struct merges *m, size_t count); /* room for `count`. Local. */
 /* A pair given twice keeps the later rank, as the Hugging Face reader does. Local. */
 void merges_add(struct merges *m, int32_t left, int32_t right, int32_t rank, int32_t result);
 /* NULL if the two do not merge. Local. */
@@ -52,46 +57,62 @@ void merges_free(struct merges *m);
 struct added_token {
     int32_t id;
     bool single_word, lstrip, rstrip, normalized;
-    bool in_model;                    /* the model's vocabulary has it, too */
+    bool in_model; /* the model's vocabulary has it, too */
 };
 /* Byte tries of the added tokens: root 0 those to be found first (normalized = false), root 1 the
  * others. */
-struct trie_node { int32_t child, sibling, token; uint8_t byte; };
+struct trie_node {
+    int32_t child, sibling, token;
+    uint8_t byte;
+};
 
 enum split_behaviour {
-    SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_CONTIGUOUS, SPLIT_MERGED_WITH_PREVIOUS,
+    SPLIT_ISOLATED,
+    SPLIT_REMOVED,
+    SPLIT_CONTIGUOUS,
+    SPLIT_MERGED_WITH_PREVIOUS,
     SPLIT_MERGED_WITH_NEXT
 };
-struct regex;                         /* tokenizer_split.c */
+struct regex; /* tokenizer_split.c */
 struct split_step {
     struct regex *regex;
     enum split_behaviour behaviour;
     bool invert;
 };
 
-struct piece { size_t at, n; bool match; };
-struct pieces { struct piece *piece; int64_t count, capacity; };
+struct piece {
+    size_t at, n;
+    bool match;
+};
+struct pieces {
+    struct piece *piece;
+    int64_t count, capacity;
+};
 
-struct symbol { int32_t id, previous, next; };        /* next = -1: last; id = -1: merged away */
-struct candidate { int32_t rank, at, result; };       /* heap element */
+struct symbol {
+    int32_t id, previous, next;
+}; /* next = -1: last; id = -1: merged away */
+struct candidate {
+    int32_t rank, at, result;
+}; /* heap element */
 
 struct tokenizer {
     struct vocab vocab;
     struct merges merges;
     bool ignore_merges;
-    int32_t byte_id[256];             /* token of a single byte, -1 = none */
+    int32_t byte_id[256]; /* token of a single byte, -1 = none */
 
-    struct added_token *added;        /* [added_count] */
+    struct added_token *added; /* [added_count] */
     int64_t added_count;
-    int32_t *added_of;                /* [ids] index into added, -1 = from the vocabulary */
-    struct trie_node *node;           /* nodes 0 and 1 are the roots */
+    int32_t *added_of;      /* [ids] index into added, -1 = from the vocabulary */
+    struct trie_node *node; /* nodes 0 and 1 are the roots */
     int64_t nodes, node_capacity;
-    struct regex *word;               /* one word character; NULL unless a token is single_word */
+    struct regex *word; /* one word character; NULL unless a token is single_word */
 
-    struct split_step *step;          /* [steps] before ByteLevel */
+    struct split_step *step; /* [steps] before ByteLevel */
     int64_t steps;
     bool add_prefix_space;
-    struct regex *byte_level;         /* ByteLevel's own expression, NULL = use_regex false */
+    struct regex *byte_level; /* ByteLevel's own expression, NULL = use_regex false */
 
     /* scratch, grown as needed */
     struct pieces now, next, matches;
@@ -108,7 +129,7 @@ struct token_sink {
     char *why;
     size_t why_size;
 };
-void token_push(struct token_sink *sink, int64_t id);   /* Local. */
+void token_push(struct token_sink *sink, int64_t id); /* Local. */
 
 /* Fill an empty tokenizer from the file's text; false with `why`. Local. */
 bool tokenizer_parse(struct tokenizer *t, const char *json, size_t n, char *why, size_t why_size);

@@ -52,8 +52,8 @@ bool tokenizer_parse(struct tokenizer *t, const char *json, size_t n, char *why,
         ok = fail(&p, "no 'pre_tokenizer': only byte-level tokenizers are supported");
     ok = ok && read_pre_tokenizer(&p, json_object_get(root, "pre_tokenizer"), 0);
     if (ok && !p.byte_level_seen)
-        ok = fail(&p,
-                  "pre_tokenizer: no ByteLevel in it; only byte-level tokenizers are supported");
+        ok =
+            fail(&p, "pre_tokenizer: no ByteLevel in it; only byte-level tokenizers are supported");
     json_decref(root);
     return ok;
 }

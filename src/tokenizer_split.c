@@ -65,9 +65,9 @@ struct regex *regex_new(const char *pattern, size_t n, bool literal, char *why, 
         free(w.out);
         return NULL;
     }
-    const uint32_t options = literal ? PCRE2_LITERAL | PCRE2_UTF
-                                     : PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE |
-                                           PCRE2_NEVER_BACKSLASH_C;
+    const uint32_t options =
+        literal ? PCRE2_LITERAL | PCRE2_UTF
+                : PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C;
     pcre2_compile_context *compile = pcre2_compile_context_create(NULL);
     ASSERT(compile);
     pcre2_set_newline(compile, PCRE2_NEWLINE_LF);

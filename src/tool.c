@@ -20,27 +20,32 @@ bool tool_is_local(const struct cli *cli)
     return cli->action != CLI_RUN && cli->action != CLI_CHECK;
 }
 
-/* Data do not depend on the layout, so any number of ranks that the deck accepts will do. The errors of one rank are those reported. */
-static bool resolve(struct deck *deck, const struct cli *cli, const char *text, size_t length, struct errors *errors)
+/* Data do not depend on the layout, so any number of ranks that the deck accepts will do. The
+ * errors of one rank are those reported. */
+static bool resolve(struct deck *deck, const struct cli *cli, const char *text, size_t length,
+                    struct errors *errors)
 {
     for (int size = 1; size <= RANKS_TRIED; size++) {
-        struct errors tried = {0};
+        struct errors tried = { 0 };
         deck_read(deck, cli_deck_name(cli), text, length, cli->n_overrides, cli->overrides, &tried);
         bool readable = tried.count == 0;
         deck_resolve(deck, size, &tried);
-        if (tried.count == 0) return true;
+        if (tried.count == 0)
+            return true;
         if (size == 1)
-            for (int i = 0; i < tried.count; i++) errors_add(errors, tried.worst, "%s", tried.line[i]);
+            for (int i = 0; i < tried.count; i++)
+                errors_add(errors, tried.worst, "%s", tried.line[i]);
         errors_free(&tried);
         deck_free(deck);
-        if (!readable) break;
+        if (!readable)
+            break;
     }
     return false;
 }
 
 static int with_deck(const struct cli *cli)
 {
-    struct errors errors = {0};
+    struct errors errors = { 0 };
     struct deck deck;
     size_t length = 0;
     char *text = cli_read_deck_text(cli, &length, &errors), *directory;
@@ -71,8 +76,10 @@ static int with_directory(const struct cli *cli)
     const struct export_options options = { .dtype = cli->dtype, .shard_bytes = cli->shard_bytes };
     struct errors errors = { 0 };
 
-    if (cli->action == CLI_EXPORT) export_checkpoint(cli->directory, cli->path, &options, stdout, &errors);
-    else hf_config_print_deck(cli->path, stdout, &errors);
+    if (cli->action == CLI_EXPORT)
+        export_checkpoint(cli->directory, cli->path, &options, stdout, &errors);
+    else
+        hf_config_print_deck(cli->path, stdout, &errors);
     int status = errors.count > 0 ? (int)errors.worst : EXIT_OK;
     errors_print(&errors);
     errors_free(&errors);

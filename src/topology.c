@@ -112,13 +112,12 @@ void topology_init(struct topology *t, const struct deck *deck, int size, int ra
     const int before = errors->count;
     topology_describe(t, alone ? specs + 1 : specs, alone ? 1 : 2, size, rank, errors);
     if (errors->count == before && t->layout != d->layout)
-        errors_add(
-            errors, EXIT_DECK,
-            "topology.layout = '%s' but the grids are %s: "
+        errors_add(errors, EXIT_DECK,
+                   "topology.layout = '%s' but the grids are %s: "
                    "encoder ranks %d-%d, language ranks %d-%d",
-            layouts[d->layout], layouts[t->layout], t->encoder.offset,
-            t->encoder.offset + t->encoder.size - 1, t->language.offset,
-            t->language.offset + t->language.size - 1);
+                   layouts[d->layout], layouts[t->layout], t->encoder.offset,
+                   t->encoder.offset + t->encoder.size - 1, t->language.offset,
+                   t->language.offset + t->language.size - 1);
 }
 
 void topology_connect(struct topology *t, struct comm *world)
@@ -127,7 +126,9 @@ void topology_connect(struct topology *t, struct comm *world)
     struct bridge_map *b = &t->bridge;
     ASSERT(storage && !t->world && world->size == t->size && world->rank == t->rank);
     t->world = world;
-    storage->owned = xcalloc(2 * N_FAMILIES + 3, sizeof *storage->owned);   /* NOLINT(bugprone-sizeof-expression): pointers */
+    storage->owned =
+        xcalloc(2 * N_FAMILIES + 3,
+                sizeof *storage->owned); /* NOLINT(bugprone-sizeof-expression): pointers */
     if (t->encoder.present)
         connect_grid(t, &t->encoder);
     connect_grid(t, &t->language);
@@ -239,11 +240,10 @@ int topology_members(const struct grid *grid, const char *name, int rank, int *m
                 return 0;
             return list_members(grid, &families[f], rank, member, NULL, NULL);
         }
-    FATAL(
-        EXIT_INTERNAL,
-        "grid %s has no group family '%s': neither its dense view (tp cp dp pp) "
-        "nor its expert view (expt_tp ep expt_dp pp) makes one",
-        grid->name, name);
+    FATAL(EXIT_INTERNAL,
+          "grid %s has no group family '%s': neither its dense view (tp cp dp pp) "
+          "nor its expert view (expt_tp ep expt_dp pp) makes one",
+          grid->name, name);
 }
 
 const char *topology_role(const struct topology *t)
@@ -395,8 +395,14 @@ static void check_edge(const struct topology_spec *encoder, const struct topolog
 /* A grid as a rank outside it sees it. */
 static void no_member(struct grid *g, const char *name)
 {
-    *g = (struct grid){ .name = name, .tp_rank = -1, .cp_rank = -1, .dp_rank = -1, .pp_rank = -1,
-                        .ep_rank = -1, .expt_tp_rank = -1, .expt_dp_rank = -1 };
+    *g = (struct grid){ .name = name,
+                        .tp_rank = -1,
+                        .cp_rank = -1,
+                        .dp_rank = -1,
+                        .pp_rank = -1,
+                        .ep_rank = -1,
+                        .expt_tp_rank = -1,
+                        .expt_dp_rank = -1 };
     for (int f = 0; f < N_FAMILIES; f++)
         group_of(g, &families[f])->rank = -1;
 }
@@ -485,8 +491,7 @@ static void describe_bridge(struct topology *t, int **next)
     b->fan = b->n_source > b->n_dest ? b->n_source / b->n_dest : b->n_dest / b->n_source;
     b->source_leader = *next;
     for (int d = 0; d < b->n_source; d++)
-        *(*next)++ =
-            rank_at(e, colocated ? 0 : e->tp_size - 1, e->cp_size - 1, d, e->pp_size - 1);
+        *(*next)++ = rank_at(e, colocated ? 0 : e->tp_size - 1, e->cp_size - 1, d, e->pp_size - 1);
     b->dest_leader = *next;
     for (int d = 0; d < b->n_dest; d++)
         *(*next)++ = rank_at(l, 0, 0, d, 0);

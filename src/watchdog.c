@@ -1,9 +1,11 @@
 /* watchdog.c - see watchdog.h.
  *
- * Time is counted in ticks of the thread, not by the clock: on a loaded machine, or when a whole job is suspended and continued, the
- * ticks fall behind as the work does, and nobody is accused. Rank 0 judges first; another rank has to wait longer, for the case that
- * it is rank 0 that hangs. A verdict is withdrawn when anybody moves in the meantime, so a rank that waits an hour for another's
- * checkpoint is left alone as long as that one gets on. The thread calls nothing of MPI but the abort.
+ * Time is counted in ticks of the thread, not by the clock: on a loaded machine, or when a whole
+ * job is suspended and continued, the ticks fall behind as the work does, and nobody is accused.
+ * Rank 0 judges first; another rank has to wait longer, for the case that it is rank 0 that hangs.
+ * A verdict is withdrawn when anybody moves in the meantime, so a rank that waits an hour for
+ * another's checkpoint is left alone as long as that one gets on. The thread calls nothing of MPI
+ * but the abort.
  */
 #include "watchdog.h"
 #include <errno.h>
@@ -25,13 +27,13 @@ struct watchdog {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    bool stop;                   /* under lock */
-    double seconds;              /* allowed without progress */
+    bool stop;      /* under lock */
+    double seconds; /* allowed without progress */
     int rank, size;
     char path[PATH_BYTES];
     /* of the thread */
-    long beats;                  /* seen last */
-    long long tick, quiet;       /* ticks so far, those since the last progress */
+    long beats;            /* seen last */
+    long long tick, quiet; /* ticks so far, those since the last progress */
 };
 
 static double period(const struct watchdog *w)
@@ -51,8 +53,10 @@ static void publish(const struct watchdog *w)
     const struct log_process *p = log_process();
     const char *call = p->call;
     char text[SLOT_BYTES];
-    int n = snprintf(text, sizeof text, "%lld\t%lld\t%ld\t%s\t%s\t%s\t%.*s\t%s", w->tick, w->quiet, p->iteration, or_dash(p->role),
-                     or_dash(p->host), or_dash(p->section), (int)strcspn(or_dash(call), "("), or_dash(call), call ? or_dash(p->group) : "-");
+    int n =
+        snprintf(text, sizeof text, "%lld\t%lld\t%ld\t%s\t%s\t%s\t%.*s\t%s", w->tick, w->quiet,
+                 p->iteration, or_dash(p->role), or_dash(p->host), or_dash(p->section),
+                 (int)strcspn(or_dash(call), "("), or_dash(call), call ? or_dash(p->group) : "-");
     memset(text + n, ' ', sizeof text - (size_t)n);
     text[sizeof text - 1] = '\n';
     const int fd = open(w->path, O_WRONLY | O_NOFOLLOW | O_CLOEXEC);
@@ -74,8 +78,9 @@ static bool read_slots(const struct watchdog *w, struct watchdog_slot *slot)
         const ssize_t n = pread(fd, text, SLOT_BYTES, (off_t)r * SLOT_BYTES);
         struct watchdog_slot s = { .tick = 0 };
         text[n > 0 ? n : 0] = '\0';
-        if (sscanf(text, "%lld\t%lld\t%lld\t%31[^\t]\t%63[^\t]\t%23[^\t]\t%39[^\t]\t%39[^ \n]", &s.tick, &s.quiet, &s.iteration, s.role, s.host,
-                   s.section, s.call, s.group) != 8)
+        if (sscanf(text, "%lld\t%lld\t%lld\t%31[^\t]\t%63[^\t]\t%23[^\t]\t%39[^\t]\t%39[^ \n]",
+                   &s.tick, &s.quiet, &s.iteration, s.role, s.host, s.section, s.call,
+                   s.group) != 8)
             s = (struct watchdog_slot){ .tick = 0 };
         slot[r] = s;
     }
@@ -83,7 +88,8 @@ static bool read_slots(const struct watchdog *w, struct watchdog_slot *slot)
     return true;
 }
 
-/* Sleeps through `ticks`, publishing; false when the thread shall end or the main one has got on. */
+/* Sleeps through `ticks`, publishing; false when the thread shall end or the main one has got
+ * on. */
 static bool watch(struct watchdog *w, int ticks)
 {
     bool stop = false;
@@ -94,7 +100,8 @@ static bool watch(struct watchdog *w, int ticks)
         until.tv_sec += (time_t)at;
         until.tv_nsec = (long)((at - (double)(time_t)at) * 1e9);
         pthread_mutex_lock(&w->lock);
-        while (!w->stop && pthread_cond_timedwait(&w->wake, &w->lock, &until) != ETIMEDOUT) {}
+        while (!w->stop && pthread_cond_timedwait(&w->wake, &w->lock, &until) != ETIMEDOUT) {
+        }
         stop = w->stop;
         pthread_mutex_unlock(&w->lock);
         const long beats = atomic_load(&log_process()->beats);
@@ -120,7 +127,8 @@ static bool busy(const struct watchdog_slot *s)
     return strcmp(s->call, "-") == 0;
 }
 
-static void put(char *text, size_t size, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+static void put(char *text, size_t size, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 static void put(char *text, size_t size, const char *fmt, ...)
 {
     const size_t n = strlen(text);
@@ -148,8 +156,8 @@ static void put_place(char *text, size_t size, const struct watchdog_slot *s)
         put(text, size, ", in %s of %s", s->call, s->group);
 }
 
-void watchdog_verdict(const struct watchdog_slot *before, const struct watchdog_slot *after, int size, double seconds, char *text,
-                      size_t text_size)
+void watchdog_verdict(const struct watchdog_slot *before, const struct watchdog_slot *after,
+                      int size, double seconds, char *text, size_t text_size)
 {
     int n_silent = 0, n_busy = 0, named = 0;
     for (int r = 0; r < size; r++) {
@@ -158,7 +166,9 @@ void watchdog_verdict(const struct watchdog_slot *before, const struct watchdog_
     }
     /* Where everybody is in a message the messages do not fit together: all are named. */
     const int n_held = n_silent > 0 ? n_silent : n_busy > 0 ? n_busy : size;
-    snprintf(text, text_size, n_silent > 0 ? "no sign of life for %.3g s from " : "no progress for %.3g s: ", seconds);
+    snprintf(
+        text, text_size,
+        n_silent > 0 ? "no sign of life for %.3g s from " : "no progress for %.3g s: ", seconds);
     for (int r = 0; r < size && named < NAMED; r++) {
         if (n_silent > 0 ? !silent(&before[r], &after[r]) : n_busy > 0 && !busy(&after[r]))
             continue;
@@ -172,29 +182,37 @@ void watchdog_verdict(const struct watchdog_slot *before, const struct watchdog_
     if (n_held > named)
         put(text, text_size, "; and %d more", n_held - named);
     if (size > n_held)
-        put(text, text_size, "; %s", size - n_held == 1 ? "the other rank waits" : "the other ranks wait");
+        put(text, text_size, "; %s",
+            size - n_held == 1 ? "the other rank waits" : "the other ranks wait");
 }
 
 /* Says who, and ends the job. */
-static _Noreturn void accuse(const struct watchdog *w, const struct watchdog_slot *before, const struct watchdog_slot *after)
+static _Noreturn void accuse(const struct watchdog *w, const struct watchdog_slot *before,
+                             const struct watchdog_slot *after)
 {
     char text[1600], hint[240];
     watchdog_verdict(before, after, w->size, w->seconds, text, sizeof text);
-    snprintf(hint, sizeof hint, "submit again to go on from the last checkpoint, on other hosts if it is the same host again; "
-             "run.distributed_timeout_minutes (%.4g) is how long no progress is allowed", w->seconds / 60.0);
+    snprintf(
+        hint, sizeof hint,
+        "submit again to go on from the last checkpoint, on other hosts if it is the same host again; "
+        "run.distributed_timeout_minutes (%.4g) is how long no progress is allowed",
+        w->seconds / 60.0);
     fatal(EXIT_RANK_DIED, __FILE__, __LINE__, hint, "%s", text);
 }
 
 /* Nothing has moved here for the time allowed. */
 static void judge(struct watchdog *w)
 {
-    struct watchdog_slot *before = xcalloc((size_t)w->size, sizeof *before), *after = xcalloc((size_t)w->size, sizeof *after);
+    struct watchdog_slot *before = xcalloc((size_t)w->size, sizeof *before),
+                         *after = xcalloc((size_t)w->size, sizeof *after);
     bool stuck = read_slots(w, before) && watch(w, 2 * PUBLISH_TICKS + 1);
     publish(w);
     stuck = stuck && read_slots(w, after);
     for (int r = 0; r < w->size && stuck; r++)
-        stuck = silent(&before[r], &after[r]) || (double)after[r].quiet * period(w) > 0.7 * w->seconds;
-    after[w->rank].tick = before[w->rank].tick + 1; /* alive, also where a full disk takes no LIVE */
+        stuck =
+            silent(&before[r], &after[r]) || (double)after[r].quiet * period(w) > 0.7 * w->seconds;
+    /* alive, also where a full disk takes no LIVE */
+    after[w->rank].tick = before[w->rank].tick + 1;
     if (stuck)
         accuse(w, before, after);
     w->quiet /= 2;
@@ -233,7 +251,8 @@ struct watchdog *watchdog_start(const char *dir, struct comm *world, double seco
     if (w->rank == 0) {
         unlink(w->path);
         const int fd = open(w->path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
-        CHECK_SYS(fd >= 0 && ftruncate(fd, (off_t)w->size * SLOT_BYTES) == 0, EXIT_WRITE, "%s", w->path);
+        CHECK_SYS(fd >= 0 && ftruncate(fd, (off_t)w->size * SLOT_BYTES) == 0, EXIT_WRITE, "%s",
+                  w->path);
         close(fd);
     }
     comm_host_barrier(world);

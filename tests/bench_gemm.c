@@ -1,4 +1,5 @@
-/* bench_gemm.c - the machine's own rate: the best of five sgemm of n x n, in FLOP/s, on the threads that the environment gives. */
+/* bench_gemm.c - the machine's own rate: the best of five sgemm of n x n, in FLOP/s, on the threads
+ * that the environment gives. */
 #include <cblas.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,8 @@ int main(int argc, char **argv)
         return 2;
     }
     const size_t size = (size_t)n * (size_t)n;
-    float *a = malloc(size * sizeof *a), *b = malloc(size * sizeof *b), *c = calloc(size, sizeof *c);
+    float *a = malloc(size * sizeof *a), *b = malloc(size * sizeof *b),
+          *c = calloc(size, sizeof *c);
     if (!a || !b || !c)
         return 1;
     for (size_t i = 0; i < size; i++) {

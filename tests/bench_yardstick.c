@@ -4,8 +4,8 @@
  *
  * About a third each, by a profile of such a step: exponentials one at a time; matrix products of
  * the tiny model's shapes; plain loops over rows in single precision with sums in double. Prints
- * seconds of a pass: the median by the clock, the mean by the clock, and the processor time it took,
- * which is less than the clock's when the machine is busy with something else.
+ * seconds of a pass: the median by the clock, the mean by the clock, and the processor time it
+ * took, which is less than the clock's when the machine is busy with something else.
  */
 #include <cblas.h>
 #include <math.h>

@@ -2,6 +2,7 @@
 """The rules of the source tree that a program can hold. Each rule is one test; `make lint` runs only this file."""
 import argparse
 import functools
+import glob
 import os
 import re
 import shutil
@@ -175,6 +176,21 @@ def cppcheck():
     return found
 
 
+def unformatted():
+    """Files that `make format` would change, lines over 100 columns; None without the clang-format of Debian 12: others lay out differently."""
+    if not shutil.which("clang-format") or " 14." not in subprocess.run(["clang-format", "--version"], capture_output=True, text=True).stdout:
+        return None
+    paths = sorted(p for d in ("src", "src/ref", "src/cuda", "tests", "tests/gpu") for s in ("c", "h", "cu", "cuh", "cpp")
+                   for p in glob.glob(os.path.join(ROOT, d, "*." + s)))
+    p = subprocess.run(["clang-format", "--dry-run", "--Werror", *paths], capture_output=True, text=True)
+    found = [os.path.relpath(f, ROOT) for f in sorted(set(re.findall(r"^(\S+):\d+:\d+: error", p.stderr, re.M)))]
+    for path in paths:
+        with open(path, encoding="utf-8") as f:                      # a text that is printed is kept whole
+            found += ["%s:%d is %d columns wide" % (os.path.relpath(path, ROOT), i, len(line) - 1)
+                      for i, line in enumerate(f, 1) if len(line) > 101 and '"' not in line]
+    return found
+
+
 def main_is_short():
     text = open(os.path.join(SRC, "main.c"), encoding="utf-8").read()
     body = text[text.index("\nint main("):]
@@ -277,6 +293,7 @@ def main():
         ("Makefile.inc has at most 60 lines", lambda: short("Makefile.inc", 60)),
         ("make help lists every target", undocumented_targets),
         ("the map of the source names every file", unmapped),
+        ("every C file is laid out by make format", unformatted),
         ("cppcheck finds nothing", cppcheck),
     ]
     pinned = functools.lru_cache(None)(pinned_rules)

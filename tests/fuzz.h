@@ -1,8 +1,9 @@
 /* fuzz.h - what the libFuzzer targets tests/fuzz_*.c share.
  *
- * A target feeds bytes to a reader of foreign data through its public functions and states what must
- * hold for any bytes; the sanitizers look on. `make fuzz` builds and runs them (tests/check_fuzz.py,
- * which also makes the seeds). By hand: build/fuzz/tests/fuzz_deck FILE runs one input.
+ * A target feeds bytes to a reader of foreign data through its public functions and states what
+ * must hold for any bytes; the sanitizers look on. `make fuzz` builds and runs them
+ * (tests/check_fuzz.py, which also makes the seeds). By hand: build/fuzz/tests/fuzz_deck FILE runs
+ * one input.
  */
 #ifndef MIMO_FUZZ_H
 #define MIMO_FUZZ_H
@@ -23,12 +24,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max_size, unsi
 size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t max_size);
 
 /* What must hold for any input. */
-#define EXPECT(cond)                                                                               \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond);              \
-            abort();                                                                               \
-        }                                                                                          \
+#define EXPECT(cond) \
+    do { \
+        if (!(cond)) { \
+            fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #cond); \
+            abort(); \
+        } \
     } while (0)
 
 static inline void fuzz_abort(int code)

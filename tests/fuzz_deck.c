@@ -1,8 +1,8 @@
 /* fuzz_deck.c - any bytes as a deck: read, resolve, echo.
  *
- * A first line `! ranks: N` resolves for N ranks (2 without it), lines `! override: group.key=value`
- * become overrides of the command line. Whatever is accepted must come back from its echo with the
- * same values.
+ * A first line `! ranks: N` resolves for N ranks (2 without it), lines `! override:
+ * group.key=value` become overrides of the command line. Whatever is accepted must come back from
+ * its echo with the same values.
  */
 #include "fuzz.h"
 

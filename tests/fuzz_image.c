@@ -1,7 +1,7 @@
 /* fuzz_image.c - any bytes as a picture: header, pixels, resize, patches.
  *
- * The limits are a megapixel and few scans, so that an input takes milliseconds. A changed PNG would
- * fail at the checksum of its chunk, so the mutator writes those anew in most of its results.
+ * The limits are a megapixel and few scans, so that an input takes milliseconds. A changed PNG
+ * would fail at the checksum of its chunk, so the mutator writes those anew in most of its results.
  */
 #include "fuzz.h"
 

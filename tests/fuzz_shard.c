@@ -1,7 +1,7 @@
 /* fuzz_shard.c - any bytes as a tar: index it, read every part, make the documents.
  *
- * Mutated tars would all fail at a header's checksum, so the mutator writes the sums anew in most of
- * its results.
+ * Mutated tars would all fail at a header's checksum, so the mutator writes the sums anew in most
+ * of its results.
  */
 #include "fuzz.h"
 

@@ -57,7 +57,8 @@ static inline void job_open(struct job *j, struct comm *comm, const char *overri
     free(copy);
     deck_resolve(&j->deck, comm->size, &e);
     topology_init(&j->topo, &j->deck, comm->size, comm->rank, &e);
-    if (e.count) errors_print(&e);
+    if (e.count)
+        errors_print(&e);
     assert_int_equal(e.count, 0);
     topology_connect(&j->topo, comm);
     j->be = backend_select(&j->deck);
@@ -72,8 +73,10 @@ static inline void job_open(struct job *j, struct comm *comm, const char *overri
     optim_plan(&j->optim, &j->arenas);
     model_initialise(&j->model);
     optim_refresh_masters(&j->optim);
-    for (int i = 0; i < 3; i++) j->train_position[i] = 100 + i;
-    for (int i = 0; i < 2; i++) j->valid_position[i] = 200 + i;
+    for (int i = 0; i < 3; i++)
+        j->train_position[i] = 100 + i;
+    for (int i = 0; i < 2; i++)
+        j->valid_position[i] = 200 + i;
     j->state = (struct train_state){ .iteration = 7,
                                      .consumed_train_samples = 56,
                                      .consumed_valid_samples = 3,
@@ -114,8 +117,10 @@ static inline double get(const struct tensor *t, int64_t i)
 
 static inline void set(const struct tensor *t, int64_t i, double x)
 {
-    if (t->dtype == DTYPE_F64) ((double *)t->data)[i] = x;
-    else ((float *)t->data)[i] = (float)x;
+    if (t->dtype == DTYPE_F64)
+        ((double *)t->data)[i] = x;
+    else
+        ((float *)t->data)[i] = (float)x;
 }
 
 /* Numbers that tell tensor, part and element. */
@@ -125,7 +130,9 @@ static inline void scribble(struct job *j, double salt)
         for (int part = 0; part < 4; part++) {
             struct tensor *t = part_of(&j->model.param[k], part);
             for (int64_t i = 0; t->data && i < tensor_numel(t); i++)
-                set(t, i, sin(salt + k + 100.0 * part + 1e-3 * (double)(i + first_of(&j->model.param[k], part))));
+                set(t, i,
+                    sin(salt + k + 100.0 * part +
+                        1e-3 * (double)(i + first_of(&j->model.param[k], part))));
         }
 }
 
@@ -135,8 +142,10 @@ static inline bool scribbled(struct job *j, double salt, int parts)
         for (int part = 0; part < parts; part++) {
             struct tensor *t = part_of(&j->model.param[k], part);
             for (int64_t i = 0; t->data && i < tensor_numel(t); i++) {
-                double want = sin(salt + k + 100.0 * part + 1e-3 * (double)(i + first_of(&j->model.param[k], part)));
-                if (get(t, i) != (t->dtype == DTYPE_F64 ? want : (double)(float)want)) return false;
+                double want = sin(salt + k + 100.0 * part +
+                                  1e-3 * (double)(i + first_of(&j->model.param[k], part)));
+                if (get(t, i) != (t->dtype == DTYPE_F64 ? want : (double)(float)want))
+                    return false;
             }
         }
     return true;
@@ -167,7 +176,8 @@ static inline bool fixture_start(int *argc, char ***argv)
     io_start();
     snprintf(scratch, sizeof scratch, "%.3000s/mimo-io-XXXXXX",
              getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
-    if (world->rank == 0) CHECK_SYS(mkdtemp(scratch) != NULL, EXIT_ENVIRONMENT, "%s", scratch);
+    if (world->rank == 0)
+        CHECK_SYS(mkdtemp(scratch) != NULL, EXIT_ENVIRONMENT, "%s", scratch);
     comm_host_broadcast(world, scratch, sizeof scratch, 0);
     return true;
 }
@@ -177,7 +187,8 @@ static inline int fixture_finish(int failed)
     char command[2 * IO_PATH];
     comm_host_barrier(world);
     snprintf(command, sizeof command, "rm -rf '%s'", scratch);
-    if (world->rank == 0 && system(command) != 0) failed++;
+    if (world->rank == 0 && system(command) != 0)
+        failed++;
     comm_finish(world);
     return failed;
 }

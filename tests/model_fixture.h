@@ -1,4 +1,5 @@
-/* model_fixture.h - a whole model in one process from a few lines of deck: what the tests of model, layers and encoder share. */
+/* model_fixture.h - a whole model in one process from a few lines of deck: what the tests of model,
+ * layers and encoder share. */
 #ifndef MIMO_MODEL_FIXTURE_H
 #define MIMO_MODEL_FIXTURE_H
 
@@ -30,8 +31,10 @@ struct fixture {
     struct picture_batch pictures;
 };
 
-/* `overrides` are n strings "group.key=value" on top of a colocated one-rank tiny deck with mock data; be NULL: the deck's backend. */
-static inline void fixture_open_on(struct fixture *f, const struct backend_ops *be, int n, const char *const *overrides)
+/* `overrides` are n strings "group.key=value" on top of a colocated one-rank tiny deck with mock
+ * data; be NULL: the deck's backend. */
+static inline void fixture_open_on(struct fixture *f, const struct backend_ops *be, int n,
+                                   const char *const *overrides)
 {
     static const char deck_text[] =
         "&run seed = 7 train_iters = 4 /\n&topology layout = 'colocated' /\n&language preset = 'tiny' /\n"
@@ -63,7 +66,8 @@ static inline void fixture_open_on(struct fixture *f, const struct backend_ops *
     text_batch_init(&f->text, &f->data.limits, f->deck.batch.micro_batch_size);
     if (f->topo.encoder.present)
         picture_batch_init(&f->pictures, &f->data.limits, f->deck.derived.encoder_microbatch,
-                           3 * f->deck.vision.patch_dim * f->deck.vision.patch_dim, f->deck.derived.fp64);
+                           3 * f->deck.vision.patch_dim * f->deck.vision.patch_dim,
+                           f->deck.derived.fp64);
     for (int i = 0; i < n; i++)
         free(copy[i]);
     free(copy);
@@ -96,27 +100,32 @@ static inline void fixture_batch(struct fixture *f, int64_t i, int64_t m)
         return;
     struct data other;
     struct errors e = { 0 };
-    data_init(&other, &f->deck, DATA_TRAIN, &e);   /* the encoder reads the stream for itself */
+    data_init(&other, &f->deck, DATA_TRAIN, &e); /* the encoder reads the stream for itself */
     assert_int_equal(e.count, 0);
     data_pictures(&other, i, m, 0, 1, &f->pictures);
     data_free(&other);
 }
 
-/* loss_sum of the batch, per-token sums in long double, plus the attached auxiliary term coeff*B*S*metric. */
+/* loss_sum of the batch, per-token sums in long double, plus the attached auxiliary term
+ * coeff*B*S*metric. */
 static inline double fixture_forward(struct fixture *f, bool train)
 {
-    struct tensor image = tensor_2d(NULL, f->model.act, PLACE_DEVICE, 0, f->deck.language.hidden_size);
+    struct tensor image =
+        tensor_2d(NULL, f->model.act, PLACE_DEVICE, 0, f->deck.language.hidden_size);
     model_zero_accumulators(&f->model);
     if (f->topo.encoder.present)
         image = model_encoder_forward(&f->model, 0, &f->pictures, train);
     model_language_forward(&f->model, 0, &f->text, &image, train);
-    const struct tensor loss = model_token_loss(&f->model), metric = model_balance_metric(&f->model);
+    const struct tensor loss = model_token_loss(&f->model),
+                        metric = model_balance_metric(&f->model);
     const int64_t t = tensor_numel(&loss);
     long double sum = 0;
     for (int64_t i = 0; i < t; i++)
         if (f->text.loss_mask[i] != 0.0f)
-            sum += f->deck.derived.fp64 ? ((double *)loss.data)[i] : (double)((float *)loss.data)[i];
-    const double aux = f->deck.derived.fp64 ? *(double *)metric.data : (double)*(float *)metric.data;
+            sum +=
+                f->deck.derived.fp64 ? ((double *)loss.data)[i] : (double)((float *)loss.data)[i];
+    const double aux =
+        f->deck.derived.fp64 ? *(double *)metric.data : (double)*(float *)metric.data;
     return (double)(sum + (long double)(f->deck.moe.moe_aux_loss_coeff * (double)t * aux));
 }
 

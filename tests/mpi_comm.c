@@ -248,7 +248,8 @@ static void test_all_to_all_v_packs_rows_in_rank_order(struct comm *c)
     recv[n_in * COLS] = GUARD;
     const struct tensor ts = tensor_2d(send, DTYPE_F32, PLACE_HOST, n_out, COLS),
                         tr = tensor_2d(recv, DTYPE_F32, PLACE_HOST, n_in, COLS);
-    /* Deferred, a second exchange with other counts is started behind it on the same communicator. */
+    /* Deferred, a second exchange with other counts is started behind it on the same
+     * communicator. */
     struct stream side = { .name = "side", .deferred = true };
     for (int deferred = 0; deferred < 2; deferred++) {
         int64_t none[64] = { 0 };
@@ -345,7 +346,8 @@ static void test_host_messages_reach_their_peers_in_one_bracket(struct comm *wor
     enum { WORDS = 3 };
     const int n = world->size;
     int *peer = xcalloc((size_t)n, sizeof *peer), peers = 0;
-    int64_t *out = xcalloc((size_t)n * WORDS, sizeof *out), *in = xcalloc((size_t)n * WORDS, sizeof *in);
+    int64_t *out = xcalloc((size_t)n * WORDS, sizeof *out),
+            *in = xcalloc((size_t)n * WORDS, sizeof *in);
     for (int r = n - 1; r >= 0; r--)
         if (r != world->rank)
             peer[peers++] = r;
@@ -446,8 +448,8 @@ static void connect_and_check(struct comm *world, const struct topology_spec *sp
     ASSERT(e.count == 0);
     topology_connect(&t, world);
     ASSERT(t.world == world);
-#define X(name_, ...)                                                                              \
-    check_group(&t.encoder.name_, "encoder." #name_, t.rank);                                      \
+#define X(name_, ...) \
+    check_group(&t.encoder.name_, "encoder." #name_, t.rank); \
     check_group(&t.language.name_, "language." #name_, t.rank);
     TOPOLOGY_FAMILIES(X)
 #undef X
@@ -559,7 +561,7 @@ int main(int argc, char **argv)
     if (world->rank == 0)
         printf("1..%zu\n", n);
     for (size_t i = 0; i < n; i++) {
-        tests[i].run(world);   /* a failure ends the job with its line */
+        tests[i].run(world); /* a failure ends the job with its line */
         comm_host_barrier(world);
         if (world->rank == 0) {
             printf("ok %zu - %s\n", i + 1, tests[i].name);

@@ -1,5 +1,6 @@
 /* ranks: 1 2 4 8 */
-/* mpi_data.c - positions of all streams from ranks that each read a part of them, as a checkpoint needs them.
+/* mpi_data.c - positions of all streams from ranks that each read a part of them, as a checkpoint
+ * needs them.
  *
  * Every rank is one language lane (odd ones also read pictures) of a data set with broken samples.
  */
@@ -27,9 +28,11 @@ static void write_shard(const char *path)
 
 static void open_one(struct deck *deck, struct data *d, const char *dir, int lanes)
 {
-    char *path = xasprintf("data.train_data_path=%s/a.tar", dir), *tokenizer = xasprintf("data.tokenizer=%s/tokenizer.json", dir);
-    open_good_deck(deck, 1, lanes, (const char *const[]){ "data.dataset_provider=webdataset", path, tokenizer,
-                                                          "batch.global_batch_size=8", NULL });
+    char *path = xasprintf("data.train_data_path=%s/a.tar", dir),
+         *tokenizer = xasprintf("data.tokenizer=%s/tokenizer.json", dir);
+    open_good_deck(deck, 1, lanes,
+                   (const char *const[]){ "data.dataset_provider=webdataset", path, tokenizer,
+                                          "batch.global_batch_size=8", NULL });
     open_data(d, deck, DATA_TRAIN);
     free(path);
     free(tokenizer);

@@ -1,9 +1,11 @@
 /* ranks: 1 2 4 8 */
-/* mpi_encoder.c - the encoder over tensor-parallel ranks against the same encoder on one rank: embeddings, every gradient, work done; and
- * encoder, bridge and language model together on every pair of grids, disjoint and colocated, against one rank.
+/* mpi_encoder.c - the encoder over tensor-parallel ranks against the same encoder on one rank:
+ * embeddings, every gradient, work done; and encoder, bridge and language model together on every
+ * pair of grids, disjoint and colocated, against one rank.
  *
- * Every rank computes the one-rank result for itself and cuts the gradients by the rule of each parameter, written out here once more.
- * Differences are relative to the largest element of the tensor, and the world's maximum is asserted: all ranks fail together.
+ * Every rank computes the one-rank result for itself and cuts the gradients by the rule of each
+ * parameter, written out here once more. Differences are relative to the largest element of the
+ * tensor, and the world's maximum is asserted: all ranks fail together.
  */
 #include <float.h>
 #include "bridge.h"
@@ -39,13 +41,14 @@ static void read_deck(struct deck *deck, int64_t mbs, const char *const *overrid
     int n = 0;
     for (; overrides[n]; n++)
         copy[n] = xstrdup(overrides[n]);
-    snprintf(text, sizeof text,
-             "&run seed = 7 train_iters = 4 precision = 'fp64' /\n&topology layout = 'colocated' /\n"
-             "&language preset = 'tiny' init_method_std = 0.15 /\n"
-             "&data dataset_provider = 'mock' mock_pixels = 'normal' mock_text_only_every = 3 /\n"
-             "&batch micro_batch_size = %lld global_batch_size = %d /\n"
-             "&lr lr = 1e-3 lr_decay_style = 'constant' /\n",
-             (long long)mbs, SAMPLES);
+    snprintf(
+        text, sizeof text,
+        "&run seed = 7 train_iters = 4 precision = 'fp64' /\n&topology layout = 'colocated' /\n"
+        "&language preset = 'tiny' init_method_std = 0.15 /\n"
+        "&data dataset_provider = 'mock' mock_pixels = 'normal' mock_text_only_every = 3 /\n"
+        "&batch micro_batch_size = %lld global_batch_size = %d /\n"
+        "&lr lr = 1e-3 lr_decay_style = 'constant' /\n",
+        (long long)mbs, SAMPLES);
     deck_read(deck, "test", text, strlen(text), n, copy, &e);
     deck_resolve(deck, 1, &e);
     errors_print(&e);
@@ -93,7 +96,7 @@ static void open_alone(struct side *s, int64_t mbs, const char *const *overrides
     open_side(s, false);
 }
 
-/* ---- comparing --------------------------------------------------------------------------------------------------- */
+/* ---- comparing ------------------------------------------------------------------------------- */
 
 static void verdict_add(struct verdict *v, double difference, double scale, const char *where)
 {
@@ -120,7 +123,8 @@ static double largest(const double *x, int64_t n)
     return m;
 }
 
-static void compare_dense(struct verdict *v, const struct tensor *got, const struct tensor *want, const char *where)
+static void compare_dense(struct verdict *v, const struct tensor *got, const struct tensor *want,
+                          const char *where)
 {
     const double *a = got->data, *b = want->data;
     double worst = 0.0;
@@ -131,12 +135,14 @@ static void compare_dense(struct verdict *v, const struct tensor *got, const str
 }
 
 /* A gradient shard of a grid with `size` tp ranks against its part of the whole gradient. */
-static void compare_shard(struct verdict *v, const struct param *p, const double *shard, const struct param *whole, int size, int rank)
+static void compare_shard(struct verdict *v, const struct param *p, const double *shard,
+                          const struct param *whole, int size, int rank)
 {
     const int64_t rows = whole->value.shape[0], cols = tensor_numel(&whole->value) / rows;
     const int64_t own_rows = p->shard == PARAM_SPLIT_ROWS ? rows / size : rows;
     const int64_t own_cols = p->shard == PARAM_SPLIT_COLS ? cols / size : cols;
-    const int64_t row = p->shard == PARAM_SPLIT_ROWS ? rank * own_rows : 0, col = p->shard == PARAM_SPLIT_COLS ? rank * own_cols : 0;
+    const int64_t row = p->shard == PARAM_SPLIT_ROWS ? rank * own_rows : 0,
+                  col = p->shard == PARAM_SPLIT_COLS ? rank * own_cols : 0;
     const double *g = whole->grad.data;
     double worst = 0.0;
     ASSERT(tensor_numel(&p->value) == own_rows * own_cols);
@@ -159,7 +165,7 @@ static bool same_everywhere(struct comm *c, const void *x, int64_t bytes)
     return v[0] == -v[1];
 }
 
-/* ---- the encoder alone ------------------------------------------------------------------------------------------- */
+/* ---- the encoder alone ----------------------------------------------------------------------- */
 
 static void picture(struct picture_batch *p, int height, int width)
 {
@@ -174,7 +180,8 @@ static void picture(struct picture_batch *p, int height, int width)
 enum pictures { UNEQUAL, SQUARE, NONE };
 
 /* Two samples of up to two tiles, at most 32 embeddings each. */
-static void make_pictures(struct picture_batch *p, const struct side *s, enum pictures kind, int64_t m)
+static void make_pictures(struct picture_batch *p, const struct side *s, enum pictures kind,
+                          int64_t m)
 {
     const struct data_limits limits = data_limits(&s->deck);
     const int64_t width = 3 * s->deck.vision.patch_dim * s->deck.vision.patch_dim;
@@ -209,17 +216,20 @@ static void run_encoder(struct side *s, enum pictures kind, double *out[2])
         double *d = xcalloc((size_t)n + 1, sizeof *d);
         for (int64_t i = 0; i < n; i++)
             d[i] = rng_normal_at(rng_key(12, "dembedding"), (uint64_t)(m * 1000000 + i));
-        const struct tensor de = tensor_2d(d, DTYPE_F64, PLACE_DEVICE, p.rows, s->deck.language.hidden_size);
+        const struct tensor de =
+            tensor_2d(d, DTYPE_F64, PLACE_DEVICE, p.rows, s->deck.language.hidden_size);
         model_encoder_backward(&s->model, 0, &de);
         free(d);
         picture_batch_free(&p);
     }
 }
 
-static void open_encoders(struct comm *world, struct side *one, struct side *cut, const char *const *overrides)
+static void open_encoders(struct comm *world, struct side *one, struct side *cut,
+                          const char *const *overrides)
 {
     const int t = world->size;
-    const struct topology_spec grids[] = { { "encoder", t, 0, t, 1, 1, 1, 1 }, { "language", t, 0, 1, 1, 1, 1, 1 } };
+    const struct topology_spec grids[] = { { "encoder", t, 0, t, 1, 1, 1, 1 },
+                                           { "language", t, 0, 1, 1, 1, 1, 1 } };
     struct errors e = { 0 };
     memset(cut, 0, sizeof *cut);
     open_alone(one, 2, overrides);
@@ -227,16 +237,18 @@ static void open_encoders(struct comm *world, struct side *one, struct side *cut
     topology_describe(&cut->topo, grids, 2, t, world->rank, &e);
     ASSERT(e.count == 0);
     topology_connect(&cut->topo, world);
-    cut->topo.language.member = false;       /* the encoder alone */
+    cut->topo.language.member = false; /* the encoder alone */
     open_side(cut, false);
 }
 
-static void compare_gradients(struct verdict *v, struct side *one, struct side *cut, bool expect_zero)
+static void compare_gradients(struct verdict *v, struct side *one, struct side *cut,
+                              bool expect_zero)
 {
     const struct grid *g = &cut->topo.encoder;
     int compared = 0;
     for (int i = 0; i < cut->model.n_params; i++) {
-        const struct param *p = &cut->model.param[i], *whole = model_find_param(&one->model, p->module, p->name);
+        const struct param *p = &cut->model.param[i],
+                           *whole = model_find_param(&one->model, p->module, p->name);
         ASSERT(whole && whole->trainable == p->trainable);
         if (!p->trainable)
             continue;
@@ -263,7 +275,8 @@ static void encoder_case(struct comm *world, enum pictures kind, const char *con
         struct picture_batch p;
         make_pictures(&p, &one, kind, m);
         const int64_t n = p.rows * one.deck.language.hidden_size;
-        const struct tensor a = tensor_1d(got[m], DTYPE_F64, PLACE_HOST, n), b = tensor_1d(want[m], DTYPE_F64, PLACE_HOST, n);
+        const struct tensor a = tensor_1d(got[m], DTYPE_F64, PLACE_HOST, n),
+                            b = tensor_1d(want[m], DTYPE_F64, PLACE_HOST, n);
         compare_dense(&v, &a, &b, "embeddings");
         if (world->size == 1 && memcmp(got[m], want[m], (size_t)n * sizeof **got) != 0)
             verdict_add(&v, 1.0, 0.0, "bits of one rank");
@@ -279,9 +292,13 @@ static void encoder_case(struct comm *world, enum pictures kind, const char *con
     verdict_check(&v, world);
 }
 
-#define ENCODER_CASE(kind, ...) encoder_case(*state, kind, (const char *const[]){ "data.num_image_tiles=2", __VA_ARGS__, NULL })
+#define ENCODER_CASE(kind, ...) \
+    encoder_case(*state, kind, (const char *const[]){ "data.num_image_tiles=2", __VA_ARGS__, NULL })
 
-static void affine_projector_dynamic_resolution(void **state) { ENCODER_CASE(UNEQUAL, "stage.training_stage=3"); }
+static void affine_projector_dynamic_resolution(void **state)
+{
+    ENCODER_CASE(UNEQUAL, "stage.training_stage=3");
+}
 static void mlp_projector(void **state)
 {
     ENCODER_CASE(UNEQUAL, "stage.training_stage=3", "projector.vision_projection_type=mlp");
@@ -293,14 +310,18 @@ static void mlp_projector_with_norm(void **state)
 }
 static void fixed_resolution(void **state)
 {
-    ENCODER_CASE(SQUARE, "stage.training_stage=3", "vision.dynamic_resolution=F", "data.image_seq_length=32");
+    ENCODER_CASE(SQUARE, "stage.training_stage=3", "vision.dynamic_resolution=F",
+                 "data.image_seq_length=32");
 }
 static void without_final_layernorm_and_pixel_shuffle(void **state)
 {
-    ENCODER_CASE(UNEQUAL, "stage.training_stage=3", "vision.final_layernorm=F", "vision.pixel_shuffle=F",
-                 "data.image_seq_length=128", "language.seq_length=256");
+    ENCODER_CASE(UNEQUAL, "stage.training_stage=3", "vision.final_layernorm=F",
+                 "vision.pixel_shuffle=F", "data.image_seq_length=128", "language.seq_length=256");
 }
-static void frozen_encoder_affine(void **state) { ENCODER_CASE(UNEQUAL, "stage.training_stage=2"); }
+static void frozen_encoder_affine(void **state)
+{
+    ENCODER_CASE(UNEQUAL, "stage.training_stage=2");
+}
 static void frozen_encoder_mlp(void **state)
 {
     ENCODER_CASE(UNEQUAL, "stage.training_stage=2", "projector.vision_projection_type=mlp");
@@ -316,7 +337,8 @@ static void m6_30_text_only_micro_batches_leave_gradients_zero(void **state)
     ENCODER_CASE(NONE, "stage.training_stage=2", "projector.vision_projection_type=mlp");
 }
 
-/* Replicated parameters: the one-rank gradient on every rank already, to the bit the same, so a sum would be t times too large. */
+/* Replicated parameters: the one-rank gradient on every rank already, to the bit the same, so a sum
+ * would be t times too large. */
 static void m6_25_replicated_gradients_are_whole_and_identical_on_every_rank(void **state)
 {
     static const char *const overrides[] = { "data.num_image_tiles=2", "stage.training_stage=3",
@@ -337,7 +359,8 @@ static void m6_25_replicated_gradients_are_whole_and_identical_on_every_rank(voi
     free(out[0]);
     free(out[1]);
     for (int i = 0; i < cut.model.n_params; i++) {
-        const struct param *p = &cut.model.param[i], *whole = model_find_param(&one.model, p->module, p->name);
+        const struct param *p = &cut.model.param[i],
+                           *whole = model_find_param(&one.model, p->module, p->name);
         if (p->shard != PARAM_REPLICATED)
             continue;
         replicated++;
@@ -347,7 +370,8 @@ static void m6_25_replicated_gradients_are_whole_and_identical_on_every_rank(voi
             verdict_add(&v, 1.0, 0.0, p->name);
         compare_dense(&v, &p->grad, &whole->grad, p->name);
     }
-    /* class tokens, grid, final norm (2), projector norm; of each block two norms (4) and two biases */
+    /* class tokens, grid, final norm (2), projector norm; of each block two norms (4) and two
+     * biases */
     ASSERT(replicated == 5 + 6 * (int)one.deck.vision.num_layers);
     close_side(&one);
     close_side(&cut);
@@ -357,7 +381,8 @@ static void m6_25_replicated_gradients_are_whole_and_identical_on_every_rank(voi
 /* No rank computes what another does: the work of all ranks adds up to that of one. */
 static void work_is_cut_over_the_ranks(void **state)
 {
-    static const char *const overrides[] = { "data.num_image_tiles=2", "stage.training_stage=3", NULL };
+    static const char *const overrides[] = { "data.num_image_tiles=2", "stage.training_stage=3",
+                                             NULL };
     struct comm *world = *state;
     struct side one, cut;
     double *out[2];
@@ -379,9 +404,12 @@ static void work_is_cut_over_the_ranks(void **state)
     assert_int_equal(sum, whole);
 }
 
-/* ---- both modules ------------------------------------------------------------------------------------------------ */
+/* ---- both modules ---------------------------------------------------------------------------- */
 
-struct whole_batch { struct text_batch text; struct picture_batch pictures; };
+struct whole_batch {
+    struct text_batch text;
+    struct picture_batch pictures;
+};
 
 static struct data open_data(const struct deck *deck)
 {
@@ -406,7 +434,8 @@ static void close_batch(struct whole_batch *b)
     picture_batch_free(&b->pictures);
 }
 
-/* One micro-batch of all samples through both modules and back; returns this rank's share of the loss. */
+/* One micro-batch of all samples through both modules and back; returns this rank's share of the
+ * loss. */
 static double run_whole(struct side *s)
 {
     const struct grid *e = &s->topo.encoder, *l = &s->topo.language;
@@ -425,8 +454,9 @@ static double run_whole(struct side *s)
     if (!s->bridge)
         image = out;
     else if (e->member && l->member)
-        image = bridge_local_forward(s->bridge, &out, b.pictures.rows_per_sample, b.pictures.samples, b.text.image_rows_per_sample,
-                                     b.text.samples);
+        image =
+            bridge_local_forward(s->bridge, &out, b.pictures.rows_per_sample, b.pictures.samples,
+                                 b.text.image_rows_per_sample, b.text.samples);
     else if (e->member)
         bridge_send_forward(s->bridge, 0, &out, b.pictures.rows_per_sample, b.pictures.samples);
     else
@@ -457,7 +487,8 @@ static void compare_encoder(struct verdict *v, struct side *one, struct side *cu
 {
     const struct grid *g = &cut->topo.encoder;
     for (int i = 0; i < cut->model.n_params; i++) {
-        const struct param *p = &cut->model.param[i], *whole = model_find_param(&one->model, p->module, p->name);
+        const struct param *p = &cut->model.param[i],
+                           *whole = model_find_param(&one->model, p->module, p->name);
         if (p->module == MODEL_LANGUAGE)
             continue;
         const int64_t n = tensor_numel(&p->grad);
@@ -471,7 +502,8 @@ static void compare_encoder(struct verdict *v, struct side *one, struct side *cu
     }
 }
 
-static void whole_case(struct comm *world, struct side *one, double loss, const struct topology_spec grids[2])
+static void whole_case(struct comm *world, struct side *one, double loss,
+                       const struct topology_spec grids[2])
 {
     static const char *const overrides[] = { "stage.training_stage=3", NULL };
     const int64_t de = grids[0].num_ranks / grids[0].tp, dl = grids[1].num_ranks / grids[1].tp;
@@ -493,8 +525,9 @@ static void whole_case(struct comm *world, struct side *one, double loss, const 
     if (cut.topo.encoder.member)
         compare_encoder(&v, one, &cut);
     close_side(&cut);
-    print_message("# encoder @%d tp %d dp %lld, language @%d tp %d dp %lld: %.1e %s\n", grids[0].offset, grids[0].tp, (long long)de,
-                  grids[1].offset, grids[1].tp, (long long)dl, v.worst, v.where);
+    print_message("# encoder @%d tp %d dp %lld, language @%d tp %d dp %lld: %.1e %s\n",
+                  grids[0].offset, grids[0].tp, (long long)de, grids[1].offset, grids[1].tp,
+                  (long long)dl, v.worst, v.where);
     verdict_check(&v, world);
 }
 
@@ -504,14 +537,17 @@ static bool divide(int de, int dl)
 }
 
 /* Every pair of widths of grids with these ranks; returns how many. */
-static int over_all_widths(struct comm *world, struct side *one, double loss, int encoder, int language, int offset, bool wide)
+static int over_all_widths(struct comm *world, struct side *one, double loss, int encoder,
+                           int language, int offset, bool wide)
 {
     int tried = 0;
     for (int te = 1; te <= WIDEST_ENCODER; te *= 2)
         for (int tl = 1; tl <= WIDEST_LANGUAGE; tl *= 2) {
             const struct topology_spec grids[] = { { "encoder", encoder, 0, te, 1, 1, 1, 1 },
-                                                   { "language", language, offset, tl, 1, 1, 1, 1 } };
-            if (encoder % te || language % tl || !divide(encoder / te, language / tl) || (tl > 1) != wide)
+                                                   { "language", language, offset, tl, 1, 1, 1,
+                                                     1 } };
+            if (encoder % te || language % tl || !divide(encoder / te, language / tl) ||
+                (tl > 1) != wide)
                 continue;
             whole_case(world, one, loss, grids);
             tried++;

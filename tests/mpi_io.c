@@ -6,7 +6,8 @@
 static bool told(const struct errors *e, const char *word)
 {
     for (int i = 0; i < e->count; i++)
-        if (strstr(e->line[i], word)) return true;
+        if (strstr(e->line[i], word))
+            return true;
     return false;
 }
 
@@ -24,9 +25,11 @@ static void expect_refusal(struct job *j, const char *name,
     checkpoint_load(in_scratch(path, name), 7, &j->deck, &j->topo, &j->model, &j->state, options,
                     &has_optimizer, &e);
     if (world->rank == 0) {
-        for (; word[words]; words++) ok = ok && told(&e, word[words]);
+        for (; word[words]; words++)
+            ok = ok && told(&e, word[words]);
         ok = ok && e.count == words && e.worst == EXIT_CHECKPOINT;
-        for (int i = 0; !ok && i < e.count; i++) print_message("  said: %s\n", e.line[i]);
+        for (int i = 0; !ok && i < e.count; i++)
+            print_message("  said: %s\n", e.line[i]);
     }
     errors_free(&e);
     agree(ok);
@@ -73,8 +76,9 @@ static void m6_12_slabs_of_in_proj_blocks_for_tp_1_and_2(void **unused)
 /* The boxes of any run, element by element in their order, are the run. */
 static void runs_of_a_shard_are_boxes(void **unused)
 {
-    static const int64_t shape[][TENSOR_MAX_DIMS] = { { 17, 1, 1, 1 }, { 5, 7, 1, 1 }, { 3, 4, 5, 1 },
-                                                      { 2, 3, 2, 3 },  { 4, 1, 6, 1 } };
+    static const int64_t shape[][TENSOR_MAX_DIMS] = {
+        { 17, 1, 1, 1 }, { 5, 7, 1, 1 }, { 3, 4, 5, 1 }, { 2, 3, 2, 3 }, { 4, 1, 6, 1 }
+    };
     static const int ndim[] = { 1, 2, 3, 4, 3 };
     struct io_slab run[IO_MAX_SLABS];
     for (int k = 0; k < 5; k++) {
@@ -96,7 +100,8 @@ static void runs_of_a_shard_are_boxes(void **unused)
                         const struct io_slab *in = &shard[run[s].start[0] >= 90];
                         for (int d = 0; d < ndim[k]; d++) {
                             volume /= run[s].count[d];
-                            flat = flat * shape[k][d] + run[s].start[d] + rest / volume - in->start[d];
+                            flat =
+                                flat * shape[k][d] + run[s].start[d] + rest / volume - in->start[d];
                             rest %= volume;
                         }
                         assert_int_equal(in->local + flat, first + at);
@@ -199,18 +204,22 @@ static void hand_model(struct model *m, struct topology *topo, int size, int ran
         for (int64_t i = 0; i < full; i++) {
             int64_t row = i / width, col = i % p->shape[p->ndim - 1], first = 0;
             bool mine = true;
-            if (p->expert) mine = row / (p->shape[0] / size) == rank;
-            else if (p->shard == PARAM_SPLIT_COLS) mine = col / (p->shape[1] / size) == rank;
+            if (p->expert)
+                mine = row / (p->shape[0] / size) == rank;
+            else if (p->shard == PARAM_SPLIT_COLS)
+                mine = col / (p->shape[1] / size) == rank;
             else if (p->shard == PARAM_SPLIT_ROWS) {
                 int64_t rows = p->shape[0];
                 for (int b = 0; p->n_blocks > 1 && b < p->n_blocks; b++) {
                     rows = p->block_rows[b];
-                    if (row < first + rows) break;
+                    if (row < first + rows)
+                        break;
                     first += rows;
                 }
                 mine = (row - first) / (rows / size) == rank;
             }
-            if (mine) data[n++] = (double)i;
+            if (mine)
+                data[n++] = (double)i;
         }
         p->value = tensor_1d(data, DTYPE_F64, PLACE_HOST, n);
     }
@@ -218,7 +227,8 @@ static void hand_model(struct model *m, struct topology *topo, int size, int ran
 
 static void hand_free(struct model *m)
 {
-    for (int k = 0; k < m->n_params; k++) free(m->param[k].value.data);
+    for (int k = 0; k < m->n_params; k++)
+        free(m->param[k].value.data);
     free(m->param);
 }
 
@@ -241,7 +251,8 @@ static void shards_land_in_logical_rows_and_any_other_sharding_reads_them(void *
             int64_t n = io_volume(m.param[k].ndim, m.param[k].shape);
             snprintf(name, sizeof name, "/model/language/%s", m.param[k].name);
             ok = ok && io_get(file, name, H5T_NATIVE_DOUBLE, n, data);
-            for (int64_t i = 0; ok && i < n; i++) ok = data[i] == (double)i;
+            for (int64_t i = 0; ok && i < n; i++)
+                ok = data[i] == (double)i;
         }
         H5Fclose(file);
     }
@@ -265,16 +276,16 @@ static void shards_land_in_logical_rows_and_any_other_sharding_reads_them(void *
             checkpoint_load(in_scratch(path, "shards"), 7, &other.deck, &other.topo, &m, &state,
                             &weights, &has_optimizer, &e);
             ok = ok && e.count == 0;
-            for (int i = 0; i < e.count; i++) print_message("  said: %s\n", e.line[i]);
+            for (int i = 0; i < e.count; i++)
+                print_message("  said: %s\n", e.line[i]);
             for (int k = 0; k < HAND_PARAMS; k++)
-                ok = ok
-                     && memcmp(m.param[k].value.data, want.param[k].value.data,
-                               (size_t)tensor_numel(&want.param[k].value) * 8)
-                            == 0;
+                ok = ok && memcmp(m.param[k].value.data, want.param[k].value.data,
+                                  (size_t)tensor_numel(&want.param[k].value) * 8) == 0;
             hand_free(&m);
             hand_free(&want);
             job_close(&other);
-            if (alone) comm_free(comm);
+            if (alone)
+                comm_free(comm);
         }
         agree(ok);
     }
@@ -302,17 +313,16 @@ static void p12_86_87_saved_and_loaded_is_bitwise_equal(void **unused)
                                     .valid_position = k.valid_position };
     int64_t found = checkpoint_find(in_scratch(path, "plain"), -1, &k.topo, &e);
     checkpoint_load(path, found, &k.deck, &k.topo, &k.model, &k.state, &plain, &has_optimizer, &e);
-    for (int i = 0; i < e.count; i++) print_message("  said: %s\n", e.line[i]);
+    for (int i = 0; i < e.count; i++)
+        print_message("  said: %s\n", e.line[i]);
     bool ok = e.count == 0 && found == 7 && has_optimizer && scribbled(&k, 1, 4);
-    ok = ok && memcmp(k.train_position, j.train_position, sizeof j.train_position) == 0
-         && memcmp(k.valid_position, j.valid_position, sizeof j.valid_position) == 0
-         && k.state.train_position == k.train_position;
+    ok = ok && memcmp(k.train_position, j.train_position, sizeof j.train_position) == 0 &&
+         memcmp(k.valid_position, j.valid_position, sizeof j.valid_position) == 0 &&
+         k.state.train_position == k.train_position;
     for (int i = 0; i < io_n_state_fields; i++)
-        ok = ok
-             && memcmp((char *)&k.state + io_state_fields[i].offset,
-                       (char *)&j.state + io_state_fields[i].offset,
-                       io_state_fields[i].kind == IO_STATE_INT ? sizeof(int) : 8)
-                    == 0;
+        ok = ok && memcmp((char *)&k.state + io_state_fields[i].offset,
+                          (char *)&j.state + io_state_fields[i].offset,
+                          io_state_fields[i].kind == IO_STATE_INT ? sizeof(int) : 8) == 0;
     agree(ok);
     job_close(&j);
     job_close(&k);
@@ -334,7 +344,9 @@ static void fp64_run_comes_back_bitwise(void **unused)
     job_close(&j);
     job_open(&j, world, ""); /* and an fp32 run says so in one line */
     checkpoint_load(path, 7, &j.deck, &j.topo, &j.model, &j.state, &plain, &has, &e);
-    agree(world->rank || (e.count == 1 && told(&e, "was written with run.precision = 'fp64', this run has 'fp32'")));
+    agree(
+        world->rank ||
+        (e.count == 1 && told(&e, "was written with run.precision = 'fp64', this run has 'fp32'")));
     errors_free(&e);
     job_close(&j);
 }
@@ -357,9 +369,9 @@ static void weights_only_and_without_optimizer(void **unused)
         k.train_position[1] = 0;
         checkpoint_load(path, 7, &k.deck, &k.topo, &k.model, &k.state, &option[what], &has, &e);
         bool ok = e.count == 0 && !has && scribbled(&k, 2, 1);
-        ok = ok && k.state.iteration == (what == 0 ? 0 : 7)
-             && k.state.consumed_train_samples == (what < 2 ? 0 : 56)
-             && k.train_position[1] == (what < 2 ? 0 : 101) && k.state.lr.n == (what < 3 ? 0 : 48);
+        ok = ok && k.state.iteration == (what == 0 ? 0 : 7) &&
+             k.state.consumed_train_samples == (what < 2 ? 0 : 56) &&
+             k.train_position[1] == (what < 2 ? 0 : 101) && k.state.lr.n == (what < 3 ? 0 : 48);
         job_close(&k);
         agree(ok);
     }
@@ -374,16 +386,18 @@ static bool same_model(const char *a, const char *b)
     struct errors e = { 0 };
     bool ok = x >= 0 && y >= 0 && io_manifest_get(a, x, &m, &e) && io_manifest_get(b, y, &n, &e);
     int64_t compared = 0, others = 0;
-    for (int64_t i = 0; ok && i < n.n_paths; i++) others += strncmp(n.path[i], "/model/", 7) == 0;
+    for (int64_t i = 0; ok && i < n.n_paths; i++)
+        others += strncmp(n.path[i], "/model/", 7) == 0;
     for (int64_t i = 0; ok && i < m.n_paths; i++) {
         int64_t s[TENSOR_MAX_DIMS];
-        if (strncmp(m.path[i], "/model/", 7)) continue;
+        if (strncmp(m.path[i], "/model/", 7))
+            continue;
         int ndim = io_get_shape(x, m.path[i], s);
         int64_t count = io_volume(ndim, s);
         float *p = xcalloc((size_t)count, sizeof *p), *q = xcalloc((size_t)count, sizeof *q);
-        ok = io_get(x, m.path[i], H5T_NATIVE_FLOAT, count, p)
-             && io_get(y, m.path[i], H5T_NATIVE_FLOAT, count, q)
-             && memcmp(p, q, (size_t)count * sizeof *p) == 0;
+        ok = io_get(x, m.path[i], H5T_NATIVE_FLOAT, count, p) &&
+             io_get(y, m.path[i], H5T_NATIVE_FLOAT, count, q) &&
+             memcmp(p, q, (size_t)count * sizeof *p) == 0;
         free(p);
         free(q);
         compared++;
@@ -435,14 +449,20 @@ static void F32_a_flipped_bit_of_a_replica_is_found(void **unused)
             replicas = p->expert ? g->expt_dp_size : g->dp_size;
             comm_host_broadcast(world, &replicas, sizeof replicas, victim);
             unsigned char *byte = (unsigned char *)p->value.data + 13;
-            if (world->rank == victim) *byte ^= 4;
+            if (world->rank == victim)
+                *byte ^= 4;
             const int odd = checkpoint_odd_replica(&j.topo, &j.model, &param, &usual);
-            if (world->rank == victim) *byte ^= 4;
+            if (world->rank == victim)
+                *byte ^= 4;
             /* Of two nobody knows which is right: the higher one is named. */
-            if (replicas == 1) ok = ok && odd == -1;
-            else if (replicas == 2) ok = ok && (odd == victim || usual == victim) && odd > usual;
-            else ok = ok && odd == victim && usual != victim;
-            if (odd == world->rank) ok = ok && strcmp(j.model.param[param].name, p->name) == 0;
+            if (replicas == 1)
+                ok = ok && odd == -1;
+            else if (replicas == 2)
+                ok = ok && (odd == victim || usual == victim) && odd > usual;
+            else
+                ok = ok && odd == victim && usual != victim;
+            if (odd == world->rank)
+                ok = ok && strcmp(j.model.param[param].name, p->name) == 0;
         }
     ok = ok && checkpoint_odd_replica(&j.topo, &j.model, &param, &usual) == -1;
     agree(ok);
@@ -562,19 +582,24 @@ static void unusable_files_are_refused(void **unused)
         "cannot open",       "is incomplete", "is no checkpoint of mimo",
         "format version 99", "symbolic link", "No such file"
     };
-    if (world->rank == 0) CHECK_SYS(rename(path, keep) == 0, EXIT_INTERNAL, "test");
+    if (world->rank == 0)
+        CHECK_SYS(rename(path, keep) == 0, EXIT_INTERNAL, "test");
     for (int what = 0; what < 6; what++) {
         if (world->rank == 0) {
             struct stat st;
             CHECK_SYS(stat(keep, &st) == 0, EXIT_INTERNAL, "test");
             unlink(path);
-            if (what < 4) copy_file(keep, path, what == 0 ? st.st_size / 2 : st.st_size);
-            if (what == 4) CHECK_SYS(symlink(keep, path) == 0, EXIT_INTERNAL, "test");
+            if (what < 4)
+                copy_file(keep, path, what == 0 ? st.st_size / 2 : st.st_size);
+            if (what == 4)
+                CHECK_SYS(symlink(keep, path) == 0, EXIT_INTERNAL, "test");
             if (what >= 1 && what <= 3) {
                 hid_t file = io_open(path, true);
                 H5Adelete(file, what == 1 ? "complete" : what == 2 ? "format" : "format_version");
-                if (what == 2) io_attr_string(path, file, "format", "mimo-trace");
-                if (what == 3) io_attr_i64(path, file, "format_version", 99);
+                if (what == 2)
+                    io_attr_string(path, file, "format", "mimo-trace");
+                if (what == 3)
+                    io_attr_i64(path, file, "format_version", 99);
                 H5Fclose(file);
             }
         }
@@ -611,8 +636,8 @@ static void p12_89_another_model_streams_or_layout_is_refused_with_both_values(v
     if (alone && world->size > 1) {
         job_open(&k, alone, "");
         checkpoint_load(path, 7, &k.deck, &k.topo, &k.model, &k.state, &plain, &has, &e);
-        ok = e.count == 1 && strstr(e.line[0], "colocated on 1 rank")
-             && strstr(e.line[0], "disjoint on") && !has;
+        ok = e.count == 1 && strstr(e.line[0], "colocated on 1 rank") &&
+             strstr(e.line[0], "disjoint on") && !has;
         errors_free(&e);
         e = (struct errors){ 0 };
         checkpoint_load(path, 7, &k.deck, &k.topo, &k.model, &k.state,
@@ -620,7 +645,8 @@ static void p12_89_another_model_streams_or_layout_is_refused_with_both_values(v
         ok = ok && e.count == 0; /* weights alone do not depend on it */
         job_close(&k);
     }
-    if (alone) comm_free(alone);
+    if (alone)
+        comm_free(alone);
     errors_free(&e);
     agree(ok);
     job_close(&j);
@@ -663,14 +689,17 @@ static void tracker_is_checked(void **unused)
     for (size_t i = 0; i < sizeof test / sizeof test[0]; i++) {
         struct errors e = { 0 };
         if (world->rank == 0) {
-            if (test[i].text) write_text(path, test[i].text);
-            else unlink(path);
+            if (test[i].text)
+                write_text(path, test[i].text);
+            else
+                unlink(path);
         }
         comm_host_barrier(world);
         bool ok = checkpoint_find(dir, test[i].step, &j.topo, &e) == test[i].found;
         if (world->rank == 0)
             ok = ok && (test[i].said ? e.count == 2 && told(&e, test[i].said) : e.count == 0);
-        if (!ok) print_message("  case %zu\n", i);
+        if (!ok)
+            print_message("  case %zu\n", i);
         errors_free(&e);
         agree(ok);
     }
@@ -689,16 +718,22 @@ static void the_newest_checkpoint_that_verifies_is_found(void **unused)
     for (int64_t left = 5; left >= 0; left--) {
         struct errors e = { 0 };
         bool ok = checkpoint_find(dir, -1, &j.topo, &e) == (left ? left : -1);
-        if (world->rank == 0) ok = ok && (left ? e.count == 0 : e.count == 6 && told(&e, tensor));
-        if (!ok) print_message("  left %d, %d lines\n", (int)left, e.count);
+        if (world->rank == 0)
+            ok = ok && (left ? e.count == 0 : e.count == 6 && told(&e, tensor));
+        if (!ok)
+            print_message("  left %d, %d lines\n", (int)left, e.count);
         errors_free(&e);
         agree(ok);
         if (world->rank == 0 && left > 0) {
             checkpoint_file(path, "fallback", left);
-            if (left == 5) flip_byte(path, tensor, 3);
-            if (left == 4) CHECK_SYS(truncate(path, 5000) == 0, EXIT_INTERNAL, "test");
-            if (left == 3) write_text(path, "");
-            if (left == 2) CHECK_SYS(unlink(path) == 0, EXIT_INTERNAL, "test");
+            if (left == 5)
+                flip_byte(path, tensor, 3);
+            if (left == 4)
+                CHECK_SYS(truncate(path, 5000) == 0, EXIT_INTERNAL, "test");
+            if (left == 3)
+                write_text(path, "");
+            if (left == 2)
+                CHECK_SYS(unlink(path) == 0, EXIT_INTERNAL, "test");
             if (left == 1) {
                 hid_t file = io_open(path, true);
                 H5Adelete(file, "complete");
@@ -717,7 +752,8 @@ static int entries(const char *name, const char *prefix)
     DIR *d = opendir(in_scratch(path, name));
     for (struct dirent *e; d && (e = readdir(d)) != NULL;)
         n += strncmp(e->d_name, prefix, strlen(prefix)) == 0;
-    if (d) closedir(d);
+    if (d)
+        closedir(d);
     return n;
 }
 
@@ -740,16 +776,18 @@ static void p12_94_retention_keeps_last_interval_and_tracked(void **unused)
              && symlink("/tmp", in_scratch(path, "kept/iter_0000000")) == 0;
     }
     checkpoint_retain(dir, 0, 0, &j.topo);
-    if (world->rank == 0) ok = ok && entries("kept", "iter_") == 8;
+    if (world->rank == 0)
+        ok = ok && entries("kept", "iter_") == 8;
     checkpoint_retain(dir, 2, 3, &j.topo);
     if (world->rank == 0)
-        ok = ok && entries("kept", "iter_") == 5 && exists("kept/iter_0000003")
-             && exists("kept/iter_0000005") && exists("kept/iter_0000006")
-             && exists("kept/iter_0000009") && exists("kept/iter_0000000")
-             && entries("kept", ".trash") == 0;
+        ok = ok && entries("kept", "iter_") == 5 && exists("kept/iter_0000003") &&
+             exists("kept/iter_0000005") && exists("kept/iter_0000006") &&
+             exists("kept/iter_0000009") && exists("kept/iter_0000000") &&
+             entries("kept", ".trash") == 0;
     agree(ok);
     checkpoint_retain(dir, 0, 4, &j.topo);
-    if (world->rank == 0) ok = entries("kept", "iter_") == 3 && exists("kept/iter_0000006");
+    if (world->rank == 0)
+        ok = entries("kept", "iter_") == 3 && exists("kept/iter_0000006");
     agree(ok);
     job_close(&j);
 }
@@ -785,8 +823,8 @@ static void saving_an_iteration_again_replaces_it_and_leftovers_go(void **unused
                     &e);
     ok = ok && e.count == 0 && scribbled(&j, 4, 4);
     if (world->rank == 0)
-        ok = ok && entries("again", ".tmp-iter_0000004") == 1 && entries("again", ".") == 3
-             && entries("again", "iter_") == 1;
+        ok = ok && entries("again", ".tmp-iter_0000004") == 1 && entries("again", ".") == 3 &&
+             entries("again", "iter_") == 1;
     agree(ok);
     job_close(&j);
 }
@@ -803,15 +841,15 @@ static void inspector_reads_a_good_file_and_refuses_foreign_ones(void **unused)
         FILE *f = open_memstream(&text, &size);
         ok = io_inspect(checkpoint_file(path, "inspected", 7), f) == EXIT_OK;
         fclose(f);
-        ok = ok && strstr(text, "mimo-checkpoint") && strstr(text, "iteration                7")
-             && strstr(text, "in_proj.weight") && strstr(text, "blocks agree with their checksums")
-             && strstr(text, "language.preset = 'tiny'") && strstr(text, "vocabulary 500");
+        ok = ok && strstr(text, "mimo-checkpoint") && strstr(text, "iteration                7") &&
+             strstr(text, "in_proj.weight") && strstr(text, "blocks agree with their checksums") &&
+             strstr(text, "language.preset = 'tiny'") && strstr(text, "vocabulary 500");
         free(text);
         f = fopen("/dev/null", "w");
         write_text(in_scratch(path, "text.h5"), "no HDF5 at all\n");
-        ok = ok && io_inspect(path, f) == EXIT_CHECKPOINT
-             && io_inspect("/nonexistent.h5", f) == EXIT_CHECKPOINT
-             && io_inspect("/tmp", f) == EXIT_CHECKPOINT;
+        ok = ok && io_inspect(path, f) == EXIT_CHECKPOINT &&
+             io_inspect("/nonexistent.h5", f) == EXIT_CHECKPOINT &&
+             io_inspect("/tmp", f) == EXIT_CHECKPOINT;
         in_scratch(path, "foreign.h5");
         H5Fclose(io_create(path, false));
         ok = ok && io_inspect(path, f) == EXIT_CHECKPOINT;
@@ -827,7 +865,8 @@ static void bfloat16_is_read_by_h5py_as_float32(void **unused)
     bool ok = true;
     int64_t have = system("/usr/bin/python3 -c 'import h5py' > /dev/null 2>&1") == 0;
     comm_host_reduce_i64(world, &have, 1, COMM_MIN);
-    if (!have) skip();
+    if (!have)
+        skip();
     if (world->rank == 0) {
         static const uint16_t bits[6] = { 0x3f80, 0xc049, 0x0000, 0x7f80, 0x0080, 0x4780 };
         const int64_t shape[1] = { 6 };
@@ -848,7 +887,8 @@ static void bfloat16_is_read_by_h5py_as_float32(void **unused)
 
 int main(int argc, char **argv)
 {
-    if (!fixture_start(&argc, &argv)) return EXIT_ENVIRONMENT;
+    if (!fixture_start(&argc, &argv))
+        return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(m6_12_slabs_of_in_proj_blocks_for_tp_1_and_2),
         cmocka_unit_test(slabs_cut_columns_and_experts),

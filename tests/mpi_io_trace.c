@@ -21,7 +21,8 @@ static void write_rows(struct trace *t, const struct job *j, int64_t first, int6
         for (int i = 0; i < TRACE_SECTIONS; i++)
             row.section_seconds[i] = (float)(world->rank + 10 * i + 100 * r);
         int64_t per_row = 2 * j->deck.moe.num_experts;
-        for (int64_t i = 0; i < per_row && i < 64; i++) tokens[i] = 100 * r + i;
+        for (int64_t i = 0; i < per_row && i < 64; i++)
+            tokens[i] = 100 * r + i;
         row.tokens_per_expert = world->rank == 0 ? tokens : NULL;
         trace_write(t, r, &row);
     }
@@ -33,17 +34,17 @@ static bool rows_are_right(const char *path, int64_t n, int64_t total, int ranks
 {
     hid_t file = io_open(path, false);
     int64_t rows = -1, shape[TENSOR_MAX_DIMS], start[2] = { 0, 0 }, count[2] = { n, 0 };
-    bool ok = file >= 0 && io_get(file, "/rows", H5T_NATIVE_INT64, 1, &rows) && rows == n
-              && io_get_shape(file, "/iteration", shape) == 1 && shape[0] == total
-              && io_get_shape(file, "/ranks/backward_seconds", shape) == 2 && shape[0] == total
-              && shape[1] >= ranks;
+    bool ok = file >= 0 && io_get(file, "/rows", H5T_NATIVE_INT64, 1, &rows) && rows == n &&
+              io_get_shape(file, "/iteration", shape) == 1 && shape[0] == total &&
+              io_get_shape(file, "/ranks/backward_seconds", shape) == 2 && shape[0] == total &&
+              shape[1] >= ranks;
     count[1] = shape[1];
     double *loss = xcalloc((size_t)n, sizeof *loss);
     float *seconds = xcalloc((size_t)(n * shape[1]), sizeof *seconds);
     hid_t a = H5Dopen2(file, "/lm_loss", H5P_DEFAULT),
           b = H5Dopen2(file, "/ranks/backward_seconds", H5P_DEFAULT);
-    ok = ok && io_get_box(a, H5T_NATIVE_DOUBLE, 1, start, count, loss)
-         && io_get_box(b, H5T_NATIVE_FLOAT, 2, start, count, seconds);
+    ok = ok && io_get_box(a, H5T_NATIVE_DOUBLE, 1, start, count, loss) &&
+         io_get_box(b, H5T_NATIVE_FLOAT, 2, start, count, seconds);
     for (int64_t r = 0; ok && r < n; r++) {
         ok = r == 2 ? isnan(loss[r]) : loss[r] == 6.0 - 0.1 * (double)r;
         for (int64_t k = 0; ok && r >= from_rank_row && k < ranks; k++)
@@ -53,10 +54,10 @@ static bool rows_are_right(const char *path, int64_t n, int64_t total, int ranks
     }
     int64_t tokens[2 * 8] = { 0 };
     hid_t c = H5Dopen2(file, "/moe/tokens_per_expert", H5P_DEFAULT);
-    ok = ok
-         && io_get_box(c, H5T_NATIVE_INT64, 3, (int64_t[3]){ n - 1, 0, 0 }, (int64_t[3]){ 1, 2, 8 },
-                       tokens);
-    for (int i = 0; ok && i < 16; i++) ok = tokens[i] == 100 * (n - 1) + i;
+    ok = ok && io_get_box(c, H5T_NATIVE_INT64, 3, (int64_t[3]){ n - 1, 0, 0 },
+                          (int64_t[3]){ 1, 2, 8 }, tokens);
+    for (int i = 0; ok && i < 16; i++)
+        ok = tokens[i] == 100 * (n - 1) + i;
     H5Dclose(a);
     H5Dclose(b);
     H5Dclose(c);
@@ -83,7 +84,8 @@ static void trace_is_laid_out_once_continued_and_lengthened(void **unused)
     struct stat before, after;
     bool ok = true;
     job_open(&j, world, "");
-    for (int i = 0; i < ARENA_COUNT; i++) arena[i] = 10 * world->rank + i;
+    for (int i = 0; i < ARENA_COUNT; i++)
+        arena[i] = 10 * world->rank + i;
     in_scratch(path, "trace.h5");
     struct trace *t = trace_open(path, &j.deck, &j.topo, 2, 10, 0, 4, arena);
     trace_write_eval(t, 0, 6.5, 6.6);
@@ -94,20 +96,21 @@ static void trace_is_laid_out_once_continued_and_lengthened(void **unused)
     trace_write_eval(t, 7, 5.0, NAN);
     comm_host_barrier(world);
     if (world->rank == 0)
-        ok = rows_are_right(path, 7, 10, world->size, 0) && eval_rows(path) == 3
-             && stat(path, &before) == 0; /* live */
+        ok = rows_are_right(path, 7, 10, world->size, 0) && eval_rows(path) == 3 &&
+             stat(path, &before) == 0; /* live */
     trace_close(t);
     agree(ok);
 
     t = trace_open(path, &j.deck, &j.topo, 2, 10, 5, 4, arena); /* resumed at iteration 5 */
     if (world->rank == 0)
-        ok = rows_are_right(path, 5, 10, world->size, 0) && eval_rows(path) == 2
-             && stat(path, &after) == 0 && before.st_ino == after.st_ino;
+        ok = rows_are_right(path, 5, 10, world->size, 0) && eval_rows(path) == 2 &&
+             stat(path, &after) == 0 && before.st_ino == after.st_ino;
     agree(ok);
     write_rows(t, &j, 5, 5);
     trace_write_eval(t, 10, 4.9, 5.9);
     comm_host_barrier(world);
-    if (world->rank == 0) ok = rows_are_right(path, 10, 10, world->size, 0);
+    if (world->rank == 0)
+        ok = rows_are_right(path, 10, 10, world->size, 0);
     trace_close(t);
     agree(ok);
 
@@ -115,8 +118,8 @@ static void trace_is_laid_out_once_continued_and_lengthened(void **unused)
     write_rows(t, &j, 10, 3);
     comm_host_barrier(world);
     if (world->rank == 0)
-        ok = rows_are_right(path, 13, 15, world->size, 0) && eval_rows(path) == 3
-             && stat(path, &after) == 0 && before.st_ino != after.st_ino;
+        ok = rows_are_right(path, 13, 15, world->size, 0) && eval_rows(path) == 3 &&
+             stat(path, &after) == 0 && before.st_ino != after.st_ino;
     trace_close(t);
     agree(ok);
     job_close(&j);
@@ -156,7 +159,8 @@ static void trace_is_read_live_by_h5py(void **unused)
     bool ok = true, have = system("/usr/bin/python3 -c 'import h5py' > /dev/null 2>&1") == 0;
     int64_t all = have;
     comm_host_reduce_i64(world, &all, 1, COMM_MIN);
-    if (!all) skip();
+    if (!all)
+        skip();
     job_open(&j, world, "");
     in_scratch(path, "live.h5");
     struct trace *t = trace_open(path, &j.deck, &j.topo, 2, 100, 0, 2, arena);
@@ -251,12 +255,12 @@ static void batches_lie_in_the_order_of_the_global_batch(void **unused)
         H5Tset_size(key, 256);
         H5Tset_strpad(key, H5T_STR_NULLPAD);
         H5Tset_cset(key, H5T_CSET_UTF8);
-        ok = S <= 4096
-             && io_get(file, "/iteration_000001/input_ids", H5T_NATIVE_INT64, gbs * S, ids)
-             && io_get(file, "/iteration_000002/loss_mask", H5T_NATIVE_FLOAT, gbs * S, mask)
-             && io_get(file, "/iteration_000001/tiles_per_sample", H5T_NATIVE_INT64, gbs,
-                       tiles_per_sample)
-             && io_get(file, "/iteration_000001/sample_key", key, gbs, keys);
+        ok = S <= 4096 &&
+             io_get(file, "/iteration_000001/input_ids", H5T_NATIVE_INT64, gbs * S, ids) &&
+             io_get(file, "/iteration_000002/loss_mask", H5T_NATIVE_FLOAT, gbs * S, mask) &&
+             io_get(file, "/iteration_000001/tiles_per_sample", H5T_NATIVE_INT64, gbs,
+                    tiles_per_sample) &&
+             io_get(file, "/iteration_000001/sample_key", key, gbs, keys);
         for (int64_t r = 0; ok && r < gbs; r++) {
             char name[32];
             snprintf(name, sizeof name, "mock:%d", (int)r);
@@ -268,15 +272,15 @@ static void batches_lie_in_the_order_of_the_global_batch(void **unused)
         if (ok) {
             pixels = xcalloc((size_t)(shape[0] * shape[1]), sizeof *pixels);
             ok = io_get(file, "/iteration_000002/patches", H5T_NATIVE_FLOAT, shape[0] * shape[1],
-                        pixels)
-                 && io_get(file, "/iteration_000002/cpe", H5T_NATIVE_DOUBLE, 4 * 7, cpe);
+                        pixels) &&
+                 io_get(file, "/iteration_000002/cpe", H5T_NATIVE_DOUBLE, 4 * 7, cpe);
         }
         for (int64_t r = 0, patch = 0, tile = 0; ok && r < gbs; r++)
             for (int64_t k = 0; ok && k < r % 3; k++, tile++) {
                 ok = cpe[4 * tile + 3] == (double)(10 * r + k);
                 for (int64_t n = 0; ok && n < (2 + k) * 2; n++, patch++)
-                    ok = pixels[patch * 3 * p * p] == (float)(100 * r + 10 * k)
-                         && pixels[(patch + 1) * 3 * p * p - 1] == (float)(100 * r + 10 * k);
+                    ok = pixels[patch * 3 * p * p] == (float)(100 * r + 10 * k) &&
+                         pixels[(patch + 1) * 3 * p * p - 1] == (float)(100 * r + 10 * k);
             }
         free(pixels);
         H5Tclose(key);
@@ -290,7 +294,8 @@ static void batches_lie_in_the_order_of_the_global_batch(void **unused)
 
 int main(int argc, char **argv)
 {
-    if (!fixture_start(&argc, &argv)) return EXIT_ENVIRONMENT;
+    if (!fixture_start(&argc, &argv))
+        return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(trace_is_laid_out_once_continued_and_lengthened),
         cmocka_unit_test(trace_of_more_ranks_keeps_its_columns),

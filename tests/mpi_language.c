@@ -1,23 +1,27 @@
 /* ranks: 1 2 4 8 */
-/* mpi_language.c - the language module on grids of tensor, sequence and expert parallelism against one rank.
+/* mpi_language.c - the language module on grids of tensor, sequence and expert parallelism against
+ * one rank.
  *
- * Every rank builds the whole model on a grid of its own (the reference) and its part of it on a grid of all ranks, in fp64. Each data
- * lane gets another micro-batch; the references' gradients are added up. Losses must agree, and the gradients of every
- * parameter, reduced as the optimizer does - over data parallelism, experts over expert data parallelism, replicated parameters fed
- * with sequence-parallel rows over tp - must equal the matching elements of the reference's. The expert bias chooses how evenly the tokens
- * are routed, down to one expert that gets a copy of every token and ranks that get none.
+ * Every rank builds the whole model on a grid of its own (the reference) and its part of it on a
+ * grid of all ranks, in fp64. Each data lane gets another micro-batch; the references' gradients
+ * are added up. Losses must agree, and the gradients of every parameter, reduced as the optimizer
+ * does - over data parallelism, experts over expert data parallelism, replicated parameters fed
+ * with sequence-parallel rows over tp - must equal the matching elements of the reference's. The
+ * expert bias chooses how evenly the tokens are routed, down to one expert that gets a copy of
+ * every token and ranks that get none.
  *
- * The regions themselves: what tensor parallelism cuts and gathers, what travels to the experts' ranks and back, each against its definition
- * and its adjoint. The shared expert overlapped: the same bits, and what is issued between the start and the end of each journey of the routed rows.
+ * The regions themselves: what tensor parallelism cuts and gathers, what travels to the experts'
+ * ranks and back, each against its definition and its adjoint. The shared expert overlapped: the
+ * same bits, and what is issued between the start and the end of each journey of the routed rows.
  */
 #include "dispatch.h"
 #include "linear.h"
 #include "model_fixture.h"
 #include "rng.h"
 
-enum { ROWS = 5 };               /* picture embeddings of every micro-batch */
+enum { ROWS = 5 }; /* picture embeddings of every micro-batch */
 
-struct module {                  /* a language module on some grid */
+struct module { /* a language module on some grid */
     struct topology topo;
     struct arenas arenas;
     struct model model;
@@ -26,16 +30,18 @@ struct module {                  /* a language module on some grid */
 
 enum routing { BY_SCORE, WITHOUT_BIAS, UNEVEN, FIRST_EXPERTS, ROUTINGS };
 
-static const char *const routing_name[ROUTINGS] = { "", "_without_bias", "_uneven", "_first_experts_only" };
+static const char *const routing_name[ROUTINGS] = { "", "_without_bias", "_uneven",
+                                                    "_first_experts_only" };
 
 static struct comm *world;
 static struct deck deck;
 
 static void open_deck(int extra, char *const *overrides)
 {
-    static const char text[] = "&run train_iters = 1 precision = 'fp64' /\n&topology layout = 'language_only' /\n"
-                               "&language preset = 'tiny' init_method_std = 0.15 /\n&moe moe_aux_loss_coeff = 0.05 /\n"
-                               "&batch micro_batch_size = 3 global_batch_size = 3 /\n&lr lr = 1e-3 /\n";
+    static const char text[] =
+        "&run train_iters = 1 precision = 'fp64' /\n&topology layout = 'language_only' /\n"
+        "&language preset = 'tiny' init_method_std = 0.15 /\n&moe moe_aux_loss_coeff = 0.05 /\n"
+        "&batch micro_batch_size = 3 global_batch_size = 3 /\n&lr lr = 1e-3 /\n";
     struct errors e = { 0 };
     deck_read(&deck, "mpi_language", text, strlen(text), extra, overrides, &e);
     deck_resolve(&deck, 1, &e);
@@ -67,7 +73,8 @@ static void module_open(struct module *m, int size, int rank, int tp, int ep, bo
     model_zero_grads(&m->model);
 }
 
-/* Push the choice by the expert bias: UNEVEN leaves the last expert without tokens, FIRST_EXPERTS gives all to the first topk. */
+/* Push the choice by the expert bias: UNEVEN leaves the last expert without tokens, FIRST_EXPERTS
+ * gives all to the first topk. */
 static void set_routing(struct module *m, enum routing routing)
 {
     for (int layer = 0; layer < m->model.n_moe && routing >= UNEVEN; layer++) {
@@ -101,7 +108,8 @@ static void module_close(struct module *m)
     topology_free(&m->topo);
 }
 
-/* A micro-batch of lane `lane`: ids, labels, masks and picture positions that differ from lane to lane. */
+/* A micro-batch of lane `lane`: ids, labels, masks and picture positions that differ from lane to
+ * lane. */
 static void make_batch(struct text_batch *b, double *image, int lane)
 {
     const struct rng_key key = rng_key((uint64_t)lane, "mpi_language");
@@ -121,7 +129,8 @@ static void make_batch(struct text_batch *b, double *image, int lane)
 
 static double run(struct module *m, const struct text_batch *b, double *image, double *dimage)
 {
-    const struct tensor rows = tensor_2d(image, DTYPE_F64, PLACE_DEVICE, ROWS, deck.language.hidden_size);
+    const struct tensor rows =
+        tensor_2d(image, DTYPE_F64, PLACE_DEVICE, ROWS, deck.language.hidden_size);
     model_zero_accumulators(&m->model);
     model_language_forward(&m->model, 0, b, &rows, true);
     const double loss = *(double *)model_loss_sum(&m->model).data;
@@ -141,12 +150,14 @@ static void reduce(struct module *m, const struct param *p)
         comm_mpi.all_reduce(data, &p->grad, COMM_SUM, &m->stream);
     if (g->tp.comm && p->sum_tp)
         comm_mpi.all_reduce(g->tp.comm, &p->grad, COMM_SUM, &m->stream);
-    /* Experts that no expert parallelism spreads are replicated over tp and see only the rank's own rows. */
+    /* Experts that no expert parallelism spreads are replicated over tp and see only the rank's own
+     * rows. */
     if (g->tp.comm && p->expert && !apart)
         comm_mpi.all_reduce(g->tp.comm, &p->grad, COMM_SUM, &m->stream);
 }
 
-/* Each rank's one-rank model has its own lane's gradients: make them those of all lanes, every lane once. */
+/* Each rank's one-rank model has its own lane's gradients: make them those of all lanes, every lane
+ * once. */
 static void add_lanes(struct module *whole, int tp)
 {
     for (int i = 0; i < whole->model.n_params; i++) {
@@ -176,8 +187,9 @@ static void compare(struct module *whole, struct module *part)
             for (int64_t c = 0; c < cols; c++) {
                 const double want = full[model_full_index(&part->model, p, r, c)];
                 if (!(fabs(g[r * cols + c] - want) <= 1e-11 * scale))
-                    FATAL(EXIT_INTERNAL, "%s [%d,%d]: gradient %.15e, one rank has %.15e (largest %.1e)", p->name, (int)r, (int)c,
-                          g[r * cols + c], want, scale);
+                    FATAL(EXIT_INTERNAL,
+                          "%s [%d,%d]: gradient %.15e, one rank has %.15e (largest %.1e)", p->name,
+                          (int)r, (int)c, g[r * cols + c], want, scale);
             }
     }
 }
@@ -206,7 +218,9 @@ static void check_grid(int tp, int ep, enum routing routing)
     if (part.topo.language.tp_rank == 0)
         for (int64_t i = 0; i < ROWS * deck.language.hidden_size; i++)
             if (!(fabs(dimage[i] - dwhole[i]) <= 1e-11))
-                FATAL(EXIT_INTERNAL, "tp %d ep %d: picture gradient %d is %.15e, one rank has %.15e", tp, ep, (int)i, dimage[i], dwhole[i]);
+                FATAL(EXIT_INTERNAL,
+                      "tp %d ep %d: picture gradient %d is %.15e, one rank has %.15e", tp, ep,
+                      (int)i, dimage[i], dwhole[i]);
     compare(&whole, &part);
     check_routing(&part, routing);
     module_close(&part);
@@ -218,16 +232,17 @@ static void check_grid(int tp, int ep, enum routing routing)
     free(dwhole);
 }
 
-/* ---- the shared expert while rows travel ---------------------------------------------------------------------------- */
+/* ---- the shared expert while rows travel ----------------------------------------------------- */
 
-/* The order of what the layer issues, in letters: R P all-to-all of rows and of probabilities, D the end of what is under way, 1 2 a product
- * with the shared expert's first or second matrix or its gradient while something is under way, f s the same while nothing is. */
+/* The order of what the layer issues, in letters: R P all-to-all of rows and of probabilities, D
+ * the end of what is under way, 1 2 a product with the shared expert's first or second matrix or
+ * its gradient while something is under way, f s the same while nothing is. */
 static struct recorder {
     struct comm_ops comm;
     struct backend_ops be;
     const struct backend_ops *real;
     const struct param *fc1, *fc2;
-    struct stream *travel;         /* of the last all-to-all */
+    struct stream *travel; /* of the last all-to-all */
     char text[512];
     size_t n;
 } recorder;
@@ -238,7 +253,8 @@ static void record(char letter)
     recorder.text[recorder.n++] = letter;
 }
 
-static void recorded_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows, const struct tensor *recv,
+static void recorded_all_to_all_v(struct comm *c, const struct tensor *send,
+                                  const int64_t *send_rows, const struct tensor *recv,
                                   const int64_t *recv_rows, struct stream *s)
 {
     record(tensor_cols(send) == 1 ? 'P' : 'R');
@@ -253,7 +269,8 @@ static void recorded_drain(struct stream *s)
     comm_mpi.drain(s);
 }
 
-static void recorded_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b, double beta, in_t c, out_t d)
+static void recorded_gemm(struct stream *s, bool ta, bool tb, double alpha, in_t a, in_t b,
+                          double beta, in_t c, out_t d)
 {
     const bool first = b->data == recorder.fc1->value.data || d->data == recorder.fc1->grad.data;
     const bool second = b->data == recorder.fc2->value.data || d->data == recorder.fc2->grad.data;
@@ -270,14 +287,17 @@ static void start_recording(struct module *m)
     recorder.comm.drain = recorded_drain;
     recorder.be.gemm = recorded_gemm;
     /* One expert layer is enough: the second of the pattern. */
-    recorder.fc1 = model_find_param(&m->model, MODEL_LANGUAGE, "decoder.layers.1.mlp.shared_experts.linear_fc1.weight");
-    recorder.fc2 = model_find_param(&m->model, MODEL_LANGUAGE, "decoder.layers.1.mlp.shared_experts.linear_fc2.weight");
+    recorder.fc1 = model_find_param(&m->model, MODEL_LANGUAGE,
+                                    "decoder.layers.1.mlp.shared_experts.linear_fc1.weight");
+    recorder.fc2 = model_find_param(&m->model, MODEL_LANGUAGE,
+                                    "decoder.layers.1.mlp.shared_experts.linear_fc2.weight");
     ASSERT(recorder.fc1 && recorder.fc2);
     m->model.comm = &recorder.comm;
     m->model.be = &recorder.be;
 }
 
-/* Loss and gradients of one micro-batch without and with overlap: the same bits, and the order of parallel.md 5.6. */
+/* Loss and gradients of one micro-batch without and with overlap: the same bits, and the order of
+ * parallel.md 5.6. */
 static void check_overlap(int tp, int ep)
 {
     const struct data_limits limits = { .seq_length = 64 };
@@ -297,18 +317,27 @@ static void check_overlap(int tp, int ep)
         module_open(&m[on], world->size, world->rank, tp, ep, true);
         start_recording(&m[on]);
         loss[on] = run(&m[on], &batch, image, dimage[on]);
-        const char *want = ep == 1 ? "fs" "ssff" : on ? "R1PDR2D" "R22DPR11D" : "RPDRfsD" "RDPRDssff";
+        const char *want = ep == 1 ? "fs"
+                                     "ssff"
+                           : on    ? "R1PDR2D"
+                                     "R22DPR11D"
+                                   : "RPDRfsD"
+                                     "RDPRDssff";
         if (strcmp(recorder.text, want) != 0)
-            FATAL(EXIT_INTERNAL, "tp %d ep %d overlap %d: issued %s, wanted %s", tp, ep, on, recorder.text, want);
+            FATAL(EXIT_INTERNAL, "tp %d ep %d overlap %d: issued %s, wanted %s", tp, ep, on,
+                  recorder.text, want);
         if (!on)
             deck_free(&deck);
     }
     ASSERT(memcmp(&loss[0], &loss[1], sizeof loss[0]) == 0);
-    ASSERT(memcmp(dimage[0], dimage[1], (size_t)(ROWS * deck.language.hidden_size) * sizeof(double)) == 0);
+    ASSERT(memcmp(dimage[0], dimage[1],
+                  (size_t)(ROWS * deck.language.hidden_size) * sizeof(double)) == 0);
     for (int i = 0; i < m[0].model.n_params; i++) {
         const struct param *a = &m[0].model.param[i], *b = &m[1].model.param[i];
-        if (a->trainable && memcmp(a->grad.data, b->grad.data, (size_t)tensor_numel(&a->grad) * sizeof(double)) != 0)
-            FATAL(EXIT_INTERNAL, "tp %d ep %d: the gradient of %s differs with overlap", tp, ep, a->name);
+        if (a->trainable && memcmp(a->grad.data, b->grad.data,
+                                   (size_t)tensor_numel(&a->grad) * sizeof(double)) != 0)
+            FATAL(EXIT_INTERNAL, "tp %d ep %d: the gradient of %s differs with overlap", tp, ep,
+                  a->name);
     }
     ASSERT(m[0].model.gemm_flops == m[1].model.gemm_flops);
     for (int on = 0; on < 2; on++) {
@@ -320,11 +349,12 @@ static void check_overlap(int tp, int ep)
     free(image);
 }
 
-/* ---- the regions ------------------------------------------------------------------------------------------------------ */
+/* ---- the regions ----------------------------------------------------------------------------- */
 
 static double random_at(int rank, int which, int64_t i)
 {
-    return rng_normal_at(rng_key((uint64_t)(rank + 1), which ? "region y" : "region x"), (uint64_t)i);
+    return rng_normal_at(rng_key((uint64_t)(rank + 1), which ? "region y" : "region x"),
+                         (uint64_t)i);
 }
 
 static void must(bool ok, const char *what, int tp, int ep)
@@ -349,35 +379,42 @@ static void must_agree(double a, double b, const char *what, int tp, int ep)
     must(fabs(sums[0] - sums[1]) <= 1e-11 * (1.0 + fabs(sums[1])), what, tp, ep);
 }
 
-/* Gather of this rank's rows and sum-and-cut of all rows: slices of the logical rows, each other's adjoint, nothing with one rank. */
+/* Gather of this rank's rows and sum-and-cut of all rows: slices of the logical rows, each other's
+ * adjoint, nothing with one rank. */
 static void check_rows(struct module *m, int tp)
 {
     struct model *model = &m->model;
     const int rank = m->topo.language.tp_rank, first = world->rank - rank;
-    const int64_t rows = 12, cols = 3, own = linear_local_rows(model, rows), n = rows * cols, n_own = own * cols;
+    const int64_t rows = 12, cols = 3, own = linear_local_rows(model, rows), n = rows * cols,
+                  n_own = own * cols;
     double x[36], gathered[36], y[36], reduced[36];
     for (int64_t i = 0; i < n_own; i++)
         x[i] = random_at(world->rank, 0, i);
     for (int64_t i = 0; i < n; i++)
         y[i] = random_at(world->rank, 1, i);
-    const struct tensor local = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, own, cols), sum = tensor_2d(reduced, DTYPE_F64, PLACE_DEVICE, own, cols);
-    const struct tensor all = tensor_2d(gathered, DTYPE_F64, PLACE_DEVICE, rows, cols), full = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, rows, cols);
+    const struct tensor local = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, own, cols),
+                        sum = tensor_2d(reduced, DTYPE_F64, PLACE_DEVICE, own, cols);
+    const struct tensor all = tensor_2d(gathered, DTYPE_F64, PLACE_DEVICE, rows, cols),
+                        full = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, rows, cols);
     must(own * tp == rows, "this rank has not its part of the rows", tp, 0);
     const struct tensor *got = linear_gather(model, &local, &all);
     must(got == (tp == 1 ? &local : &all), "one rank gathers nothing", tp, 0);
     linear_reduce(model, &full, tp == 1 ? &full : &sum);
     const double *whole = got->data, *cut = tp == 1 ? y : reduced;
     for (int64_t i = 0; i < n; i++)
-        must(whole[i] == random_at(first + (int)(i / n_own), 0, i % n_own), "a gathered row is not its owner's", tp, 0);
+        must(whole[i] == random_at(first + (int)(i / n_own), 0, i % n_own),
+             "a gathered row is not its owner's", tp, 0);
     for (int64_t i = 0; i < n_own; i++) {
         double want = 0.0;
         for (int r = 0; r < tp; r++)
             want += random_at(first + r, 1, rank * n_own + i);
-        must(fabs(cut[i] - want) <= 1e-14 * (1.0 + fabs(want)), "a reduced row is not the sum of the ranks' rows", tp, 0);
+        must(fabs(cut[i] - want) <= 1e-14 * (1.0 + fabs(want)),
+             "a reduced row is not the sum of the ranks' rows", tp, 0);
     }
     for (int64_t i = 0; i < n; i++)
         y[i] = random_at(world->rank, 1, i);
-    must_agree(product(whole, y, n), product(x, cut == y ? y : cut, n_own), "gather is not the adjoint of sum and cut", tp, 0);
+    must_agree(product(whole, y, n), product(x, cut == y ? y : cut, n_own),
+               "gather is not the adjoint of sum and cut", tp, 0);
 }
 
 /* First of the blocks with this name: what the module keeps of the micro-batch. */
@@ -399,7 +436,8 @@ static void check_sequence(int tp)
     struct text_batch batch;
     open_deck(0, NULL);
     const int64_t h = deck.language.hidden_size, own = tokens / tp;
-    double *image = xcalloc((size_t)(ROWS * h), sizeof *image), *dimage = xcalloc((size_t)(ROWS * h), sizeof *dimage);
+    double *image = xcalloc((size_t)(ROWS * h), sizeof *image),
+           *dimage = xcalloc((size_t)(ROWS * h), sizeof *dimage);
     text_batch_init(&batch, &limits, 3);
     module_open(&whole, 1, 0, 1, 1, false);
     module_open(&part, world->size, world->rank, tp, 1, true);
@@ -409,8 +447,10 @@ static void check_sequence(int tp)
     const struct tensor a = model_token_loss(&whole.model), b = model_token_loss(&part.model);
     must(tensor_numel(&b) == tokens, "the losses of the tokens are cut", tp, 1);
     for (int64_t i = 0; i < tokens; i++)
-        must(fabs(((double *)a.data)[i] - ((double *)b.data)[i]) <= 1e-12, "a token's loss is not that of one rank", tp, 1);
-    const double *x = kept(&whole, "layer.x") + part.topo.language.tp_rank * own * h, *y = kept(&part, "layer.x");
+        must(fabs(((double *)a.data)[i] - ((double *)b.data)[i]) <= 1e-12,
+             "a token's loss is not that of one rank", tp, 1);
+    const double *x = kept(&whole, "layer.x") + part.topo.language.tp_rank * own * h,
+                 *y = kept(&part, "layer.x");
     for (int64_t i = 0; i < own * h; i++)
         must(x[i] == y[i], "a rank's embeddings are not its part of one rank's", tp, 1);
     check_rows(&part, tp);
@@ -422,12 +462,17 @@ static void check_sequence(int tp)
     free(dimage);
     /* What does not divide is a deck error. */
     if (tp > 1) {
-        char *const odd[] = { (char[]){ "language.seq_length=63" }, (char[]){ "topology.llm_tp=2" } };
-        static const char text[] = "&run train_iters = 1 /\n&topology layout = 'language_only' /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n";
+        char *const odd[] = { (char[]){ "language.seq_length=63" },
+                              (char[]){ "topology.llm_tp=2" } };
+        static const char text[] =
+            "&run train_iters = 1 /\n&topology layout = 'language_only' /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n";
         struct errors e = { 0 };
         deck_read(&deck, "mpi_language", text, strlen(text), 2, odd, &e);
         deck_resolve(&deck, 2, &e);
-        must(e.count == 1 && strstr(e.line[0], "language.seq_length = 63: must be a multiple of topology.llm_tp = 2"), "63 tokens over 2 ranks", tp, 1);
+        must(e.count == 1 &&
+                 strstr(e.line[0],
+                        "language.seq_length = 63: must be a multiple of topology.llm_tp = 2"),
+             "63 tokens over 2 ranks", tp, 1);
         errors_free(&e);
         deck_free(&deck);
     }
@@ -439,7 +484,8 @@ static int64_t copies_of(int rank, int64_t expert)
     return expert % 3 == 2 || rank == 1 ? 0 : (rank * 5 + expert * 3) % 4;
 }
 
-/* Rows to their experts and back: order (owned expert, source rank, copy), an exact inverse, each the adjoint of the other. */
+/* Rows to their experts and back: order (owned expert, source rank, copy), an exact inverse, each
+ * the adjoint of the other. */
 static void check_dispatch(int tp, int ep)
 {
     enum { COLS = 64, MOST = 64 };
@@ -458,19 +504,26 @@ static void check_dispatch(int tp, int ep)
     for (int64_t e = 0; e < experts; e++)
         offset[e + 1] = offset[e] + (int32_t)copies_of(rank, e);
     const int64_t sent = offset[experts];
-    double *x = xcalloc((size_t)(sent * COLS) + 1, sizeof *x), *y = xcalloc((size_t)(sent * COLS) + 1, sizeof *y), *p = xcalloc((size_t)sent + 1, sizeof *p);
+    double *x = xcalloc((size_t)(sent * COLS) + 1, sizeof *x),
+           *y = xcalloc((size_t)(sent * COLS) + 1, sizeof *y),
+           *p = xcalloc((size_t)sent + 1, sizeof *p);
     for (int64_t i = 0; i < sent * COLS; i++)
         x[i] = random_at(first + rank, 0, i);
     for (int64_t i = 0; i < sent; i++)
         p[i] = (double)(rank * 1000 + i);
-    const struct tensor offsets = tensor_1d(offset, DTYPE_I32, PLACE_DEVICE, experts + 1), rows = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, sent, COLS);
-    const struct tensor probs = tensor_2d(p, DTYPE_F64, PLACE_DEVICE, sent, 1), back = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, sent, COLS);
+    const struct tensor offsets = tensor_1d(offset, DTYPE_I32, PLACE_DEVICE, experts + 1),
+                        rows = tensor_2d(x, DTYPE_F64, PLACE_DEVICE, sent, COLS);
+    const struct tensor probs = tensor_2d(p, DTYPE_F64, PLACE_DEVICE, sent, 1),
+                        back = tensor_2d(y, DTYPE_F64, PLACE_DEVICE, sent, COLS);
     dispatch_begin(&m.model, d, &offsets);
     dispatch_learn(d);
     must(d->sent == sent, "not every copy is sent", tp, ep);
     const int64_t n = d->received;
-    double *in = xcalloc((size_t)(n * COLS) + 1, sizeof *in), *prob = xcalloc((size_t)n + 1, sizeof *prob), *z = xcalloc((size_t)(n * COLS) + 1, sizeof *z);
-    const struct tensor received = tensor_2d(in, DTYPE_F64, PLACE_DEVICE, n, COLS), their = tensor_2d(prob, DTYPE_F64, PLACE_DEVICE, n, 1);
+    double *in = xcalloc((size_t)(n * COLS) + 1, sizeof *in),
+           *prob = xcalloc((size_t)n + 1, sizeof *prob),
+           *z = xcalloc((size_t)(n * COLS) + 1, sizeof *z);
+    const struct tensor received = tensor_2d(in, DTYPE_F64, PLACE_DEVICE, n, COLS),
+                        their = tensor_2d(prob, DTYPE_F64, PLACE_DEVICE, n, 1);
     const struct tensor other = tensor_2d(z, DTYPE_F64, PLACE_DEVICE, n, COLS);
     dispatch_send(&m.model, d, DISPATCH_ROWS, &rows);
     dispatch_send(&m.model, d, DISPATCH_PROBS, &probs);
@@ -479,27 +532,32 @@ static void check_dispatch(int tp, int ep)
     dispatch_unpack(&m.model, d, DISPATCH_PROBS, &their);
     int64_t at = 0;
     for (int64_t e = rank * owned; e < (rank + 1) * owned; e++) {
-        must(((int32_t *)d->offsets.data)[e - rank * owned] == at, "an expert's rows do not begin where its offset says", tp, ep);
+        must(((int32_t *)d->offsets.data)[e - rank * owned] == at,
+             "an expert's rows do not begin where its offset says", tp, ep);
         for (int r = 0; r < ep; r++) {
             int64_t from = 0;
             for (int64_t f = 0; f < e; f++)
                 from += copies_of(r, f);
             for (int64_t i = 0; i < copies_of(r, e); i++, at++) {
-                must(prob[at] == (double)(r * 1000 + from + i), "a probability is not its copy's", tp, ep);
+                must(prob[at] == (double)(r * 1000 + from + i), "a probability is not its copy's",
+                     tp, ep);
                 for (int64_t c = 0; c < COLS; c++)
-                    must(in[at * COLS + c] == random_at(first + r, 0, (from + i) * COLS + c), "a row is not in the order of expert, source, copy", tp, ep);
+                    must(in[at * COLS + c] == random_at(first + r, 0, (from + i) * COLS + c),
+                         "a row is not in the order of expert, source, copy", tp, ep);
             }
         }
     }
     must(at == n && ((int32_t *)d->offsets.data)[owned] == n, "rows are missing", tp, ep);
     dispatch_return(&m.model, d, DISPATCH_ROWS, &received, &back);
     dispatch_wait(&m.model, d);
-    must(memcmp(x, y, (size_t)(sent * COLS) * sizeof *x) == 0, "what comes back is not what was sent", tp, ep);
+    must(memcmp(x, y, (size_t)(sent * COLS) * sizeof *x) == 0,
+         "what comes back is not what was sent", tp, ep);
     for (int64_t i = 0; i < n * COLS; i++)
         z[i] = random_at(world->rank, 1, i);
     dispatch_return(&m.model, d, DISPATCH_ROWS, &other, &back);
     dispatch_wait(&m.model, d);
-    must_agree(product(in, z, n * COLS), product(x, y, sent * COLS), "return is not the adjoint of sending", tp, ep);
+    must_agree(product(in, z, n * COLS), product(x, y, sent * COLS),
+               "return is not the adjoint of sending", tp, ep);
     dispatch_free(d);
     arenas_free(&arenas, m.model.be);
     module_close(&m);
@@ -519,7 +577,9 @@ static void done(int *n, const char *name, int tp, int ep, const char *more)
 
 int main(int argc, char **argv)
 {
-    static const struct { int tp, ep; } grid[] = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 }, { 2, 8 } };
+    static const struct {
+        int tp, ep;
+    } grid[] = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 2, 2 }, { 1, 4 }, { 2, 4 }, { 1, 8 }, { 2, 8 } };
     char why[512];
     int planned = 0, n = 0;
     if (!comm_start(&argc, &argv, &world, why, sizeof why)) {

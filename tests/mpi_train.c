@@ -1,8 +1,10 @@
 /* ranks: 1 2 4 */
-/* mpi_train.c - the training loop settles an iteration late on an asynchronous backend: the same numbers and the same files.
+/* mpi_train.c - the training loop settles an iteration late on an asynchronous backend: the same
+ * numbers and the same files.
  *
- * Every case runs through the whole of train.h, at once and late, in this process; the reference backend does not care when it is asked.
- * Compared are the trace's rows, the counters and all parameters, masters and moments at the end, and the bytes of saved tensors.
+ * Every case runs through the whole of train.h, at once and late, in this process; the reference
+ * backend does not care when it is asked. Compared are the trace's rows, the counters and all
+ * parameters, masters and moments at the end, and the bytes of saved tensors.
  */
 #include "io_fixture.h"
 #include "log.h"
@@ -13,23 +15,31 @@
 struct outcome {
     int64_t rows, iteration, consumed, skipped_samples, lr_n, optim_step, saved;
     int status;
-    double *trace;               /* [FIELDS, rows] */
+    double *trace; /* [FIELDS, rows] */
     int64_t numbers;
-    double *state;               /* [numbers] */
-    int most_behind;             /* most iterations that were updated and not settled after a pass */
+    double *state; /* [numbers] */
+    /* most iterations that were updated and not settled after a pass */
+    int most_behind;
 };
 
-static const char *const fields[] = { "/iteration", "/consumed_samples", "/lm_loss", "/grad_norm", "/learning_rate", "/weight_decay",
-                                      "/num_tokens", "/seq_load_balancing_loss", "/skipped", "/num_zeros", "/params_norm", "/images", "/patches" };
+static const char *const fields[] = {
+    "/iteration",     "/consumed_samples", "/lm_loss",     "/grad_norm",
+    "/learning_rate", "/weight_decay",     "/num_tokens",  "/seq_load_balancing_loss",
+    "/skipped",       "/num_zeros",        "/params_norm", "/images",
+    "/patches"
+};
 enum { FIELDS = sizeof fields / sizeof fields[0] };
 
-struct request { int kind, at, polls; };
+struct request {
+    int kind, at, polls;
+};
 
 /* Asks on the last rank, in the at-th iteration. */
 static void ask(void *ctx, bool *request)
 {
     struct request *r = ctx;
-    for (int i = 0; i < STEP_REQUESTS; i++) request[i] = false;
+    for (int i = 0; i < STEP_REQUESTS; i++)
+        request[i] = false;
     request[r->kind] = ++r->polls == r->at && world->rank == world->size - 1;
 }
 
@@ -40,7 +50,8 @@ static void read_trace(struct outcome *o, const char *path)
     o->trace = xcalloc((size_t)(FIELDS * o->rows) + 1, sizeof *o->trace);
     for (int i = 0; i < FIELDS && o->rows > 0; i++) {
         hid_t set = H5Dopen2(file, fields[i], H5P_DEFAULT);
-        ASSERT(set >= 0 && io_get_box(set, H5T_NATIVE_DOUBLE, 1, (int64_t[1]){ 0 }, &o->rows, o->trace + i * o->rows));
+        ASSERT(set >= 0 && io_get_box(set, H5T_NATIVE_DOUBLE, 1, (int64_t[1]){ 0 }, &o->rows,
+                                      o->trace + i * o->rows));
         H5Dclose(set);
     }
     H5Fclose(file);
@@ -54,14 +65,17 @@ static void keep_state(struct outcome *o, struct train *t)
             for (int part = 0; part < 4; part++) {
                 const struct tensor *x = part_of(&t->model.param[i], part);
                 for (int64_t k = 0; x->data && k < tensor_numel(x); k++, n++)
-                    if (pass) o->state[n] = get(x, k);
+                    if (pass)
+                        o->state[n] = get(x, k);
             }
-        if (!pass) o->state = xcalloc((size_t)n + 1, sizeof *o->state);
+        if (!pass)
+            o->state = xcalloc((size_t)n + 1, sizeof *o->state);
         o->numbers = n;
     }
 }
 
-static struct outcome go(const char *name, bool late, const char *const *overrides, struct request request)
+static struct outcome go(const char *name, bool late, const char *const *overrides,
+                         struct request request)
 {
     static const char text[] =
         "&run backend = 'ref' train_iters = 7 seed = 5 /\n&language preset = 'tiny' /\n&batch global_batch_size = 4 /\n"
@@ -81,10 +95,12 @@ static struct outcome go(const char *name, bool late, const char *const *overrid
     given[n++] = xstrdup(path);
     snprintf(path, sizeof path, "checkpoint.save=%.3900s/ckpt", dir);
     given[n++] = xstrdup(path);
-    for (; *overrides; overrides++) given[n++] = xstrdup(*overrides);
+    for (; *overrides; overrides++)
+        given[n++] = xstrdup(*overrides);
     deck_read(&deck, "test", text, strlen(text), n, given, &e);
     deck_resolve(&deck, world->size, &e);
-    if (e.count == 0) topology_init(&topo, &deck, world->size, world->rank, &e);
+    if (e.count == 0)
+        topology_init(&topo, &deck, world->size, world->rank, &e);
     errors_print(&e);
     ASSERT(e.count == 0);
     run_init(&run, &deck, world, &e);
@@ -95,14 +111,16 @@ static struct outcome go(const char *name, bool late, const char *const *overrid
     train_init(&t, &deck, &topo, &run, &e);
     ASSERT(!t.late);
     t.late = late;
-    if (request.at > 0) t.step.poll = (struct step_poll){ .poll = ask, .ctx = &request };
+    if (request.at > 0)
+        t.step.poll = (struct step_poll){ .poll = ask, .ctx = &request };
     train_restore(&t, &start, &e);
     errors_print(&e);
     ASSERT(e.count == 0);
     train_begin(&t);
     while (train_goes_on(&t)) {
         train_iterate(&t);
-        if (t.pending && o.most_behind < 1) o.most_behind = 1;
+        if (t.pending && o.most_behind < 1)
+            o.most_behind = 1;
     }
     o.status = train_end(&t);
     o.iteration = t.state.iteration;
@@ -120,22 +138,26 @@ static struct outcome go(const char *name, bool late, const char *const *overrid
     read_trace(&o, path);
     topology_free(&topo);
     deck_free(&deck);
-    for (int i = 0; i < n; i++) free(given[i]);
+    for (int i = 0; i < n; i++)
+        free(given[i]);
     return o;
 }
 
 static bool same(const struct outcome *a, const struct outcome *b)
 {
-    return a->rows == b->rows && a->iteration == b->iteration && a->consumed == b->consumed && a->skipped_samples == b->skipped_samples
-           && a->lr_n == b->lr_n && a->optim_step == b->optim_step && a->saved == b->saved && a->status == b->status
-           && memcmp(a->trace, b->trace, (size_t)(FIELDS * a->rows) * sizeof *a->trace) == 0 && a->numbers == b->numbers
-           && memcmp(a->state, b->state, (size_t)a->numbers * sizeof *a->state) == 0;
+    return a->rows == b->rows && a->iteration == b->iteration && a->consumed == b->consumed &&
+           a->skipped_samples == b->skipped_samples && a->lr_n == b->lr_n &&
+           a->optim_step == b->optim_step && a->saved == b->saved && a->status == b->status &&
+           memcmp(a->trace, b->trace, (size_t)(FIELDS * a->rows) * sizeof *a->trace) == 0 &&
+           a->numbers == b->numbers &&
+           memcmp(a->state, b->state, (size_t)a->numbers * sizeof *a->state) == 0;
 }
 
 static double field(const struct outcome *o, const char *name, int64_t row)
 {
     for (int i = 0; i < FIELDS; i++)
-        if (strcmp(fields[i], name) == 0) return o->trace[i * o->rows + row];
+        if (strcmp(fields[i], name) == 0)
+            return o->trace[i * o->rows + row];
     FATAL(EXIT_INTERNAL, "no field %s", name);
 }
 
@@ -145,7 +167,8 @@ static void forget(struct outcome *o)
     free(o->state);
 }
 
-/* The late run equals the other; both are returned in `a`. Each test asks for more of it and frees it. */
+/* The late run equals the other; both are returned in `a`. Each test asks for more of it and frees
+ * it. */
 static struct outcome both(const char *name, const char *const *overrides, struct request request)
 {
     struct outcome a = go(name, false, overrides, request), b = go(name, true, overrides, request);
@@ -157,14 +180,18 @@ static struct outcome both(const char *name, const char *const *overrides, struc
 static void late_equals_at_once(void **state)
 {
     struct outcome o = both("plain", (const char *const[]){ NULL }, (struct request){ 0 });
-    agree(o.rows == 7 && o.iteration == 7 && o.optim_step == 7 && o.saved == 7 && o.status == EXIT_OK && o.lr_n == 28);
+    agree(o.rows == 7 && o.iteration == 7 && o.optim_step == 7 && o.saved == 7 &&
+          o.status == EXIT_OK && o.lr_n == 28);
     forget(&o);
 }
 
 static void saving_and_validating_between_late_iterations(void **state)
 {
-    struct outcome o = both("saves", (const char *const[]){ "checkpoint.save_interval=4", "eval.eval_iters=1", "eval.eval_interval=3", NULL },
-                            (struct request){ 0 });
+    struct outcome o =
+        both("saves",
+             (const char *const[]){ "checkpoint.save_interval=4", "eval.eval_iters=1",
+                                    "eval.eval_interval=3", NULL },
+             (struct request){ 0 });
     char path[IO_PATH + 64];
     struct stat st;
     snprintf(path, sizeof path, "%.3000s/saves_late/ckpt/iter_0000004/checkpoint.h5", scratch);
@@ -172,7 +199,8 @@ static void saving_and_validating_between_late_iterations(void **state)
     forget(&o);
 }
 
-/* The learning rate and AdamW's step of an iteration follow from whether the one before it was applied. */
+/* The learning rate and AdamW's step of an iteration follow from whether the one before it was
+ * applied. */
 static void skipped_updates_are_known_in_time(void **state)
 {
     struct outcome plain = both("norms", (const char *const[]){ NULL }, (struct request){ 0 });
@@ -182,37 +210,48 @@ static void skipped_updates_are_known_in_time(void **state)
         least = fmin(least, field(&plain, "/grad_norm", i));
         most = fmax(most, field(&plain, "/grad_norm", i));
     }
-    snprintf(threshold, sizeof threshold, "optimizer.grad_norm_skip_threshold=%.6f", 0.5 * (least + most));
-    struct outcome o = both("skips", (const char *const[]){ threshold, NULL }, (struct request){ 0 });
+    snprintf(threshold, sizeof threshold, "optimizer.grad_norm_skip_threshold=%.6f",
+             0.5 * (least + most));
+    struct outcome o =
+        both("skips", (const char *const[]){ threshold, NULL }, (struct request){ 0 });
     double skipped = 0;
     bool held = true;
     for (int64_t i = 0; i < o.rows; i++) {
         skipped += field(&o, "/skipped", i);
-        if (i > 0 && field(&o, "/skipped", i - 1) > 0) held = held && field(&o, "/learning_rate", i) == field(&o, "/learning_rate", i - 1);
+        if (i > 0 && field(&o, "/skipped", i - 1) > 0)
+            held = held && field(&o, "/learning_rate", i) == field(&o, "/learning_rate", i - 1);
     }
-    agree(o.rows == 7 && skipped > 0 && skipped <= 7 && held && o.optim_step == 7 - (int64_t)skipped && o.lr_n == 4 * o.optim_step);
+    agree(o.rows == 7 && skipped > 0 && skipped <= 7 && held &&
+          o.optim_step == 7 - (int64_t)skipped && o.lr_n == 4 * o.optim_step);
     forget(&plain);
     forget(&o);
 }
 
 static void a_loss_that_is_not_finite_skips_its_own_update(void **state)
 {
-    struct outcome o = both("nan", (const char *const[]){ "lr.lr=1e3", "language.init_method_std=1e3", "optimizer.non_finite_policy='skip'",
-                                                          "optimizer.clip_grad=0", NULL }, (struct request){ 0 });
+    struct outcome o = both("nan",
+                            (const char *const[]){ "lr.lr=1e3", "language.init_method_std=1e3",
+                                                   "optimizer.non_finite_policy='skip'",
+                                                   "optimizer.clip_grad=0", NULL },
+                            (struct request){ 0 });
     double skipped = 0;
     bool marked = true;
     for (int64_t i = 0; i < o.rows; i++) {
         skipped += field(&o, "/skipped", i);
         marked = marked && (field(&o, "/skipped", i) == 1) == !isfinite(field(&o, "/grad_norm", i));
     }
-    agree(o.rows == 7 && skipped > 0 && marked && o.optim_step == 7 - (int64_t)skipped && o.consumed == 28);
+    agree(o.rows == 7 && skipped > 0 && marked && o.optim_step == 7 - (int64_t)skipped &&
+          o.consumed == 28);
     forget(&o);
 }
 
 static void left_out_iterations_come_in_their_place(void **state)
 {
-    struct outcome o = both("left_out", (const char *const[]){ "batch.iterations_to_skip=3,7", NULL }, (struct request){ 0 });
-    agree(o.rows == 7 && o.skipped_samples == 8 && o.optim_step == 5 && isnan(field(&o, "/lm_loss", 2)) && !isnan(field(&o, "/lm_loss", 3)));
+    struct outcome o =
+        both("left_out", (const char *const[]){ "batch.iterations_to_skip=3,7", NULL },
+             (struct request){ 0 });
+    agree(o.rows == 7 && o.skipped_samples == 8 && o.optim_step == 5 &&
+          isnan(field(&o, "/lm_loss", 2)) && !isnan(field(&o, "/lm_loss", 3)));
     forget(&o);
 }
 
@@ -222,18 +261,21 @@ static void a_request_ends_the_iteration_that_heard_it(void **state)
     for (int i = 0; i < 3; i++) {
         char name[32];
         snprintf(name, sizeof name, "stop%d", i);
-        struct outcome o = both(name, (const char *const[]){ NULL }, (struct request){ .kind = kind[i], .at = 3 });
+        struct outcome o =
+            both(name, (const char *const[]){ NULL }, (struct request){ .kind = kind[i], .at = 3 });
         agree(o.rows == 3 && o.iteration == 3 && o.saved == 3 && o.status == EXIT_STOPPED);
         forget(&o);
     }
-    struct outcome o = both("interval", (const char *const[]){ "run.exit_interval=5", NULL }, (struct request){ 0 });
+    struct outcome o = both("interval", (const char *const[]){ "run.exit_interval=5", NULL },
+                            (struct request){ 0 });
     agree(o.rows == 5 && o.saved == 5 && o.status == EXIT_STOPPED);
     forget(&o);
 }
 
 int main(int argc, char **argv)
 {
-    if (!fixture_start(&argc, &argv)) return EXIT_ENVIRONMENT;
+    if (!fixture_start(&argc, &argv))
+        return EXIT_ENVIRONMENT;
     timer_reset();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(late_equals_at_once),

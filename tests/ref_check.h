@@ -111,28 +111,28 @@ static inline void ref_check_set(const struct tensor *t, int64_t row, int64_t co
     }
 }
 
-#define REF_CHECK_EACH(t, r, c)                  \
+#define REF_CHECK_EACH(t, r, c) \
     for (int64_t r = 0; r < tensor_rows(t); r++) \
         for (int64_t c = 0; c < tensor_cols(t); c++)
 
 static inline void ref_check_fill(const struct tensor *t, double value)
 {
     REF_CHECK_EACH(t, r, c)
-        ref_check_set(t, r, c, value);
+    ref_check_set(t, r, c, value);
 }
 
 static inline void ref_check_fill_random(const struct tensor *t, struct ref_check_random *rng,
                                          double low, double high)
 {
     REF_CHECK_EACH(t, r, c)
-        ref_check_set(t, r, c, ref_check_uniform(rng, low, high));
+    ref_check_set(t, r, c, ref_check_uniform(rng, low, high));
 }
 
 /* Values in the order of rows and columns. */
 static inline void ref_check_fill_values(const struct tensor *t, const double *values)
 {
     REF_CHECK_EACH(t, r, c)
-        ref_check_set(t, r, c, *values++);
+    ref_check_set(t, r, c, *values++);
 }
 
 /* dst = src, element by element, converting. */
@@ -140,7 +140,7 @@ static inline void ref_check_convert(const struct tensor *src, const struct tens
 {
     assert_true(tensor_rows(src) == tensor_rows(dst) && tensor_cols(src) == tensor_cols(dst));
     REF_CHECK_EACH(src, r, c)
-        ref_check_set(dst, r, c, ref_check_get(src, r, c));
+    ref_check_set(dst, r, c, ref_check_get(src, r, c));
 }
 
 /* A tensor of the same shape and padding, all bytes 0xFF. */
@@ -167,7 +167,7 @@ static inline double ref_check_dot(const struct tensor *a, const struct tensor *
 {
     double sum = 0;
     REF_CHECK_EACH(a, r, c)
-        sum += ref_check_get(a, r, c) * ref_check_get(b, r, c);
+    sum += ref_check_get(a, r, c) * ref_check_get(b, r, c);
     return sum;
 }
 
@@ -183,7 +183,8 @@ static inline double ref_check_difference(const struct tensor *a, const struct t
 {
     double worst = 0, scale = 0;
     assert_true(tensor_rows(a) == tensor_rows(b) && tensor_cols(a) == tensor_cols(b));
-    REF_CHECK_EACH(a, r, c) {
+    REF_CHECK_EACH(a, r, c)
+    {
         double x = ref_check_get(a, r, c), y = ref_check_get(b, r, c);
         if (x == y)
             continue;
@@ -235,8 +236,7 @@ static inline double ref_check_directional(double (*objective)(void *context), v
     ref_check_convert(x, &saved);
     for (int i = 0; i < 4; i++) {
         REF_CHECK_EACH(x, r, c)
-            ref_check_set(x, r, c,
-                          ref_check_get(&saved, r, c) + step[i] * h * ref_check_get(v, r, c));
+        ref_check_set(x, r, c, ref_check_get(&saved, r, c) + step[i] * h * ref_check_get(v, r, c));
         sum += coefficient[i] * objective(context);
     }
     ref_check_convert(&saved, x);
@@ -255,16 +255,16 @@ struct ref_check_case {
     struct tensor in[REF_CHECK_MAX];
     /* F64 [n_out]; the harness overwrites them with NaN before each forward. */
     struct tensor out[REF_CHECK_MAX];
-    int n_weighted;             /* out[0..n_weighted) enter L, the rest is saved for backward */
-    unsigned accumulates;       /* bit i: backward adds to din[i] */
+    int n_weighted;       /* out[0..n_weighted) enter L, the rest is saved for backward */
+    unsigned accumulates; /* bit i: backward adds to din[i] */
     void (*forward)(bool fp64, const struct tensor *in, const struct tensor *out,
                     const void *context);
     /* dout [n_weighted] = w; din [n_in]: every element must be defined afterwards. */
     void (*backward)(bool fp64, const struct tensor *in, const struct tensor *out,
                      const struct tensor *dout, const struct tensor *din, const void *context);
-    const void *context;        /* sizes, index tensors: the same for both precisions */
-    double step, tolerance;     /* 0: 1e-3 and 1e-7 */
-    double tolerance32;         /* 0: 1e-5, of fp32 against fp64 */
+    const void *context;    /* sizes, index tensors: the same for both precisions */
+    double step, tolerance; /* 0: 1e-3 and 1e-7 */
+    double tolerance32;     /* 0: 1e-5, of fp32 against fp64 */
 };
 
 struct ref_check_objective {
@@ -277,7 +277,7 @@ static inline void ref_check_forward(const struct ref_check_case *c, bool fp64,
 {
     for (int i = 0; i < c->n_out; i++)
         REF_CHECK_EACH(&out[i], r, col)
-            ref_check_set(&out[i], r, col, NAN);
+    ref_check_set(&out[i], r, col, NAN);
     c->forward(fp64, in, out, c->context);
 }
 
@@ -300,8 +300,8 @@ static inline void ref_check_run(const struct ref_check_case *c, bool fp64, cons
     ref_check_forward(c, fp64, in, out);
     for (int i = 0; i < c->n_in; i++)
         REF_CHECK_EACH(&din[i], r, col)
-            ref_check_set(&din[i], r, col,
-                          c->accumulates & (1u << i) ? ref_check_get(&prior[i], r, col) : NAN);
+    ref_check_set(&din[i], r, col,
+                  c->accumulates & (1u << i) ? ref_check_get(&prior[i], r, col) : NAN);
     c->backward(fp64, in, out, w, din, c->context);
     for (int i = 0; i < c->n_in; i++) {
         ref_check_padding(&din[i], c->name);

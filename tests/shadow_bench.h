@@ -1,8 +1,10 @@
-/* shadow_bench.h - tensors for calls of single operations of a shadow table, on any primary: what tests/shadow_cases.h is written with.
+/* shadow_bench.h - tensors for calls of single operations of a shadow table, on any primary: what
+ * tests/shadow_cases.h is written with.
  *
- * A tensor is an output until it is filled: all bytes 0xFF, a NaN as a number and -1 as an index, like the guards around it and the gaps
- * between its rows. An operation runs twice on the same memory; inputs, guards and gaps must not change, and the second run must leave
- * the same bits. What the numbers should be is the shadow's matter: it ends the process.
+ * A tensor is an output until it is filled: all bytes 0xFF, a NaN as a number and -1 as an index,
+ * like the guards around it and the gaps between its rows. An operation runs twice on the same
+ * memory; inputs, guards and gaps must not change, and the second run must leave the same bits.
+ * What the numbers should be is the shadow's matter: it ends the process.
  */
 #ifndef MIMO_SHADOW_BENCH_H
 #define MIMO_SHADOW_BENCH_H
@@ -19,25 +21,28 @@ enum bench_kind { BENCH_TINY, BENCH_RAGGED, BENCH_PRIME, BENCH_PRODUCTION, BENCH
 static const char *const bench_kind_name[] = { "tiny", "ragged", "prime", "production" };
 
 struct bench_tensor {
-    struct tensor t;            /* on the device */
-    bool written;               /* by the operation */
-    size_t bytes, begin;        /* of the allocation; of the first element in it */
-    unsigned char *image, *left;   /* before the operation, and what its first run left; host */
+    struct tensor t;             /* on the device */
+    bool written;                /* by the operation */
+    size_t bytes, begin;         /* of the allocation; of the first element in it */
+    unsigned char *image, *left; /* before the operation, and what its first run left; host */
     struct bench_tensor *next;
 };
 
 struct bench {
-    const struct backend_ops *be, *plain;   /* the shadow; a table that is not broken, for the same memory */
-    struct stream *stream, *side;           /* theirs */
+    /* the shadow; a table that is not broken, for the same memory */
+    const struct backend_ops *be, *plain;
+    struct stream *stream, *side; /* theirs */
     enum bench_kind kind;
     enum dtype act, acc;
-    int pad, offset;                        /* elements after each row of a matrix and before the first */
+    /* elements after each row of a matrix and before the first */
+    int pad, offset;
     uint64_t random;
     int round;
     struct bench_tensor *list;
-    void *work[4];                          /* temporaries of operations, released with the tensors */
+    /* temporaries of operations, released with the tensors */
+    void *work[4];
     int works;
-    char trouble[300];                      /* what was found, or "" */
+    char trouble[300]; /* what was found, or "" */
 };
 
 static inline uint64_t bench_random(struct bench *b)
@@ -50,7 +55,8 @@ static inline uint64_t bench_random(struct bench *b)
 
 /* ---- tensors ---- */
 
-static inline struct bench_tensor *bench_make(struct bench *b, enum dtype dtype, int ndim, const int64_t *shape, bool gaps)
+static inline struct bench_tensor *bench_make(struct bench *b, enum dtype dtype, int ndim,
+                                              const int64_t *shape, bool gaps)
 {
     enum { GUARD = 256 };
     struct bench_tensor *n = xcalloc(1, sizeof *n);
@@ -68,12 +74,14 @@ static inline struct bench_tensor *bench_make(struct bench *b, enum dtype dtype,
     return n;
 }
 
-static inline struct bench_tensor *bench_matrix(struct bench *b, enum dtype dtype, int64_t rows, int64_t cols)
+static inline struct bench_tensor *bench_matrix(struct bench *b, enum dtype dtype, int64_t rows,
+                                                int64_t cols)
 {
     return bench_make(b, dtype, 2, (int64_t[]){ rows, cols }, true);
 }
 
-static inline struct bench_tensor *bench_dense(struct bench *b, enum dtype dtype, int64_t rows, int64_t cols)
+static inline struct bench_tensor *bench_dense(struct bench *b, enum dtype dtype, int64_t rows,
+                                               int64_t cols)
 {
     return bench_make(b, dtype, 2, (int64_t[]){ rows, cols }, false);
 }
@@ -98,16 +106,20 @@ static inline void bench_store(struct bench_tensor *t, int64_t r, int64_t c, dou
 }
 
 /* A million numbers or so are drawn, in rows of their own; a larger matrix repeats them. */
-static inline void bench_draw(struct bench *b, struct bench_tensor *t, double (*one)(struct bench *b, double p, double q), double p, double q)
+static inline void bench_draw(struct bench *b, struct bench_tensor *t,
+                              double (*one)(struct bench *b, double p, double q), double p,
+                              double q)
 {
-    const int64_t rows = tensor_rows(&t->t), cols = tensor_cols(&t->t), most = 1 + (1 << 20) / (cols + 1);
+    const int64_t rows = tensor_rows(&t->t), cols = tensor_cols(&t->t),
+                  most = 1 + (1 << 20) / (cols + 1);
     const size_t width = dtype_bytes(t->t.dtype), line = (size_t)t->t.ld * width;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c++)
             if (r < most)
                 bench_store(t, r, c, one(b, p, q));
             else {
-                memcpy(t->image + t->begin + (size_t)r * line, t->image + t->begin + (size_t)(r % most) * line, (size_t)cols * width);
+                memcpy(t->image + t->begin + (size_t)r * line,
+                       t->image + t->begin + (size_t)(r % most) * line, (size_t)cols * width);
                 break;
             }
     t->written = false;
@@ -122,7 +134,8 @@ static inline double bench_one_uniform(struct bench *b, double low, double high)
 static inline double bench_one_normal(struct bench *b, double sigma, double unused)
 {
     const uint64_t u = bench_random(b);
-    const double sum = (double)(u & 0xffff) + (double)(u >> 16 & 0xffff) + (double)(u >> 32 & 0xffff) + (double)(u >> 48);
+    const double sum = (double)(u & 0xffff) + (double)(u >> 16 & 0xffff) +
+                       (double)(u >> 32 & 0xffff) + (double)(u >> 48);
     return (float)((sum - 131070) * sigma * 1.7320508 / 65536.0);
 }
 
@@ -132,20 +145,23 @@ static inline double bench_one_integer(struct bench *b, double low, double high)
 }
 
 /* Filled matrices and vectors. */
-static inline struct bench_tensor *bench_normal(struct bench *b, struct bench_tensor *t, double sigma)
+static inline struct bench_tensor *bench_normal(struct bench *b, struct bench_tensor *t,
+                                                double sigma)
 {
     bench_draw(b, t, bench_one_normal, sigma, 0);
     return t;
 }
 
-static inline struct bench_tensor *bench_uniform(struct bench *b, struct bench_tensor *t, double low, double high)
+static inline struct bench_tensor *bench_uniform(struct bench *b, struct bench_tensor *t,
+                                                 double low, double high)
 {
     bench_draw(b, t, bench_one_uniform, low, high);
     return t;
 }
 
 /* low..high-1 */
-static inline struct bench_tensor *bench_integers(struct bench *b, struct bench_tensor *t, int64_t low, int64_t high)
+static inline struct bench_tensor *bench_integers(struct bench *b, struct bench_tensor *t,
+                                                  int64_t low, int64_t high)
 {
     bench_draw(b, t, bench_one_integer, (double)low, (double)high);
     return t;
@@ -167,9 +183,11 @@ static inline struct tensor bench_work(struct bench *b, enum dtype dtype, int64_
 
 /* ---- running ---- */
 
-static inline void bench_move(struct bench *b, const struct bench_tensor *t, unsigned char *host, bool up)
+static inline void bench_move(struct bench *b, const struct bench_tensor *t, unsigned char *host,
+                              bool up)
 {
-    const struct tensor dev = tensor_1d((char *)t->t.data - t->begin, DTYPE_U8, PLACE_DEVICE, (int64_t)t->bytes),
+    const struct tensor dev = tensor_1d((char *)t->t.data - t->begin, DTYPE_U8, PLACE_DEVICE,
+                                        (int64_t)t->bytes),
                         mem = tensor_1d(host, DTYPE_U8, PLACE_HOST, (int64_t)t->bytes);
     b->plain->copy(b->side, up ? &mem : &dev, up ? &dev : &mem);
     b->plain->stream_sync(b->side);
@@ -189,14 +207,18 @@ static inline void bench_look(struct bench *b, struct bench_tensor *t)
     if (memcmp(now, t->image, t->bytes) != 0 && b->round == 1)
         for (size_t i = 0; i < t->bytes; i++)
             if (now[i] != t->image[i] && !(t->written && bench_inside(t, i))) {
-                snprintf(b->trouble, sizeof b->trouble, "byte %lld from the start of %s of %lld x %lld %s was written",
-                         (long long)i - (long long)t->begin, t->written ? "an output (outside the view)" : "an input",
-                         (long long)tensor_rows(&t->t), (long long)tensor_cols(&t->t), dtype_name(t->t.dtype));
+                snprintf(b->trouble, sizeof b->trouble,
+                         "byte %lld from the start of %s of %lld x %lld %s was written",
+                         (long long)i - (long long)t->begin,
+                         t->written ? "an output (outside the view)" : "an input",
+                         (long long)tensor_rows(&t->t), (long long)tensor_cols(&t->t),
+                         dtype_name(t->t.dtype));
                 break;
             }
     if (b->round == 2 && memcmp(now, t->left, t->bytes) != 0)
-        snprintf(b->trouble, sizeof b->trouble, "the second run left other bits in %lld x %lld %s", (long long)tensor_rows(&t->t),
-                 (long long)tensor_cols(&t->t), dtype_name(t->t.dtype));
+        snprintf(b->trouble, sizeof b->trouble, "the second run left other bits in %lld x %lld %s",
+                 (long long)tensor_rows(&t->t), (long long)tensor_cols(&t->t),
+                 dtype_name(t->t.dtype));
     free(t->left);
     t->left = now;
 }

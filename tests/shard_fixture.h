@@ -1,11 +1,12 @@
-/* shard_fixture.h - shards of a test in a scratch directory, decks that read them, and one rank that reads both sides. */
+/* shard_fixture.h - shards of a test in a scratch directory, decks that read them, and one rank
+ * that reads both sides. */
 #ifndef MIMO_SHARD_FIXTURE_H
 #define MIMO_SHARD_FIXTURE_H
 
 #include <sys/stat.h>
 #include "data_fixture.h"
 
-static char dir[64];           /* scratch directory of the test, made by setup */
+static char dir[64]; /* scratch directory of the test, made by setup */
 
 static inline const char *file(const char *name)
 {
@@ -33,11 +34,14 @@ static inline int teardown(void **state)
     return system(command);
 }
 
-/* The tiny deck with the shard(s) at `path`, both splits, in stored order unless an override says otherwise. */
-static inline void shard_deck(struct deck *deck, int encoder, int lanes, const char *path, const char *const *more, struct errors *errors)
+/* The tiny deck with the shard(s) at `path`, both splits, in stored order unless an override says
+ * otherwise. */
+static inline void shard_deck(struct deck *deck, int encoder, int lanes, const char *path,
+                              const char *const *more, struct errors *errors)
 {
     const char *o[OVERRIDES_MAX];
-    char *train = xasprintf("data.train_data_path=%s", file(path)), *valid = xasprintf("data.valid_data_path=%s", file(path));
+    char *train = xasprintf("data.train_data_path=%s", file(path)),
+         *valid = xasprintf("data.valid_data_path=%s", file(path));
     char *tokenizer = xasprintf("data.tokenizer=%s", file("tokenizer.json"));
     int n = 0;
     o[n++] = "data.dataset_provider=webdataset";
@@ -60,7 +64,8 @@ static inline void shard_deck(struct deck *deck, int encoder, int lanes, const c
     free(tokenizer);
 }
 
-static inline void good_shard_deck(struct deck *deck, int encoder, int lanes, const char *path, const char *const *more)
+static inline void good_shard_deck(struct deck *deck, int encoder, int lanes, const char *path,
+                                   const char *const *more)
 {
     struct errors errors;
     shard_deck(deck, encoder, lanes, path, more, &errors);
@@ -70,7 +75,12 @@ static inline void good_shard_deck(struct deck *deck, int encoder, int lanes, co
 }
 
 /* One rank of both grids, one sample at a time. */
-struct reader { struct deck deck; struct data data; struct text_batch text; struct picture_batch pictures; };
+struct reader {
+    struct deck deck;
+    struct data data;
+    struct text_batch text;
+    struct picture_batch pictures;
+};
 
 static inline void open_reader(struct reader *r, const char *path, const char *const *more)
 {
@@ -98,7 +108,8 @@ static inline void read_one(struct reader *r, int64_t iteration)
 
 enum { SAMPLES = 31 };
 
-/* 31 samples in two shards, some with a picture; `broken`: numbers 3 and 17 have a picture cut short, 8 a broken json. */
+/* 31 samples in two shards, some with a picture; `broken`: numbers 3 and 17 have a picture cut
+ * short, 8 a broken json. */
 static inline void write_set(const char *name, bool broken)
 {
     mkdir(file(name), 0777);
@@ -112,7 +123,8 @@ static inline void write_set(const char *name, bool broken)
             else if (i % 3 == 0)
                 tar_png(&t, text, 8 + 4 * (i % 5), 8, (unsigned)i);
             snprintf(path, sizeof path, "k%02d.json", i);
-            snprintf(text, sizeof text, broken && i == 8 ? "{\"caption\"" : "{\"caption\": \"number %d\"}", i);
+            snprintf(text, sizeof text,
+                     broken && i == 8 ? "{\"caption\"" : "{\"caption\": \"number %d\"}", i);
             tar_text(&t, path, text);
         }
         tar_end(&t);

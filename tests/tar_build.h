@@ -1,5 +1,5 @@
-/* tar_build.h - tar files made byte by byte, whole and hostile, for the tests of shards and data. Fields can be changed
- * through the pointer that tar_header returns, followed by tar_sum.
+/* tar_build.h - tar files made byte by byte, whole and hostile, for the tests of shards and data.
+ * Fields can be changed through the pointer that tar_header returns, followed by tar_sum.
  */
 #ifndef MIMO_TAR_BUILD_H
 #define MIMO_TAR_BUILD_H
@@ -10,7 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct tar { unsigned char *bytes; size_t n, capacity; };
+struct tar {
+    unsigned char *bytes;
+    size_t n, capacity;
+};
 
 static inline unsigned char *tar_room(struct tar *t, size_t n)
 {
@@ -47,7 +50,10 @@ static inline unsigned char *tar_header(struct tar *t, const char *name, char ty
         h[124 + i] = (unsigned char)('0' + (size & 7));
     memcpy(h + 136, "00000000000", 11);
     h[156] = (unsigned char)type;
-    memcpy(h + 257, "ustar\0" "00", 8);
+    memcpy(h + 257,
+           "ustar\0"
+           "00",
+           8);
     tar_sum(h);
     return h;
 }

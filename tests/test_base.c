@@ -460,7 +460,8 @@ static void test_timer_sections_are_exclusive_and_never_exceed_the_wall(void **s
     assert_true(sample.recent[TIMER_BRIDGE_WAIT] == 0 && sample.seconds[TIMER_BRIDGE_WAIT] >= 0.04);
 }
 
-/* Parts count inside forward and backward only, and do not shorten them; a part lasts until the next. */
+/* Parts count inside forward and backward only, and do not shorten them; a part lasts until the
+ * next. */
 static void test_timer_parts_are_parts_of_forward_and_backward(void **state)
 {
     struct timer_sample s;
@@ -487,8 +488,11 @@ static void test_timer_parts_are_parts_of_forward_and_backward(void **state)
     assert_true(s.seconds[TIMER_MAMBA] == 0 && s.calls[TIMER_MAMBA] == 0);
     assert_true(s.seconds[TIMER_ROUTER] >= 0.02 && s.calls[TIMER_ROUTER] == 1);
     assert_true(s.seconds[TIMER_EXPERTS] >= 0.02 && s.seconds[TIMER_DATA_WAIT] >= 0.03);
-    assert_true(s.seconds[TIMER_ROUTER] + s.seconds[TIMER_EXPERTS] <= s.seconds[TIMER_FORWARD] - 0.01);
-    assert_true(s.seconds[TIMER_FORWARD] + s.seconds[TIMER_DATA_WAIT] + s.seconds[TIMER_EVAL] + s.seconds[TIMER_IDLE] <= s.wall * (1 + 1e-9));
+    assert_true(s.seconds[TIMER_ROUTER] + s.seconds[TIMER_EXPERTS] <=
+                s.seconds[TIMER_FORWARD] - 0.01);
+    assert_true(s.seconds[TIMER_FORWARD] + s.seconds[TIMER_DATA_WAIT] + s.seconds[TIMER_EVAL] +
+                    s.seconds[TIMER_IDLE] <=
+                s.wall * (1 + 1e-9));
     timer_take_iteration(seconds);
     assert_true(seconds[TIMER_FORWARD] >= 0.05);
 }
@@ -526,21 +530,27 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
         text, "forward             4       5.0000       6.0000       7.0000        2    60.0\n"));
     assert_non_null(strstr(text, "NOTE: 15 % of the language ranks' time was spent waiting for the "
                                  "encoder grid; give that one more ranks\n"));
-    assert_non_null(strstr(text, "  of forward and backward:\n  moe dispatch        8       3.0000       3.0000       3.0000        1    30.0\n"));
-    assert_non_null(strstr(text, "NOTE: 30 % of the language ranks' time was spent moving tokens to their experts"));
+    assert_non_null(strstr(
+        text,
+        "  of forward and backward:\n  moe dispatch        8       3.0000       3.0000       3.0000        1    30.0\n"));
+    assert_non_null(strstr(
+        text, "NOTE: 30 % of the language ranks' time was spent moving tokens to their experts"));
     assert_null(strstr(text, "of the encoder ranks' time"));
     assert_null(strstr(text, "times as long"));
     s[1].seconds[TIMER_MAMBA] = 2; /* 2 and 4.2 seconds for the same work */
     s[2].seconds[TIMER_MAMBA] = 4;
     s[2].seconds[TIMER_SHARED] = 0.2;
     timer_table(s, 3, roles, 2, collect, text);
-    assert_non_null(strstr(text, "NOTE: rank 2 took 1.4 times as long as the language ranks do on average for the same work; a slow or shared host?\n"));
+    assert_non_null(strstr(
+        text,
+        "NOTE: rank 2 took 1.4 times as long as the language ranks do on average for the same work; a slow or shared host?\n"));
     /* Every cause has its line. */
     s[0].seconds[TIMER_SAVE] = 2;
     s[0].seconds[TIMER_DATA_WAIT] = 3;
     text[0] = '\0';
     timer_table(s, 3, roles, 2, collect, text);
-    assert_non_null(strstr(text, "NOTE: 30 % of the encoder ranks' time was spent waiting for data"));
+    assert_non_null(
+        strstr(text, "NOTE: 30 % of the encoder ranks' time was spent waiting for data"));
     assert_non_null(strstr(text, "NOTE: 20 % of the encoder ranks' time was spent saving"));
     assert_int_equal(run_child(stop_another_section, NULL, text, sizeof text), EXIT_INTERNAL);
 }
@@ -633,8 +643,10 @@ static void test_every_operation_of_both_tables_is_present(void **state)
         for (size_t at = first; at < sizeof *table[t]; at += sizeof(void *)) {
             void *entry;
             memcpy(&entry, (const char *)table[t] + at, sizeof entry);
-            const bool optional = at == offsetof(struct backend_ops, grouped_act_forward) || at == offsetof(struct backend_ops, grouped_act_backward)
-                                  || at == offsetof(struct backend_ops, event_create_timed) || at == offsetof(struct backend_ops, event_seconds);
+            const bool optional = at == offsetof(struct backend_ops, grouped_act_forward) ||
+                                  at == offsetof(struct backend_ops, grouped_act_backward) ||
+                                  at == offsetof(struct backend_ops, event_create_timed) ||
+                                  at == offsetof(struct backend_ops, event_seconds);
             if (!entry && !optional)
                 fail_msg("table %d: the entry at byte %zu is empty", t, at);
         }

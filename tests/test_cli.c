@@ -1,4 +1,5 @@
-/* test_cli.c - the command line: every option, overrides, what is refused and how; the deck's text from files and pipes. */
+/* test_cli.c - the command line: every option, overrides, what is refused and how; the deck's text
+ * from files and pipes. */
 #include "test_deck.h"
 #include "path_hint.h"
 
@@ -11,7 +12,10 @@
 
 enum { ARGUMENTS = 8 };
 
-struct parsed { struct cli cli; struct errors errors; };
+struct parsed {
+    struct cli cli;
+    struct errors errors;
+};
 
 static void parse(struct parsed *p, const char *const *arguments)
 {
@@ -54,7 +58,7 @@ static void deck_and_overrides_in_order(void **state)
     assert_int_equal(p.cli.n_overrides, 3);
     assert_string_equal(p.cli.overrides[1], "run.output_dir=/a/b");
     done(&p);
-    parse(&p, ARGS("run.seed=5"));   /* a deck from standard input, with overrides */
+    parse(&p, ARGS("run.seed=5")); /* a deck from standard input, with overrides */
     assert_null(p.cli.deck);
     assert_int_equal(p.cli.n_overrides, 1);
     done(&p);
@@ -73,7 +77,11 @@ static void deck_and_overrides_in_order(void **state)
 
 static void every_option_sets_its_action(void **state)
 {
-    static const struct { const char *argument[4]; enum cli_action action; bool deck; } cases[] = {
+    static const struct {
+        const char *argument[4];
+        enum cli_action action;
+        bool deck;
+    } cases[] = {
         { { "--check", "d.nml" }, CLI_CHECK, true },
         { { "--reference" }, CLI_REFERENCE, false },
         { { "--inspect", "f.h5" }, CLI_INSPECT, false },
@@ -92,10 +100,14 @@ static void every_option_sets_its_action(void **state)
         assert_int_equal(p.errors.count, 0);
         assert_int_equal(p.cli.action, cases[i].action);
         assert_int_equal(cli_needs_deck(&p.cli), cases[i].deck);
-        if (cases[i].deck) assert_string_equal(p.cli.deck, "d.nml");
-        if (p.cli.action == CLI_SHOW_SAMPLE) assert_int_equal(p.cli.sample, 3);
-        if (p.cli.action == CLI_INSPECT) assert_string_equal(p.cli.path, "f.h5");
-        if (p.cli.action == CLI_STATUS) assert_string_equal(p.cli.path, "run");
+        if (cases[i].deck)
+            assert_string_equal(p.cli.deck, "d.nml");
+        if (p.cli.action == CLI_SHOW_SAMPLE)
+            assert_int_equal(p.cli.sample, 3);
+        if (p.cli.action == CLI_INSPECT)
+            assert_string_equal(p.cli.path, "f.h5");
+        if (p.cli.action == CLI_STATUS)
+            assert_string_equal(p.cli.path, "run");
         done(&p);
     }
     struct parsed p;
@@ -111,31 +123,46 @@ static void every_option_sets_its_action(void **state)
 
 static void mistakes_are_named(void **state)
 {
-    static const struct { const char *argument[6], *message; } cases[] = {
-        { { "--chek", "d" }, "command line: error: there is no option --chek; did you mean --check?" },
+    static const struct {
+        const char *argument[6], *message;
+    } cases[] = {
+        { { "--chek", "d" },
+          "command line: error: there is no option --chek; did you mean --check?" },
         { { "--quux" }, "command line: error: there is no option --quux; --help lists them" },
         { { "-x" }, "command line: error: there is no option -x; --help lists them" },
-        { { "--check", "--ranks", "0" }, "command line: error: --ranks 0: an integer from 1 on is expected" },
-        { { "--check", "--ranks", "8x" }, "command line: error: --ranks 8x: an integer from 1 on is expected" },
-        { { "--check", "--ranks", "99999999999" }, "command line: error: --ranks 99999999999: an integer from 1 on is expected" },
+        { { "--check", "--ranks", "0" },
+          "command line: error: --ranks 0: an integer from 1 on is expected" },
+        { { "--check", "--ranks", "8x" },
+          "command line: error: --ranks 8x: an integer from 1 on is expected" },
+        { { "--check", "--ranks", "99999999999" },
+          "command line: error: --ranks 99999999999: an integer from 1 on is expected" },
         { { "--check", "--ranks" }, "command line: error: --ranks: N is missing after it" },
-        { { "--ranks", "4", "d" }, "command line: error: --ranks is for --check and --plan; the launcher sets the ranks of a run" },
-        { { "--show-sample", "-1", "d" }, "command line: error: --show-sample -1: an integer from 0 on is expected" },
+        { { "--ranks", "4", "d" },
+          "command line: error: --ranks is for --check and --plan; the launcher sets the ranks of a run" },
+        { { "--show-sample", "-1", "d" },
+          "command line: error: --show-sample -1: an integer from 0 on is expected" },
         { { "--inspect" }, "command line: error: --inspect: FILE is missing after it" },
         { { "--inspect", "--help" }, "command line: error: --inspect: FILE is missing after it" },
-        { { "--check", "--reference" }, "command line: error: --check and --reference exclude each other" },
+        { { "--check", "--reference" },
+          "command line: error: --check and --reference exclude each other" },
         { { "--check", "--check" }, "command line: error: --check is given twice" },
         { { "--version=3" }, "command line: error: --version takes no value" },
-        { { "--version", "d.nml" }, "command line: error: --version takes no deck and no overrides" },
-        { { "a.nml", "b.nml" }, "command line: error: 'b.nml': there is already a deck, 'a.nml'; an override is group.key=value" },
+        { { "--version", "d.nml" },
+          "command line: error: --version takes no deck and no overrides" },
+        { { "a.nml", "b.nml" },
+          "command line: error: 'b.nml': there is already a deck, 'a.nml'; an override is group.key=value" },
         { { "" }, "command line: error: an argument is empty" },
-        { { "--plan", "d.nml" }, "command line: error: --plan: prediction of time and memory is not built yet" },
+        { { "--plan", "d.nml" },
+          "command line: error: --plan: prediction of time and memory is not built yet" },
         { { "--export", "dir" }, "command line: error: --export: FILE is missing after it" },
         { { "--deck-from-hf" }, "command line: error: --deck-from-hf: DIR is missing after it" },
         { { "--check", "d", "--dtype", "fp64" }, "command line: error: --dtype is for --export" },
-        { { "--export", "dir", "f.h5", "--dtype", "half" }, "command line: error: --dtype half: bf16, fp32 or fp64 is expected" },
-        { { "--version", "--shard-bytes", "5" }, "command line: error: --shard-bytes is for --export" },
-        { { "--export", "dir", "f.h5", "--shard-bytes", "0" }, "command line: error: --shard-bytes 0: an integer from 1 on is expected" },
+        { { "--export", "dir", "f.h5", "--dtype", "half" },
+          "command line: error: --dtype half: bf16, fp32 or fp64 is expected" },
+        { { "--version", "--shard-bytes", "5" },
+          "command line: error: --shard-bytes is for --export" },
+        { { "--export", "dir", "f.h5", "--shard-bytes", "0" },
+          "command line: error: --shard-bytes 0: an integer from 1 on is expected" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct parsed p;
@@ -149,19 +176,35 @@ static void mistakes_are_named(void **state)
 
 static void help_names_every_option_and_exit_status(void **state)
 {
-    static const char *const words[] = { "--check", "--plan", "--ranks N", "--reference", "--inspect FILE", "--check-data",
-        "--show-sample N", "--export DIR FILE", "--dtype TYPE", "--shard-bytes N", "--deck-from-hf DIR", "--doctor", "--status DIR", "--features", "--version", "--help",
-        "group.key=value", "75" };
+    static const char *const words[] = { "--check",
+                                         "--plan",
+                                         "--ranks N",
+                                         "--reference",
+                                         "--inspect FILE",
+                                         "--check-data",
+                                         "--show-sample N",
+                                         "--export DIR FILE",
+                                         "--dtype TYPE",
+                                         "--shard-bytes N",
+                                         "--deck-from-hf DIR",
+                                         "--doctor",
+                                         "--status DIR",
+                                         "--features",
+                                         "--version",
+                                         "--help",
+                                         "group.key=value",
+                                         "75" };
     char *text = NULL;
     size_t n;
     FILE *f = open_memstream(&text, &n);
     cli_print_help(f);
     fclose(f);
-    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) assert_non_null(strstr(text, words[i]));
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+        assert_non_null(strstr(text, words[i]));
     free(text);
 }
 
-/* ---- the deck's text ----------------------------------------------------------------------------------------------- */
+/* ---- the deck's text ------------------------------------------------------------------------- */
 
 static char *read_deck(const char *path, size_t *length, struct errors *errors)
 {
@@ -195,11 +238,13 @@ static void unreadable_decks_are_named_with_the_reason(void **state)
     struct errors errors = { 0 };
     size_t length;
     assert_null(read_deck("/nonexistent/deck.nml", &length, &errors));
-    assert_string_equal(errors.line[0], "/nonexistent/deck.nml: error: cannot open the deck: No such file or directory; "
-                        "there is no directory /nonexistent");
+    assert_string_equal(
+        errors.line[0],
+        "/nonexistent/deck.nml: error: cannot open the deck: No such file or directory; "
+        "there is no directory /nonexistent");
     assert_null(read_deck("/tmp", &length, &errors));
     assert_string_equal(errors.line[1], "/tmp: error: cannot read the deck: Is a directory");
-    assert_null(read_deck("/dev/zero", &length, &errors));   /* endless */
+    assert_null(read_deck("/dev/zero", &length, &errors)); /* endless */
     assert_string_equal(errors.line[2], "/dev/zero: error: the deck is larger than 1048576 bytes");
     assert_int_equal(errors.worst, EXIT_DECK);
     errors_free(&errors);
@@ -224,11 +269,13 @@ static void a_path_that_is_nearly_right_is_suggested(void **state)
     char out[512];
     for (size_t i = 0; i < sizeof test / sizeof test[0]; i++)
         assert_string_equal(path_hint(test[i].path, out, sizeof out), test[i].hint);
-    assert_string_equal(path_hint("no\x1bwhere/x", out, sizeof out), "; there is no directory no\\x1bwhere");
+    assert_string_equal(path_hint("no\x1bwhere/x", out, sizeof out),
+                        "; there is no directory no\\x1bwhere");
     assert_string_equal(path_hint("input/stag2.nml", out, 12), "; did you m");
 }
 
-/* Run cli_read_deck_text in a child whose standard input is fd (-1: closed); returns its first error or text. */
+/* Run cli_read_deck_text in a child whose standard input is fd (-1: closed); returns its first
+ * error or text. */
 static void read_standard_input(int fd, char out[256])
 {
     int answer[2];
@@ -237,8 +284,10 @@ static void read_standard_input(int fd, char out[256])
     pid_t child = fork();
     assert_true(child >= 0);
     if (child == 0) {
-        if (fd < 0) close(0);
-        else dup2(fd, 0);
+        if (fd < 0)
+            close(0);
+        else
+            dup2(fd, 0);
         struct errors errors = { 0 };
         size_t length;
         char *text = read_deck(NULL, &length, &errors);
@@ -250,7 +299,8 @@ static void read_standard_input(int fd, char out[256])
     }
     close(answer[1]);
     size_t n = 0;
-    for (ssize_t got; n < 255 && (got = read(answer[0], out + n, 255 - n)) > 0;) n += (size_t)got;
+    for (ssize_t got; n < 255 && (got = read(answer[0], out + n, 255 - n)) > 0;)
+        n += (size_t)got;
     out[n] = '\0';
     close(answer[0]);
     int status;
@@ -275,11 +325,14 @@ static void standard_input_closed_terminal_pipe_and_endless(void **state)
     assert_string_equal(out, "<stdin>: error: the deck is larger than 1048576 bytes");
     close(zero);
     int terminal = posix_openpt(O_RDWR | O_NOCTTY);
-    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal)) skip();
+    if (terminal < 0 || grantpt(terminal) || unlockpt(terminal))
+        skip();
     int tty = open(ptsname(terminal), O_RDWR | O_NOCTTY);
-    if (tty < 0) skip();
+    if (tty < 0)
+        skip();
     read_standard_input(tty, out);
-    assert_string_equal(out, "<stdin>: error: no deck: call mimo DECK or mimo < DECK (mimo --help)");
+    assert_string_equal(out,
+                        "<stdin>: error: no deck: call mimo DECK or mimo < DECK (mimo --help)");
     close(tty);
     close(terminal);
 }

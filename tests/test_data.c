@@ -1,9 +1,11 @@
-/* test_data.c - mock data (training.md 5) and the rules that say which samples a micro-batch holds (interface.md 3). */
+/* test_data.c - mock data (training.md 5) and the rules that say which samples a micro-batch holds
+ * (interface.md 3). */
 #include "data_fixture.h"
 #include <math.h>
 
 /* Upstream's production sizes: V 131072, image id 511. */
-static const char *const big[] = { "language.preset=nemotron_20l", "language.seq_length=64", "data.image_seq_length=28", NULL };
+static const char *const big[] = { "language.preset=nemotron_20l", "language.seq_length=64",
+                                   "data.image_seq_length=28", NULL };
 
 static void grid(struct deck *deck, int64_t image, int64_t tiles, int64_t rows, int64_t columns)
 {
@@ -69,7 +71,8 @@ static void mock_sample_is_pictures_then_words_and_counts_s_minus_image_position
         assert_true(b.labels[j] == (j < 27 || j == 63 ? -100 : b.input_ids[j + 1]));
         assert_true(b.loss_mask[j] == (b.labels[j] != -100 ? 1.0f : 0.0f));
     }
-    assert_true(b.labels[27] == b.input_ids[28] && b.loss_mask[27] == 1.0f);   /* the last image position predicts the first word */
+    /* the last image position predicts the first word */
+    assert_true(b.labels[27] == b.input_ids[28] && b.loss_mask[27] == 1.0f);
     text_batch_free(&b);
     data_free(&d);
     deck_free(&deck);
@@ -79,7 +82,8 @@ static void m6_31_mock_words_are_uniform_and_never_image_or_pad(void **state)
 {
     struct deck deck;
     struct data_sample s;
-    static const char *const o[] = { "language.vocab_size=20", "data.image_token_id=7", "data.pad_token_id=11", NULL };
+    static const char *const o[] = { "language.vocab_size=20", "data.image_token_id=7",
+                                     "data.pad_token_id=11", NULL };
     open_good_deck(&deck, 1, 1, o);
     const struct data_limits limits = data_limits(&deck);
     struct data_mock *mock = data_mock_new(&deck, DATA_TRAIN);
@@ -96,7 +100,7 @@ static void m6_31_mock_words_are_uniform_and_never_image_or_pad(void **state)
     }
     assert_int_equal(seen[7] + seen[11], 0);
     for (int id = 1; id < 20; id++)
-        if (id != 7 && id != 11)      /* 17 ids; 5 standard deviations of a binomial */
+        if (id != 7 && id != 11) /* 17 ids; 5 standard deviations of a binomial */
             assert_true(fabs((double)seen[id] - (double)n / 17) < 5.0 * sqrt((double)n / 17));
     data_mock_free(mock);
     data_sample_free(&s);
@@ -146,14 +150,17 @@ static void mock_errors_name_the_values(void **state)
         { 70, 64, 1, 4, 500, 0, 0, true, false, "data.image_seq_length = 70", "seq_length (64)" },
         { 28, 64, 1, 0, 500, 0, 0, true, false, "vision.patch_dim = 0", "positive" },
         { 28, 64, 0, 4, 500, 0, 0, true, false, "data.num_image_tiles = 0", "positive" },
-        { 28, 64, 3, 4, 500, 0, 0, true, false, "data.image_seq_length = 28", "num_image_tiles (3)" },
+        { 28, 64, 3, 4, 500, 0, 0, true, false, "data.image_seq_length = 28",
+          "num_image_tiles (3)" },
         { 28, 64, 1, 4, 2, 0, 0, true, false, "language.vocab_size = 2", "image_token_id (1)" },
-        { 28, 64, 1, 4, 500, 0, 0, true, true, "vision.disable_vision_class_token", "class tokens" },
+        { 28, 64, 1, 4, 500, 0, 0, true, true, "vision.disable_vision_class_token",
+          "class tokens" },
         { 0, 64, 1, 4, 500, 18, 16, false, false, "vision.img_h = 18", "patch_dim (4)" },
         { 0, 64, 1, 4, 500, 16, 18, false, false, "vision.img_w = 18", "patch_dim (4)" },
         { 0, 64, 1, 4, 500, 16, 24, false, false, "vision.img_h = 16", "4 x 6 patches" },
         { 0, 64, 1, 4, 500, 12, 12, false, false, "vision.img_h = 12", "3 x 3 patches" },
-        { 5, 64, 1, 4, 500, 16, 16, false, false, "data.image_seq_length = 5", "emit 4 image tokens" },
+        { 5, 64, 1, 4, 500, 16, 16, false, false, "data.image_seq_length = 5",
+          "emit 4 image tokens" },
     };
     open_good_deck(&deck, 1, 1, NULL);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -175,7 +182,8 @@ static void mock_errors_name_the_values(void **state)
         for (int k = 0; k < errors.count; k++)
             found = found || (strstr(errors.line[k], bad[i].a) && strstr(errors.line[k], bad[i].b));
         if (!found)
-            fail_msg("case %zu: '%s' lacks '%s' or '%s'", i, errors.count ? errors.line[0] : "", bad[i].a, bad[i].b);
+            fail_msg("case %zu: '%s' lacks '%s' or '%s'", i, errors.count ? errors.line[0] : "",
+                     bad[i].a, bad[i].b);
         assert_int_equal(errors.worst, EXIT_DECK);
         errors_free(&errors);
     }
@@ -202,8 +210,8 @@ static void mock_text_only_samples_have_words_everywhere(void **state)
     struct data d;
     struct text_batch b;
     struct picture_batch p;
-    static const char *const o[] = { "data.mock_text_only_every=3", "batch.global_batch_size=6", "batch.micro_batch_size=6",
-                                     "data.mock_pixels=normal", NULL };
+    static const char *const o[] = { "data.mock_text_only_every=3", "batch.global_batch_size=6",
+                                     "batch.micro_batch_size=6", "data.mock_pixels=normal", NULL };
     open_good_deck(&deck, 1, 1, o);
     open_data(&d, &deck, DATA_TRAIN);
     open_text(&b, &d);
@@ -223,7 +231,8 @@ static void mock_text_only_samples_have_words_everywhere(void **state)
         if (text_only)
             assert_int_equal(b.labels[i * 64], b.input_ids[i * 64 + 1]);
     }
-    assert_int_equal(b.image_row[3 * 64], 2 * 28);    /* rows of the batch go on over the sample without picture */
+    /* rows of the batch go on over the sample without picture */
+    assert_int_equal(b.image_row[3 * 64], 2 * 28);
     text_batch_free(&b);
     picture_batch_free(&p);
     data_free(&d);
@@ -236,8 +245,9 @@ static void mock_language_only_has_no_pictures(void **state)
     struct data d;
     struct text_batch b;
     struct errors errors = { 0 };
-    static const char text[] = "&run train_iters = 1 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n"
-                               "&topology layout = 'language_only' /\n";
+    static const char text[] =
+        "&run train_iters = 1 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n"
+        "&topology layout = 'language_only' /\n";
     deck_read(&deck, "test.nml", text, strlen(text), 0, NULL, &errors);
     deck_resolve(&deck, 1, &errors);
     assert_int_equal(errors.count, 0);
@@ -312,8 +322,12 @@ static void the_tools_show_mock_data_too(void **state)
     rewind(f);
     text[fread(text, 1, sizeof text - 1, f)] = '\0';
     fclose(f);
-    static const char *const expected[] = { "10000 samples of 64 tokens, 28 of them", "2 of 56 x 16 pixels", "mock:7", "36 with a label",
-                                            "0-13 ", "14-26 " };
+    static const char *const expected[] = { "10000 samples of 64 tokens, 28 of them",
+                                            "2 of 56 x 16 pixels",
+                                            "mock:7",
+                                            "36 with a label",
+                                            "0-13 ",
+                                            "14-26 " };
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
         if (!strstr(text, expected[i]))
             fail_msg("'%s' is not in: %s", expected[i], text);
@@ -330,11 +344,13 @@ static void the_tools_show_mock_data_too(void **state)
 
 enum { GBS = 12, ITERATIONS = 3 };
 
-/* Ids of every sample of ITERATIONS iterations by its number, as D lanes with this micro-batch deliver them. */
+/* Ids of every sample of ITERATIONS iterations by its number, as D lanes with this micro-batch
+ * deliver them. */
 static void collect(int lanes, int mbs, int64_t (*ids)[64])
 {
     struct deck deck;
-    char *m = xasprintf("batch.micro_batch_size=%d", mbs), *g = xasprintf("batch.global_batch_size=%d", GBS);
+    char *m = xasprintf("batch.micro_batch_size=%d", mbs),
+         *g = xasprintf("batch.global_batch_size=%d", GBS);
     const char *const o[] = { m, g, NULL };
     open_good_deck(&deck, 1, lanes, o);
     for (int lane = 0; lane < lanes; lane++) {
@@ -360,8 +376,9 @@ static void collect(int lanes, int mbs, int64_t (*ids)[64])
 
 static void p12_100_every_layout_sees_the_same_numbered_samples(void **state)
 {
-    static const int factor[][2] = { { 1, 1 }, { 2, 1 }, { 3, 1 }, { 4, 1 }, { 6, 1 }, { 12, 1 }, { 1, 2 }, { 2, 2 }, { 3, 2 },
-                                     { 6, 2 }, { 1, 3 }, { 2, 3 }, { 4, 3 }, { 1, 4 }, { 3, 4 }, { 1, 6 }, { 2, 6 }, { 1, 12 } };
+    static const int factor[][2] = { { 1, 1 }, { 2, 1 }, { 3, 1 }, { 4, 1 }, { 6, 1 }, { 12, 1 },
+                                     { 1, 2 }, { 2, 2 }, { 3, 2 }, { 6, 2 }, { 1, 3 }, { 2, 3 },
+                                     { 4, 3 }, { 1, 4 }, { 3, 4 }, { 1, 6 }, { 2, 6 }, { 1, 12 } };
     static int64_t first[GBS * ITERATIONS][64], other[GBS * ITERATIONS][64];
     collect(1, 1, first);
     for (size_t f = 1; f < sizeof factor / sizeof *factor; f++) {
@@ -374,12 +391,15 @@ static void p12_100_every_layout_sees_the_same_numbered_samples(void **state)
 static void m6_29_p12_101_encoder_ranks_serve_the_samples_of_the_lanes_in_order(void **state)
 {
     /* E, D, mbs: fan-in, equal, fan-out into parts of a lane. */
-    static const int layout[][3] = { { 1, 4, 3 }, { 2, 4, 1 }, { 3, 3, 2 }, { 4, 2, 2 }, { 6, 1, 6 }, { 6, 3, 4 }, { 12, 1, 12 } };
+    static const int layout[][3] = { { 1, 4, 3 }, { 2, 4, 1 }, { 3, 3, 2 },  { 4, 2, 2 },
+                                     { 6, 1, 6 }, { 6, 3, 4 }, { 12, 1, 12 } };
     for (size_t f = 0; f < sizeof layout / sizeof *layout; f++) {
         const int encoder = layout[f][0], lanes = layout[f][1], mbs = layout[f][2];
         struct deck deck;
-        char *m = xasprintf("batch.micro_batch_size=%d", mbs), *g = xasprintf("batch.global_batch_size=%d", GBS);
-        const char *const o[] = { m, g, "data.mock_text_only_every=5", "data.mock_pixels=normal", NULL };
+        char *m = xasprintf("batch.micro_batch_size=%d", mbs),
+             *g = xasprintf("batch.global_batch_size=%d", GBS);
+        const char *const o[] = { m, g, "data.mock_text_only_every=5", "data.mock_pixels=normal",
+                                  NULL };
         open_good_deck(&deck, encoder, lanes, o);
         assert_int_equal(deck.derived.encoder_microbatch, mbs * lanes / encoder);
         for (int i = 0; i < 2; i++)
@@ -430,7 +450,8 @@ static void cpe_numbers_follow_the_sample_and_tile_not_the_rank(void **state)
     struct deck deck;
     struct data d;
     struct picture_batch p;
-    static const char *const o[] = { "batch.micro_batch_size=1", "batch.global_batch_size=4", NULL };
+    static const char *const o[] = { "batch.micro_batch_size=1", "batch.global_batch_size=4",
+                                     NULL };
     open_good_deck(&deck, 1, 4, o);
     open_data(&d, &deck, DATA_TRAIN);
     open_pictures(&p, &d);
@@ -443,7 +464,7 @@ static void cpe_numbers_follow_the_sample_and_tile_not_the_rank(void **state)
     for (int i = 0; i < 8; i++) {
         for (int k = 0; k < i; k++)
             assert_memory_not_equal(whole[i], whole[k], sizeof whole[i]);
-        for (int c = 0; c < 2; c++) {   /* a window inside the grid */
+        for (int c = 0; c < 2; c++) { /* a window inside the grid */
             assert_true(whole[i][c] > 0.2 && whole[i][c] <= 1.0);
             assert_true(whole[i][2 + c] >= 0.0 && whole[i][2 + c] + whole[i][c] <= 1.0);
         }
@@ -469,7 +490,8 @@ static void batches_are_filled_anew_by_every_call(void **state)
     struct data d;
     struct picture_batch p;
     struct text_batch b;
-    static const char *const o[] = { "batch.micro_batch_size=2", "batch.global_batch_size=4", NULL };
+    static const char *const o[] = { "batch.micro_batch_size=2", "batch.global_batch_size=4",
+                                     NULL };
     open_good_deck(&deck, 1, 1, o);
     open_data(&d, &deck, DATA_TRAIN);
     open_pictures(&p, &d);

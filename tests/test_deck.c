@@ -1,7 +1,8 @@
-/* test_deck.c - the deck's grammar, probe by probe: tests/decks/bad with the exact messages, tests/decks/good with the values
- * read, and what no text may do (crash). Each deck is one test. A first line "! ranks: N" also resolves the deck for N ranks.
- * `test_deck --values` is the driver of regression/oracle/deck_readers.py: for each path on standard input it prints the values
- * that the deck gives, or that it is refused.
+/* test_deck.c - the deck's grammar, probe by probe: tests/decks/bad with the exact messages,
+ * tests/decks/good with the values read, and what no text may do (crash). Each deck is one test. A
+ * first line "! ranks: N" also resolves the deck for N ranks. `test_deck --values` is the driver of
+ * regression/oracle/deck_readers.py: for each path on standard input it prints the values that the
+ * deck gives, or that it is refused.
  */
 #include "test_deck.h"
 
@@ -23,7 +24,8 @@ static void bad_deck_gives_exactly_its_messages(void **state)
     struct errors errors = { 0 };
     make_deck(&deck, name, text, length, ranks_of(text), &errors, NULL);
     FILE *f = open_memstream(&got, &n);
-    for (int i = 0; i < errors.count; i++) fprintf(f, "%s\n", errors.line[i]);
+    for (int i = 0; i < errors.count; i++)
+        fprintf(f, "%s\n", errors.line[i]);
     fprintf(f, "exit %d\n", errors.worst);
     fclose(f);
     assert_true(errors.count > 0);
@@ -65,15 +67,17 @@ static void good_deck_reads_to_its_values(void **state)
     errors_free(&errors);
 }
 
-/* No text may crash the reader or the rules (the sanitizers look on), and none may pass both silently and partly. */
+/* No text may crash the reader or the rules (the sanitizers look on), and none may pass both
+ * silently and partly. */
 static void survive(const char *text, size_t length)
 {
     struct deck deck = { 0 };
     struct errors errors = { 0 };
-    char *exact = xmalloc(length ? length : 1, 1);   /* no byte behind the text */
+    char *exact = xmalloc(length ? length : 1, 1); /* no byte behind the text */
     memcpy(exact, text, length);
     make_deck(&deck, "x", exact, length, 2, &errors, NULL);
-    if (deck.unread) assert_true(errors.count > 0);
+    if (deck.unread)
+        assert_true(errors.count > 0);
     assert_false(deck.derived.complete && deck.unread);
     free(exact);
     deck_free(&deck);
@@ -84,7 +88,8 @@ static void every_prefix_of_a_good_deck_survives(void **state)
 {
     size_t length;
     char *text = slurp(*state, &length);
-    for (size_t n = 0; n <= length; n++) survive(text, n);
+    for (size_t n = 0; n <= length; n++)
+        survive(text, n);
     free(text);
 }
 
@@ -104,7 +109,8 @@ static void every_single_byte_deletion_survives(void **state)
 
 static void every_single_byte_change_survives(void **state)
 {
-    static const char bytes[] = { 0, '\n', '\'', '"', '&', '/', '*', '(', ',', '=', '!', '9', '%', '\r', (char)0xFF };
+    static const char bytes[] = { 0,   '\n', '\'', '"', '&', '/',  '*',       '(',
+                                  ',', '=',  '!',  '9', '%', '\r', (char)0xFF };
     size_t length;
     char *text = slurp("tests/decks/good/strings.nml", &length);
     for (size_t n = 0; n < length; n++)
@@ -164,7 +170,7 @@ static void file_name_with_control_characters_is_printed_safely(void **state)
     size_t length;
     char *echo = echo_text(&deck, &length);
     assert_null(strchr(echo, '\x1b'));
-    assert_int_equal(strncmp(strchr(echo, '\n'), "\n\n&run", 6), 0);   /* one line of header */
+    assert_int_equal(strncmp(strchr(echo, '\n'), "\n\n&run", 6), 0); /* one line of header */
     free(echo);
     deck_free(&deck);
     errors_free(&errors);
@@ -181,25 +187,31 @@ static char **list_decks(const char *directory, int *count)
     DIR *d = opendir(directory);
     char **path = xcalloc(1000, sizeof *path);
     *count = 0;
-    if (!d) return path;
+    if (!d)
+        return path;
     for (struct dirent *e; (e = readdir(d)) && *count < 1000;) {
         size_t n = strlen(e->d_name);
-        if (n > 4 && !strcmp(e->d_name + n - 4, ".nml")) path[(*count)++] = xasprintf("%s/%s", directory, e->d_name);
+        if (n > 4 && !strcmp(e->d_name + n - 4, ".nml"))
+            path[(*count)++] = xasprintf("%s/%s", directory, e->d_name);
     }
     closedir(d);
     qsort(path, (size_t)*count, sizeof *path, by_name);
     return path;
 }
 
-static int run_decks(const char *group, const char *directory, int least, const char *prefix, CMUnitTestFunction test)
+static int run_decks(const char *group, const char *directory, int least, const char *prefix,
+                     CMUnitTestFunction test)
 {
     int count;
     char **path = list_decks(directory, &count);
     struct CMUnitTest *tests = xcalloc((size_t)count + 1, sizeof *tests);
     for (int i = 0; i < count; i++)
-        tests[i] = (struct CMUnitTest){ xasprintf("%s %s", prefix, strrchr(path[i], '/') + 1), test, NULL, NULL, path[i] };
+        tests[i] = (struct CMUnitTest){ xasprintf("%s %s", prefix, strrchr(path[i], '/') + 1), test,
+                                        NULL, NULL, path[i] };
     int failed = count < least;
-    if (failed) fprintf(stderr, "%s: %d decks, at least %d expected (tests run in the repository root)\n", directory, count, least);
+    if (failed)
+        fprintf(stderr, "%s: %d decks, at least %d expected (tests run in the repository root)\n",
+                directory, count, least);
     failed += _cmocka_run_group_tests(group, tests, (size_t)count, NULL, NULL);
     for (int i = 0; i < count; i++) {
         free((void *)(uintptr_t)tests[i].name);
@@ -225,7 +237,8 @@ static int print_values(void)
         printf("%s %s\n", errors.count ? "refused" : "accepted", path);
         for (int row = 0; row < DECK_ROWS && errors.count == 0; row++) {
             char *value = deck_table_format(&deck, row);
-            if (deck.source[row].origin == DECK_FROM_DECK) printf(" %s.%s %s\n", deck_table[row].group, deck_table[row].key, value);
+            if (deck.source[row].origin == DECK_FROM_DECK)
+                printf(" %s.%s %s\n", deck_table[row].group, deck_table[row].key, value);
             free(value);
         }
         free(text);
@@ -237,7 +250,8 @@ static int print_values(void)
 
 int main(int argc, char **argv)
 {
-    if (argc == 2 && !strcmp(argv[1], "--values")) return print_values();
+    if (argc == 2 && !strcmp(argv[1], "--values"))
+        return print_values();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_single_byte_deletion_survives),
         cmocka_unit_test(every_single_byte_change_survives),
@@ -245,9 +259,12 @@ int main(int argc, char **argv)
         cmocka_unit_test(two_megabyte_string_is_refused),
         cmocka_unit_test(file_name_with_control_characters_is_printed_safely),
     };
-    int failed = run_decks("bad decks", "tests/decks/bad", 150, "exact messages:", bad_deck_gives_exactly_its_messages);
-    failed += run_decks("good decks", "tests/decks/good", 20, "exact values:", good_deck_reads_to_its_values);
-    failed += run_decks("prefixes", "tests/decks/good", 20, "every prefix survives:", every_prefix_of_a_good_deck_survives);
+    int failed = run_decks("bad decks", "tests/decks/bad", 150,
+                           "exact messages:", bad_deck_gives_exactly_its_messages);
+    failed += run_decks("good decks", "tests/decks/good", 20,
+                        "exact values:", good_deck_reads_to_its_values);
+    failed += run_decks("prefixes", "tests/decks/good", 20,
+                        "every prefix survives:", every_prefix_of_a_good_deck_survives);
     failed += cmocka_run_group_tests_name("robustness", tests, NULL, NULL);
     return failed != 0;
 }

@@ -17,7 +17,8 @@
 static inline char *slurp(const char *path, size_t *length)
 {
     FILE *f = fopen(path, "rb");
-    if (!f) fail_msg("cannot open %s (tests run in the repository root)", path);
+    if (!f)
+        fail_msg("cannot open %s (tests run in the repository root)", path);
     size_t capacity = (size_t)4 << 20;
     char *text = xmalloc(capacity, 1);
     *length = fread(text, 1, capacity - 1, f);
@@ -27,16 +28,19 @@ static inline char *slurp(const char *path, size_t *length)
 }
 
 /* Read, and for ranks > 0 resolve, a deck; overrides end with NULL. */
-static inline void make_deck(struct deck *deck, const char *name, const char *text, size_t length, int ranks, struct errors *errors,
-                             const char *const *overrides)
+static inline void make_deck(struct deck *deck, const char *name, const char *text, size_t length,
+                             int ranks, struct errors *errors, const char *const *overrides)
 {
     int n = 0;
-    while (overrides && overrides[n]) n++;
+    while (overrides && overrides[n])
+        n++;
     deck_read(deck, name, text, length, n, (char *const *)overrides, errors);
-    if (ranks > 0) deck_resolve(deck, ranks, errors);
+    if (ranks > 0)
+        deck_resolve(deck, ranks, errors);
 }
 
-static inline void make_deck_file(struct deck *deck, const char *path, int ranks, struct errors *errors, const char *const *overrides)
+static inline void make_deck_file(struct deck *deck, const char *path, int ranks,
+                                  struct errors *errors, const char *const *overrides)
 {
     size_t length;
     char *text = slurp(path, &length);
@@ -47,13 +51,15 @@ static inline void make_deck_file(struct deck *deck, const char *path, int ranks
 static inline bool has_error(const struct errors *errors, const char *part)
 {
     for (int i = 0; i < errors->count; i++)
-        if (strstr(errors->line[i], part)) return true;
+        if (strstr(errors->line[i], part))
+            return true;
     return false;
 }
 
 static inline void assert_no_errors(const struct errors *errors)
 {
-    if (errors->count) fail_msg("%d errors, first: %s", errors->count, errors->line[0]);
+    if (errors->count)
+        fail_msg("%d errors, first: %s", errors->count, errors->line[0]);
 }
 
 static inline char *echo_text(const struct deck *deck, size_t *length)

@@ -1,19 +1,21 @@
-/* test_deck_rules.c - presets, derived values, overrides, the echo and the reference deck; the production layouts at their
- * rank counts (parallel.md 11.2); and the table itself: every key is accepted or, where its feature is missing, refused by name.
+/* test_deck_rules.c - presets, derived values, overrides, the echo and the reference deck; the
+ * production layouts at their rank counts (parallel.md 11.2); and the table itself: every key is
+ * accepted or, where its feature is missing, refused by name.
  */
 #include "test_deck.h"
 
 static const char tiny_train[] =
     "&run train_iters = 10 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n";
 
-static void resolve_text(struct deck *deck, const char *text, int ranks, struct errors *errors, const char *const *overrides)
+static void resolve_text(struct deck *deck, const char *text, int ranks, struct errors *errors,
+                         const char *const *overrides)
 {
     make_deck(deck, "x.nml", text, strlen(text), ranks, errors, overrides);
 }
 
 #define OVERRIDES(...) ((const char *const[]){ __VA_ARGS__, NULL })
 
-/* ---- the table ----------------------------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------- */
 
 static void assert_word(const char *group, const char *key, int position, const char *word)
 {
@@ -46,7 +48,8 @@ static void choice_constants_are_positions_of_words(void **state)
     assert_word("vision", "preset", DECK_VISION_CUSTOM, "custom");
     assert_word("language", "recompute_granularity", DECK_RECOMPUTE_FULL, "full");
     assert_word("language", "recompute_granularity", DECK_RECOMPUTE_SELECTIVE, "selective");
-    assert_word("moe", "moe_router_load_balancing_type", DECK_BALANCING_SEQ_AUX_LOSS, "seq_aux_loss");
+    assert_word("moe", "moe_router_load_balancing_type", DECK_BALANCING_SEQ_AUX_LOSS,
+                "seq_aux_loss");
     assert_word("moe", "moe_router_load_balancing_type", DECK_BALANCING_NONE, "none");
     assert_word("projector", "vision_projection_type", DECK_PROJECTION_MLP, "mlp");
     assert_word("projector", "projection_normalization", DECK_PROJECTION_NORM_RMSNORM, "rmsnorm");
@@ -80,8 +83,10 @@ static void every_row_is_sound(void **state)
         assert_true(strlen(p->help) > 5);
         assert_int_equal(deck_table_find(p->group, p->key), row);
         assert_true(strlen(p->key) <= DECK_NAME_MAX);
-        if (p->type == DECK_TYPE_CHOICE) assert_true(deck_table_word(p->words, p->text) >= 0);
-        if (p->type == DECK_TYPE_INTEGER) assert_true(p->min <= p->max);
+        if (p->type == DECK_TYPE_CHOICE)
+            assert_true(deck_table_word(p->words, p->text) >= 0);
+        if (p->type == DECK_TYPE_INTEGER)
+            assert_true(p->min <= p->max);
         assert_int_equal(p->only == NULL, p->feature == NULL);
     }
 }
@@ -91,24 +96,29 @@ static char *other_value(int row)
 {
     const struct deck_param *p = &deck_table[row];
     switch (p->type) {
-    case DECK_TYPE_INTEGER: return xasprintf("%lld", (long long)(p->max == p->integer ? p->min : p->max));
-    case DECK_TYPE_REAL: return xasprintf("%.17g", p->real_max == p->real ? p->real_min : p->real_max);
+    case DECK_TYPE_INTEGER:
+        return xasprintf("%lld", (long long)(p->max == p->integer ? p->min : p->max));
+    case DECK_TYPE_REAL:
+        return xasprintf("%.17g", p->real_max == p->real ? p->real_min : p->real_max);
     case DECK_TYPE_LOGICAL: return xstrdup(p->logical ? "F" : "T");
     case DECK_TYPE_STRING: return xstrdup("other");
     case DECK_TYPE_INTEGERS: return xstrdup("3,4");
     case DECK_TYPE_STRINGS: return xstrdup("mlp,moe");
     case DECK_TYPE_CHOICE:
-        for (int n = 0;; n++) {   /* the last word that is neither default nor known to work already */
+        /* the last word that is neither default nor known to work already */
+        for (int n = 0;; n++) {
             char *word = deck_table_nth_word(p->words, n);
             assert_non_null(word);
-            if (strcmp(word, p->text) && (!p->only || deck_table_word(p->only, word) < 0)) return word;
+            if (strcmp(word, p->text) && (!p->only || deck_table_word(p->only, word) < 0))
+                return word;
             free(word);
         }
     }
     return NULL;
 }
 
-/* Reading takes any value in range and nothing outside; resolving refuses it by name exactly where the feature is missing. */
+/* Reading takes any value in range and nothing outside; resolving refuses it by name exactly where
+ * the feature is missing. */
 static void every_key_is_accepted_or_refused_by_name(void **state)
 {
     int refused = 0;
@@ -126,10 +136,14 @@ static void every_key_is_accepted_or_refused_by_name(void **state)
         char *needle = xasprintf("%s.%s = ", p->group, p->key);
         bool named = false;
         for (int i = 0; i < errors.count; i++)
-            if (strstr(errors.line[i], needle) && strstr(errors.line[i], "is not built yet")) named = true;
-        bool ruled = has_error(&errors, needle) && !named;   /* a condition between keys spoke first */
-        if (p->only) assert_true(named || ruled);
-        else assert_int_equal(deck.derived.not_built, 0);
+            if (strstr(errors.line[i], needle) && strstr(errors.line[i], "is not built yet"))
+                named = true;
+        /* a condition between keys spoke first */
+        bool ruled = has_error(&errors, needle) && !named;
+        if (p->only)
+            assert_true(named || ruled);
+        else
+            assert_int_equal(deck.derived.not_built, 0);
         refused += named;
         free(needle);
         free(override);
@@ -158,20 +172,23 @@ static void every_key_refuses_wrong_types_and_ranges(void **state)
             wrong[n++] = beyond, wrong[n++] = "T", wrong[n++] = "'1'", wrong[n++] = "1e";
             break;
         case DECK_TYPE_LOGICAL: wrong[n++] = "1", wrong[n++] = "'T'", wrong[n++] = "on"; break;
-        case DECK_TYPE_CHOICE: wrong[n++] = "1", wrong[n++] = "T", wrong[n++] = "'no such word'"; break;
+        case DECK_TYPE_CHOICE:
+            wrong[n++] = "1", wrong[n++] = "T", wrong[n++] = "'no such word'";
+            break;
         case DECK_TYPE_STRING: wrong[n++] = "1", wrong[n++] = "T", wrong[n++] = "word"; break;
         case DECK_TYPE_STRINGS: wrong[n++] = "1", wrong[n++] = "'no such word'"; break;
         }
         for (int i = 0; i < n; i++) {
-            char *text = xasprintf("&%s\n  %s = %s\n/\n", p->group, p->key, wrong[i]), *place = xasprintf(
-                "x.nml:2:%d: error: %s.%s = %s: ", (int)strlen(p->key) + 6, p->group, p->key, wrong[i]);
+            char *text = xasprintf("&%s\n  %s = %s\n/\n", p->group, p->key, wrong[i]),
+                 *place = xasprintf("x.nml:2:%d: error: %s.%s = %s: ", (int)strlen(p->key) + 6,
+                                    p->group, p->key, wrong[i]);
             struct deck deck = { 0 };
             struct errors errors = { 0 };
             resolve_text(&deck, text, 0, &errors, NULL);
             assert_int_equal(errors.count, 1);
             assert_int_equal(errors.worst, EXIT_DECK);
             assert_int_equal(strncmp(errors.line[0], place, strlen(place)), 0);
-            assert_true(deck_table_is_default(&deck, row));   /* nothing was assigned */
+            assert_true(deck_table_is_default(&deck, row)); /* nothing was assigned */
             deck_free(&deck);
             errors_free(&errors);
             free(text);
@@ -180,7 +197,7 @@ static void every_key_refuses_wrong_types_and_ranges(void **state)
     }
 }
 
-/* ---- presets and derived values ------------------------------------------------------------------------------------ */
+/* ---- presets and derived values -------------------------------------------------------------- */
 
 static void preset_tiny_has_the_values_of_the_specification(void **state)
 {
@@ -230,8 +247,8 @@ static void preset_tiny_has_the_values_of_the_specification(void **state)
     errors_free(&errors);
 }
 
-static void check_nemotron(const char *preset, int layers, int mamba, int mixture, int attention, int groups, int class_tokens,
-                           int image_token)
+static void check_nemotron(const char *preset, int layers, int mamba, int mixture, int attention,
+                           int groups, int class_tokens, int image_token)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
@@ -239,7 +256,8 @@ static void check_nemotron(const char *preset, int layers, int mamba, int mixtur
     resolve_text(&d, "&run train_iters = 1 /\n&lr lr = 1e-3 /\n", 1, &errors, OVERRIDES(override));
     assert_no_errors(&errors);
     int count[128] = { 0 };
-    for (const char *p = d.derived.pattern; *p; p++) count[(int)*p]++;
+    for (const char *p = d.derived.pattern; *p; p++)
+        count[(int)*p]++;
     assert_int_equal(d.derived.num_layers, layers);
     assert_int_equal(count['M'], mamba);
     assert_int_equal(count['E'], mixture);
@@ -280,11 +298,13 @@ static void custom_model_derives_what_megatron_derives(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, "&run train_samples = 100 /\n&lr lr = 1 /\n&language preset = 'custom', hybrid_layer_pattern = 'M*-', hidden_size = 32,"
-                 " vocab_size = 100, seq_length = 32, num_attention_heads = 4 /\n&mamba mamba_head_dim = 8, mamba_state_dim = 4 /\n"
-                 "&vision preset = 'custom', num_layers = 1, hidden_size = 16, num_attention_heads = 2, dynamic_resolution = F /\n"
-                 "&data image_seq_length = 0 /\n&batch global_batch_size = 8 /", 1, &errors,
-                 OVERRIDES("vision.img_h=32", "vision.img_w=32", "vision.patch_dim=8"));
+    resolve_text(
+        &d,
+        "&run train_samples = 100 /\n&lr lr = 1 /\n&language preset = 'custom', hybrid_layer_pattern = 'M*-', hidden_size = 32,"
+        " vocab_size = 100, seq_length = 32, num_attention_heads = 4 /\n&mamba mamba_head_dim = 8, mamba_state_dim = 4 /\n"
+        "&vision preset = 'custom', num_layers = 1, hidden_size = 16, num_attention_heads = 2, dynamic_resolution = F /\n"
+        "&data image_seq_length = 0 /\n&batch global_batch_size = 8 /",
+        1, &errors, OVERRIDES("vision.img_h=32", "vision.img_w=32", "vision.patch_dim=8"));
     assert_no_errors(&errors);
     assert_int_equal(d.language.kv_channels, 8);
     assert_int_equal(d.language.num_query_groups, 4);
@@ -292,16 +312,20 @@ static void custom_model_derives_what_megatron_derives(void **state)
     assert_true(d.language.init_method_std == 0.02);
     assert_int_equal(d.mamba.mamba_num_heads, 8);
     assert_int_equal(d.vision.ffn_hidden_size, 64);
-    assert_int_equal(d.data.image_seq_length, 4);          /* 4x4 patches, shuffled */
+    assert_int_equal(d.data.image_seq_length, 4); /* 4x4 patches, shuffled */
     assert_int_equal(d.data.image_token_id, 99);
     assert_int_equal(d.derived.padded_vocab, 128);
-    assert_int_equal(d.derived.train_iterations, 12);      /* floor(100 / 8) */
+    assert_int_equal(d.derived.train_iterations, 12); /* floor(100 / 8) */
     assert_int_equal(d.lr.lr_decay_samples, 100);
     deck_free(&d);
     errors_free(&errors);
 }
 
-struct production { const char *path; int ranks, encoder, llm_dp, microbatches, lanes, offset; int64_t iterations; };
+struct production {
+    const char *path;
+    int ranks, encoder, llm_dp, microbatches, lanes, offset;
+    int64_t iterations;
+};
 
 static void p11_2_production_layouts_at_their_rank_counts(void **state)
 {
@@ -330,7 +354,7 @@ static void p11_2_production_layouts_at_their_rank_counts(void **state)
         assert_true(d.derived.bf16);
         deck_free(&d);
         errors_free(&errors);
-        make_deck_file(&d, p->path, p->ranks - 8, &errors, NULL);   /* a node is missing */
+        make_deck_file(&d, p->path, p->ranks - 8, &errors, NULL); /* a node is missing */
         assert_int_equal(errors.worst, EXIT_ENVIRONMENT);
         assert_false(d.derived.complete);
         deck_free(&d);
@@ -352,7 +376,8 @@ static void layout_auto_splits_even_jobs_in_halves(void **state)
             assert_int_equal(d.topology.encoder_dp, ranks / 2);
             assert_int_equal(d.topology.llm_dp, ranks / 2);
             assert_int_equal(d.topology.llm_offset, ranks / 2);
-            assert_int_equal(d.topology.llm_ep, ranks / 2 % 2 ? 1 : ranks / 2);   /* gcd(ranks / 2, 8 experts) */
+            /* gcd(ranks / 2, 8 experts) */
+            assert_int_equal(d.topology.llm_ep, ranks / 2 % 2 ? 1 : ranks / 2);
             assert_int_equal(d.batch.global_batch_size, ranks / 2);
         } else {
             assert_int_equal(errors.worst, EXIT_ENVIRONMENT);
@@ -366,7 +391,10 @@ static void layout_auto_splits_even_jobs_in_halves(void **state)
 
 static void dp_sizes_are_derived_from_what_is_given(void **state)
 {
-    static const struct { const char *given; int ranks, encoder, llm, offset; } cases[] = {
+    static const struct {
+        const char *given;
+        int ranks, encoder, llm, offset;
+    } cases[] = {
         { "layout='disjoint', encoder_dp = 2", 10, 2, 8, 2 },
         { "layout='disjoint', llm_dp = 4", 6, 2, 4, 2 },
         { "layout='disjoint', llm_offset = 1", 4, 1, 3, 1 },
@@ -402,7 +430,8 @@ static void stages_freeze_what_the_table_says_and_keys_override(void **state)
         assert_int_equal(d.derived.freeze_language, stage == 1);
         assert_int_equal(d.stage.freeze_vit, stage < 3);
         deck_free(&d);
-        resolve_text(&d, tiny_train, 1, &errors, OVERRIDES(override, "stage.freeze_vit=F", "stage.freeze_projection=T"));
+        resolve_text(&d, tiny_train, 1, &errors,
+                     OVERRIDES(override, "stage.freeze_vit=F", "stage.freeze_projection=T"));
         assert_false(d.derived.freeze_encoder);
         assert_true(d.derived.freeze_projector);
         assert_no_errors(&errors);
@@ -414,8 +443,14 @@ static void stages_freeze_what_the_table_says_and_keys_override(void **state)
 
 static void eval_iters_follow_whether_validation_is_asked_for(void **state)
 {
-    static const struct { const char *override; int64_t expect; } cases[] = {
-        { "run.title=none asked", 0 }, { "eval.eval_interval=5", 100 }, { "run.mode=eval", 100 }, { "eval.eval_iters=7", 7 },
+    static const struct {
+        const char *override;
+        int64_t expect;
+    } cases[] = {
+        { "run.title=none asked", 0 },
+        { "eval.eval_interval=5", 100 },
+        { "run.mode=eval", 100 },
+        { "eval.eval_iters=7", 7 },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct deck d = { 0 };
@@ -446,8 +481,9 @@ static void huge_sizes_do_not_overflow(void **state)
     struct deck d = { 0 };
     struct errors errors = { 0 };
     resolve_text(&d, tiny_train, 2147483646, &errors,
-                 OVERRIDES("batch.micro_batch_size=1048576", "topology.layout=colocated", "language.hidden_size=1048576",
-                           "language.seq_length=16777216", "language.vocab_size=2147483647", "run.train_iters=1000000000"));
+                 OVERRIDES("batch.micro_batch_size=1048576", "topology.layout=colocated",
+                           "language.hidden_size=1048576", "language.seq_length=16777216",
+                           "language.vocab_size=2147483647", "run.train_iters=1000000000"));
     assert_true(d.derived.padded_vocab >= 2147483647);
     deck_free(&d);
     errors_free(&errors);
@@ -457,9 +493,11 @@ static void shared_expert_overlap_excludes_its_recomputation(void **state)
 {
     static const char message[] =
         "moe.moe_shared_expert_overlap = .true.: not together with 'shared_experts' in language.recompute_modules";
-    const char *const overrides[] = { "moe.moe_shared_expert_overlap=T", "language.recompute_modules=mlp,shared_experts",
+    const char *const overrides[] = { "moe.moe_shared_expert_overlap=T",
+                                      "language.recompute_modules=mlp,shared_experts",
                                       "language.recompute_granularity=selective", NULL };
-    const char *const others[] = { "moe.moe_shared_expert_overlap=T", "language.recompute_modules=mlp,moe",
+    const char *const others[] = { "moe.moe_shared_expert_overlap=T",
+                                   "language.recompute_modules=mlp,moe",
                                    "language.recompute_granularity=selective", NULL };
     for (int i = 0; i < 2; i++) {
         struct deck deck = { 0 };
@@ -471,15 +509,16 @@ static void shared_expert_overlap_excludes_its_recomputation(void **state)
     }
 }
 
-/* ---- overrides ----------------------------------------------------------------------------------------------------- */
+/* ---- overrides ------------------------------------------------------------------------------- */
 
 static void overrides_win_and_strings_need_no_quotes(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
     resolve_text(&d, tiny_train, 1, &errors,
-                 OVERRIDES("run.train_iters=3", "run.output_dir=/tmp/a b=c", "run.title='quoted'", "CHECKPOINT.Save=\"x\"",
-                           "batch.iterations_to_skip=1,2 3*5", "lr.lr = 2d-3", "checkpoint.load=it's", "log.log_timers=.true.",
+                 OVERRIDES("run.train_iters=3", "run.output_dir=/tmp/a b=c", "run.title='quoted'",
+                           "CHECKPOINT.Save=\"x\"", "batch.iterations_to_skip=1,2 3*5",
+                           "lr.lr = 2d-3", "checkpoint.load=it's", "log.log_timers=.true.",
                            "language.recompute_modules=core_attn", "data.image_token="));
     assert_no_errors(&errors);
     assert_int_equal(d.run.train_iters, 3);
@@ -502,22 +541,33 @@ static void overrides_win_and_strings_need_no_quotes(void **state)
 
 static void wrong_overrides_are_refused(void **state)
 {
-    static const struct { const char *override, *message; } cases[] = {
-        { "run.train_iters", "command line: error: 'run.train_iters': an override is group.key=value" },
-        { "lr=1", "command line: error: 'lr=1': an override is group.key=value; lr belongs to &lr" },
+    static const struct {
+        const char *override, *message;
+    } cases[] = {
+        { "run.train_iters",
+          "command line: error: 'run.train_iters': an override is group.key=value" },
+        { "lr=1",
+          "command line: error: 'lr=1': an override is group.key=value; lr belongs to &lr" },
         { "=1", "command line: error: '=1': an override is group.key=value" },
-        { "run.train_iter=1", "command line: error: 'run.train_iter=1': &run has no key 'train_iter'; did you mean train_iters?" },
-        { "rum.seed=1", "command line: error: 'rum.seed=1': there is no group &rum; did you mean &run?" },
+        { "run.train_iter=1",
+          "command line: error: 'run.train_iter=1': &run has no key 'train_iter'; did you mean train_iters?" },
+        { "rum.seed=1",
+          "command line: error: 'rum.seed=1': there is no group &rum; did you mean &run?" },
         { "run.train_iters=", "command line: error: run.train_iters: value missing" },
-        { "run.train_iters=1,2", "command line: error: run.train_iters = 1, 2: 2 values, at most 1" },
+        { "run.train_iters=1,2",
+          "command line: error: run.train_iters = 1, 2: 2 values, at most 1" },
         { "run.train_iters=1 /", "command line: error: run.train_iters: unexpected '/'" },
-        { "run.train_iters=1.0", "command line: error: run.train_iters = 1.0: integer expected, write 1" },
+        { "run.train_iters=1.0",
+          "command line: error: run.train_iters = 1.0: integer expected, write 1" },
         { "run.seed=5\n", "command line: error: byte 0x0A is not text (control character)" },
-        { "run.backend=gpu", "command line: error: run.backend = 'gpu': must be 'auto', 'ref', 'cuda' or 'shadow'" },
+        { "run.backend=gpu",
+          "command line: error: run.backend = 'gpu': must be 'auto', 'ref', 'cuda' or 'shadow'" },
         { "batch.iterations_to_skip(2)=3",
           "command line: error: 'batch.iterations_to_skip(2)=3': give the whole list, an element cannot be set here" },
-        { "batch.iterations_to_skip=99999999999*1", "command line: error: batch.iterations_to_skip: 99999999999 values, at most 64" },
-        { "log.log_timers=yes", "command line: error: log.log_timers = yes: logical expected, write T or F" },
+        { "batch.iterations_to_skip=99999999999*1",
+          "command line: error: batch.iterations_to_skip: 99999999999 values, at most 64" },
+        { "log.log_timers=yes",
+          "command line: error: log.log_timers = yes: logical expected, write T or F" },
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct deck d = { 0 };
@@ -538,7 +588,7 @@ static void wrong_overrides_are_refused(void **state)
     errors_free(&errors);
 }
 
-/* ---- echo and reference -------------------------------------------------------------------------------------------- */
+/* ---- echo and reference ---------------------------------------------------------------------- */
 
 static void assert_echo_reads_back(const struct deck *deck, int ranks)
 {
@@ -547,9 +597,11 @@ static void assert_echo_reads_back(const struct deck *deck, int ranks)
     struct deck back = { 0 };
     struct errors errors = { 0 };
     make_deck(&back, "echo", echo, length, ranks, &errors, NULL);
-    if (!deck->derived.not_built && !deck->derived.no_backend) assert_no_errors(&errors);
+    if (!deck->derived.not_built && !deck->derived.no_backend)
+        assert_no_errors(&errors);
     for (int row = 0; row < DECK_ROWS; row++)
-        if (!deck_table_equal(deck, &back, row)) fail_msg("%s.%s differs after the echo", deck_table[row].group, deck_table[row].key);
+        if (!deck_table_equal(deck, &back, row))
+            fail_msg("%s.%s differs after the echo", deck_table[row].group, deck_table[row].key);
     assert_memory_equal(&deck->derived, &back.derived, sizeof back.derived);
     size_t again_length;
     char *again = echo_text(&back, &again_length);
@@ -569,10 +621,19 @@ static void assert_echo_reads_back(const struct deck *deck, int ranks)
 
 static void echo_of_every_input_deck_reads_back_to_equal_values(void **state)
 {
-    static const struct { const char *path; int ranks[4]; } decks[] = {
-        { "input/mock_tiny.nml", { 1, 2, 4, 16 } }, { "input/stage1.nml", { 1, 2, 8, 48 } }, { "input/stage2.nml", { 1, 2, 8, 48 } },
-        { "input/mock_20l.nml", { 8 } }, { "input/hel_9n.nml", { 72 } }, { "input/hel_17n.nml", { 136 } },
-        { "input/hel_33n.nml", { 264 } }, { "input/hel_68n.nml", { 544 } }, { "input/hel_100n.nml", { 800 } },
+    static const struct {
+        const char *path;
+        int ranks[4];
+    } decks[] = {
+        { "input/mock_tiny.nml", { 1, 2, 4, 16 } },
+        { "input/stage1.nml", { 1, 2, 8, 48 } },
+        { "input/stage2.nml", { 1, 2, 8, 48 } },
+        { "input/mock_20l.nml", { 8 } },
+        { "input/hel_9n.nml", { 72 } },
+        { "input/hel_17n.nml", { 136 } },
+        { "input/hel_33n.nml", { 264 } },
+        { "input/hel_68n.nml", { 544 } },
+        { "input/hel_100n.nml", { 800 } },
     };
     for (size_t i = 0; i < sizeof decks / sizeof decks[0]; i++)
         for (int k = 0; k < 4 && decks[i].ranks[k]; k++) {
@@ -611,8 +672,9 @@ static void echo_tells_where_each_value_came_from(void **state)
     size_t length;
     char *echo = echo_text(&d, &length);
     static const char *const lines[][2] = {
-        { "  train_iters = 10 ", "! deck:1\n" }, { "  seed = 7 ", "! command line\n" }, { "  hidden_size = 64 ", "! preset\n" },
-        { "  encoder_dp = 1 ", "! derived\n" }, { "  clip_grad = 1.0 ", "! default\n" }, { "  preset = 'tiny' ", "! deck:2\n" },
+        { "  train_iters = 10 ", "! deck:1\n" }, { "  seed = 7 ", "! command line\n" },
+        { "  hidden_size = 64 ", "! preset\n" }, { "  encoder_dp = 1 ", "! derived\n" },
+        { "  clip_grad = 1.0 ", "! default\n" }, { "  preset = 'tiny' ", "! deck:2\n" },
     };
     for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
         char *at = strstr(echo, lines[i][0]);
@@ -620,8 +682,10 @@ static void echo_tells_where_each_value_came_from(void **state)
         assert_int_equal(strncmp(strchr(at, '!'), lines[i][1], strlen(lines[i][1])), 0);
     }
     const char *before = echo;
-    for (int row = 0; row < DECK_ROWS; row++) {   /* complete and in table order */
-        char *needle = xasprintf("\n  %s%s ", strcmp(deck_table[row].key, "iterations_to_skip") ? "" : "! ", deck_table[row].key);
+    for (int row = 0; row < DECK_ROWS; row++) { /* complete and in table order */
+        char *needle =
+            xasprintf("\n  %s%s ", strcmp(deck_table[row].key, "iterations_to_skip") ? "" : "! ",
+                      deck_table[row].key);
         const char *at = strstr(before, needle);
         assert_non_null(at);
         before = at;
@@ -680,18 +744,24 @@ static void reference_deck_gives_the_run_of_an_empty_deck(void **state)
     resolve_text(&b, "&run /", 2, &errors, more);
     assert_no_errors(&errors);
     for (int row = 0; row < DECK_ROWS; row++)
-        if (!deck_table_equal(&a, &b, row)) fail_msg("%s.%s differs", deck_table[row].group, deck_table[row].key);
+        if (!deck_table_equal(&a, &b, row))
+            fail_msg("%s.%s differs", deck_table[row].group, deck_table[row].key);
     deck_free(&a);
     deck_free(&b);
     errors_free(&errors);
 }
 
-struct visited { int count; bool in_order; };
+struct visited {
+    int count;
+    bool in_order;
+};
 
-static void visit(void *ctx, const char *group, const char *key, const char *value, enum deck_origin origin)
+static void visit(void *ctx, const char *group, const char *key, const char *value,
+                  enum deck_origin origin)
 {
     struct visited *v = ctx;
-    if (deck_table_find(group, key) != v->count++ || !value) v->in_order = false;
+    if (deck_table_find(group, key) != v->count++ || !value)
+        v->in_order = false;
 }
 
 static void visit_calls_every_key_in_table_order(void **state)
@@ -709,19 +779,23 @@ static void visit_calls_every_key_in_table_order(void **state)
 
 static void input_decks_hold_only_differences(void **state)
 {
-    static const char *const paths[] = { "input/mock_tiny.nml", "input/stage1.nml", "input/stage2.nml", "input/mock_20l.nml",
-        "input/hel_9n.nml", "input/hel_17n.nml", "input/hel_33n.nml", "input/hel_68n.nml", "input/hel_100n.nml" };
+    static const char *const paths[] = { "input/mock_tiny.nml", "input/stage1.nml",
+                                         "input/stage2.nml",    "input/mock_20l.nml",
+                                         "input/hel_9n.nml",    "input/hel_17n.nml",
+                                         "input/hel_33n.nml",   "input/hel_68n.nml",
+                                         "input/hel_100n.nml" };
     for (size_t i = 0; i < sizeof paths / sizeof paths[0]; i++) {
         size_t length;
         char *text = slurp(paths[i], &length);
-        assert_int_equal(text[0], '!');   /* its purpose */
+        assert_int_equal(text[0], '!'); /* its purpose */
         struct deck d = { 0 };
         struct errors errors = { 0 };
         make_deck(&d, paths[i], text, length, 0, &errors, NULL);
         assert_no_errors(&errors);
         for (int row = 0; row < DECK_ROWS; row++)
             if (d.source[row].origin == DECK_FROM_DECK && deck_table_is_default(&d, row))
-                fail_msg("%s: %s.%s is the default", paths[i], deck_table[row].group, deck_table[row].key);
+                fail_msg("%s: %s.%s is the default", paths[i], deck_table[row].group,
+                         deck_table[row].key);
         free(text);
         deck_free(&d);
         errors_free(&errors);
@@ -731,22 +805,29 @@ static void input_decks_hold_only_differences(void **state)
 static void suggestions_name_near_keys_and_their_group(void **state)
 {
     char out[200];
-    assert_string_equal(deck_table_suggest("moe", "moe_router_top_k", out, sizeof out), "; did you mean moe_router_topk?");
-    assert_string_equal(deck_table_suggest("lr", "seed", out, sizeof out), "; seed belongs to &run");
-    assert_string_equal(deck_table_suggest("lr", "--lr-decay-style", out, sizeof out), "; did you mean lr_decay_style?");
-    assert_string_equal(deck_table_suggest("lr", "sede", out, sizeof out), "; did you mean seed in &run?");
+    assert_string_equal(deck_table_suggest("moe", "moe_router_top_k", out, sizeof out),
+                        "; did you mean moe_router_topk?");
+    assert_string_equal(deck_table_suggest("lr", "seed", out, sizeof out),
+                        "; seed belongs to &run");
+    assert_string_equal(deck_table_suggest("lr", "--lr-decay-style", out, sizeof out),
+                        "; did you mean lr_decay_style?");
+    assert_string_equal(deck_table_suggest("lr", "sede", out, sizeof out),
+                        "; did you mean seed in &run?");
     assert_string_equal(deck_table_suggest("lr", "completely_different", out, sizeof out), "");
-    assert_string_equal(deck_table_suggest("toplogy", NULL, out, sizeof out), "; did you mean &topology?");
+    assert_string_equal(deck_table_suggest("toplogy", NULL, out, sizeof out),
+                        "; did you mean &topology?");
     assert_int_equal(deck_table_distance("abcd", "abdc", 9), 1);
     assert_int_equal(deck_table_distance("kitten", "sitting", 9), 3);
     assert_int_equal(deck_table_distance("", "abc", 9), 3);
     assert_int_equal(deck_table_distance("abc", "xyz", 2), 3);
 }
 
-/* Upstream fixes the encoder's other sizes and its place; more than one sharded optimizer is refused there. */
+/* Upstream fixes the encoder's other sizes and its place; more than one sharded optimizer is
+ * refused there. */
 static void p12_10_82_there_is_no_key_for_what_is_fixed(void **state)
 {
-    static const char *const keys[] = { "topology.encoder_cp=1", "topology.encoder_ep=1", "topology.encoder_expt_tp=1", "topology.encoder_offset=0",
+    static const char *const keys[] = { "topology.encoder_cp=1", "topology.encoder_ep=1",
+                                        "topology.encoder_expt_tp=1", "topology.encoder_offset=0",
                                         "optimizer.num_distributed_optimizer_instances=2" };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         const char *const overrides[] = { keys[i], NULL };
@@ -762,11 +843,13 @@ static void p12_10_82_there_is_no_key_for_what_is_fixed(void **state)
 
 static void p12_46_layers_must_divide_over_the_stages(void **state)
 {
-    const char *const overrides[] = { "language.hybrid_layer_pattern=M*", "topology.llm_pp=3", "topology.layout=language_only", NULL };
+    const char *const overrides[] = { "language.hybrid_layer_pattern=M*", "topology.llm_pp=3",
+                                      "topology.layout=language_only", NULL };
     struct deck deck = { 0 };
     struct errors errors = { 0 };
     make_deck_file(&deck, "input/mock_tiny.nml", 3, &errors, overrides);
-    assert_true(has_error(&errors, "2 layers without | cannot be cut into topology.llm_pp = 3 equal stages"));
+    assert_true(has_error(
+        &errors, "2 layers without | cannot be cut into topology.llm_pp = 3 equal stages"));
     deck_free(&deck);
     errors_free(&errors);
 }

@@ -1,14 +1,19 @@
-/* test_gradients.c - every parameter's gradient against finite differences in fp64: each layer kind alone and the whole model.
+/* test_gradients.c - every parameter's gradient against finite differences in fp64: each layer kind
+ * alone and the whole model.
  *
- * Directional derivative along a random unit direction, fourth-order central formula, of loss_sum plus the attached auxiliary term.
- * The discrete choices (dispatched experts, auxiliary counts through the loss itself) must not change between the evaluations: a step
- * across a tie of the router is shortened, and that the last one crosses none is asserted. |fd - g| <= 1e-6 |g| + 1e-10. A gradient of exactly zero fails unless it is listed below with its reason.
+ * Directional derivative along a random unit direction, fourth-order central formula, of loss_sum
+ * plus the attached auxiliary term. The discrete choices (dispatched experts, auxiliary counts
+ * through the loss itself) must not change between the evaluations: a step across a tie of the
+ * router is shortened, and that the last one crosses none is asserted. |fd - g| <= 1e-6 |g| +
+ * 1e-10. A gradient of exactly zero fails unless it is listed below with its reason.
  */
 #include "model_fixture.h"
 #include "rng.h"
 
 /* Parameters whose gradient is zero in theory. */
-static const struct { const char *name, *reason; } zero_gradient[] = {
+static const struct {
+    const char *name, *reason;
+} zero_gradient[] = {
     { "mlp.router.expert_bias", "a buffer: it moves the choice only" },
 };
 
@@ -37,8 +42,10 @@ static int32_t *choices(struct fixture *f, int64_t *n)
     return all;
 }
 
-/* Loss at value + h*v; the parameter is restored afterwards. *same becomes false when an expert's choice changes. */
-static double loss_at(struct fixture *f, struct param *p, const double *v, double h, const int32_t *choice, bool *same)
+/* Loss at value + h*v; the parameter is restored afterwards. *same becomes false when an expert's
+ * choice changes. */
+static double loss_at(struct fixture *f, struct param *p, const double *v, double h,
+                      const int32_t *choice, bool *same)
 {
     const int64_t n = tensor_numel(&p->value);
     double *x = p->value.data, *keep = xcalloc((size_t)n, sizeof *keep);
@@ -55,11 +62,13 @@ static double loss_at(struct fixture *f, struct param *p, const double *v, doubl
     return loss;
 }
 
-static double derivative(struct fixture *f, struct param *p, const double *v, double h, const int32_t *choice, bool *same)
+static double derivative(struct fixture *f, struct param *p, const double *v, double h,
+                         const int32_t *choice, bool *same)
 {
     *same = true;
     const double near = loss_at(f, p, v, h, choice, same) - loss_at(f, p, v, -h, choice, same);
-    const double far = loss_at(f, p, v, 2 * h, choice, same) - loss_at(f, p, v, -2 * h, choice, same);
+    const double far =
+        loss_at(f, p, v, 2 * h, choice, same) - loss_at(f, p, v, -2 * h, choice, same);
     return (8.0 * near - far) / (12.0 * h);
 }
 
@@ -88,8 +97,8 @@ static void check_param(struct fixture *f, struct param *p, const int32_t *choic
     if (!same)
         fail_msg("%s: the router's choice changes within a step of %.1e", p->name, h);
     if (!(fabs(fd - gv) <= 1e-6 * fabs(gv) + 1e-10))
-        fail_msg("%s.%s: finite difference %.12e, gradient %.12e, relative %.2e", model_module_names[p->module], p->name, fd, gv,
-                 fabs(fd - gv) / fabs(gv));
+        fail_msg("%s.%s: finite difference %.12e, gradient %.12e, relative %.2e",
+                 model_module_names[p->module], p->name, fd, gv, fabs(fd - gv) / fabs(gv));
     free(v);
 }
 
@@ -124,12 +133,30 @@ static void check_model(int n, const char *const *overrides, bool expect_all)
         check_model((int)(sizeof o / sizeof o[0]), o, expect_all); \
     } while (0)
 
-static void layer_mamba_alone(void **state) { CHECK_MODEL(true, "language.hybrid_layer_pattern=M"); }
-static void layer_attention_alone(void **state) { CHECK_MODEL(true, "language.hybrid_layer_pattern=*"); }
-static void layer_moe_alone(void **state) { CHECK_MODEL(true, "language.hybrid_layer_pattern=E"); }
-static void layer_mlp_alone(void **state) { CHECK_MODEL(true, "language.hybrid_layer_pattern=-"); }
-static void whole_tiny_model(void **state) { CHECK_MODEL(true, "batch.micro_batch_size=2"); }
-static void projector_mlp(void **state) { CHECK_MODEL(true, "language.hybrid_layer_pattern=*", "projector.vision_projection_type=mlp"); }
+static void layer_mamba_alone(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=M");
+}
+static void layer_attention_alone(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=*");
+}
+static void layer_moe_alone(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=E");
+}
+static void layer_mlp_alone(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=-");
+}
+static void whole_tiny_model(void **state)
+{
+    CHECK_MODEL(true, "batch.micro_batch_size=2");
+}
+static void projector_mlp(void **state)
+{
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=*", "projector.vision_projection_type=mlp");
+}
 static void projector_mlp_rmsnorm(void **state)
 {
     CHECK_MODEL(true, "language.hybrid_layer_pattern=*", "projector.vision_projection_type=mlp",
@@ -145,11 +172,18 @@ static void encoder_in_cpe_eval_mode(void **state)
 }
 static void fixed_resolution(void **state)
 {
-    CHECK_MODEL(true, "language.hybrid_layer_pattern=-", "vision.dynamic_resolution=F", "vision.img_h=32", "vision.img_w=32",
-                "data.image_seq_length=16", "data.num_image_tiles=1");
+    CHECK_MODEL(true, "language.hybrid_layer_pattern=-", "vision.dynamic_resolution=F",
+                "vision.img_h=32", "vision.img_w=32", "data.image_seq_length=16",
+                "data.num_image_tiles=1");
 }
-static void m6_33_stage_1_trains_the_projector_alone(void **state) { CHECK_MODEL(false, "stage.training_stage=1"); }
-static void m6_33_stage_2_freezes_the_encoder(void **state) { CHECK_MODEL(false, "stage.training_stage=2"); }
+static void m6_33_stage_1_trains_the_projector_alone(void **state)
+{
+    CHECK_MODEL(false, "stage.training_stage=1");
+}
+static void m6_33_stage_2_freezes_the_encoder(void **state)
+{
+    CHECK_MODEL(false, "stage.training_stage=2");
+}
 static void no_balancing_loss(void **state)
 {
     CHECK_MODEL(true, "language.hybrid_layer_pattern=E", "moe.moe_router_load_balancing_type=none");
@@ -160,7 +194,8 @@ static void forced_load_balancing(void **state)
     CHECK_MODEL(true, "language.hybrid_layer_pattern=E", "moe.moe_router_force_load_balancing=T");
 }
 
-/* The encoder's keys: adding a constant to every key of a head shifts all scores of a query equally, so the bias gradient is zero. */
+/* The encoder's keys: adding a constant to every key of a head shifts all scores of a query
+ * equally, so the bias gradient is zero. */
 static void encoder_key_bias_has_no_gradient(void **state)
 {
     static const char *const o[] = { FP64, "language.hybrid_layer_pattern=-" };
@@ -170,7 +205,8 @@ static void encoder_key_bias_has_no_gradient(void **state)
     fixture_forward(&f, true);
     model_zero_grads(&f.model);
     fixture_backward(&f);
-    const struct param *p = model_find_param(&f.model, MODEL_VISION, "decoder.layers.0.self_attention.linear_qkv.bias");
+    const struct param *p =
+        model_find_param(&f.model, MODEL_VISION, "decoder.layers.0.self_attention.linear_qkv.bias");
     assert_non_null(p);
     const double *g = p->grad.data;
     const int64_t d = f.deck.vision.hidden_size / f.deck.vision.num_attention_heads;

@@ -509,7 +509,8 @@ static void wrong_checksum_breaks_a_png(void **state)
     free(b.data);
 }
 
-/* 120 text chunks, each unpacking to 8 MB, make no pixel: reading them would take 1 GB and seconds. */
+/* 120 text chunks, each unpacking to 8 MB, make no pixel: reading them would take 1 GB and
+ * seconds. */
 static void packed_texts_of_a_png_are_not_unpacked(void **state)
 {
     enum { TEXT = (8 << 20) - 64, COPIES = 120, HEADER = 33 }; /* signature and IHDR */

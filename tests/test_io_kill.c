@@ -40,17 +40,20 @@ static int job(const char *dir, int64_t first, int64_t count, long file_limit)
     struct deck deck;
     struct topology topo;
     char why[256], path[IO_PATH];
-    if (!comm_start(NULL, NULL, &world, why, sizeof why)) return EXIT_ENVIRONMENT;
+    if (!comm_start(NULL, NULL, &world, why, sizeof why))
+        return EXIT_ENVIRONMENT;
     check_on_abort(comm_abort);
     check_identify(world->rank, world->size, "test", NULL);
     signal(SIGXFSZ, SIG_IGN);
-    if (file_limit > 0) CHECK_SYS(setrlimit(RLIMIT_FSIZE, &limit) == 0, EXIT_INTERNAL, "test");
+    if (file_limit > 0)
+        CHECK_SYS(setrlimit(RLIMIT_FSIZE, &limit) == 0, EXIT_INTERNAL, "test");
     memset(&deck, 0, sizeof deck);
     deck_read(&deck, "test", text, strlen(text), 0, NULL, &e);
     deck_resolve(&deck, world->size, &e);
     topology_init(&topo, &deck, world->size, world->rank, &e);
     topology_connect(&topo, world);
-    if (e.count) return EXIT_DECK;
+    if (e.count)
+        return EXIT_DECK;
     snprintf(path, sizeof path, "%.4000s.pid.%d", dir, world->rank);
     FILE *f = fopen(path, "w");
     CHECK_SYS(f && fprintf(f, "%ld\n", (long)getpid()) > 0 && fclose(f) == 0, EXIT_INTERNAL, "%s",
@@ -69,7 +72,8 @@ static int job(const char *dir, int64_t first, int64_t count, long file_limit)
     p[world->rank].value = tensor_1d(data, DTYPE_F32, PLACE_HOST, ELEMENTS);
     for (int64_t i = first; i < first + count; i++) {
         struct train_state state = { .iteration = i };
-        for (int k = 0; k < ELEMENTS; k++) data[k] = (float)i;
+        for (int k = 0; k < ELEMENTS; k++)
+            data[k] = (float)i;
         checkpoint_save(dir, &deck, &topo, &model, &state, false);
     }
     free(data);
@@ -84,15 +88,16 @@ static pid_t start(const char *dir, int64_t first, int64_t count, long file_limi
 {
     pid_t pid = fork();
     assert_true(pid >= 0);
-    if (pid) return pid;
+    if (pid)
+        return pid;
     char n[16], from[32], many[32], limit[32];
     const char *mpiexec = getenv("MPIEXEC") ? getenv("MPIEXEC") : "mpiexec.mpich";
     snprintf(n, sizeof n, "%d", RANKS);
     snprintf(from, sizeof from, "%lld", (long long)first);
     snprintf(many, sizeof many, "%lld", (long long)count);
     snprintf(limit, sizeof limit, "%ld", file_limit);
-    if (!freopen("/dev/null", "r", stdin)
-        || (!getenv("MIMO_TEST_VERBOSE") && !freopen("/dev/null", "w", stderr)))
+    if (!freopen("/dev/null", "r", stdin) ||
+        (!getenv("MIMO_TEST_VERBOSE") && !freopen("/dev/null", "w", stderr)))
         _exit(126);
     execlp(mpiexec, mpiexec, "-n", n, self, "--job", dir, from, many, limit, (char *)NULL);
     _exit(127);
@@ -115,7 +120,8 @@ static int64_t latest(const char *dir)
     long long iteration = -1;
     snprintf(path, sizeof path, "%s/latest_checkpointed_iteration.txt", dir);
     FILE *f = fopen(path, "r");
-    if (!f) return -1;
+    if (!f)
+        return -1;
     assert_int_equal(fscanf(f, "%lld", &iteration), 1);
     fclose(f);
     snprintf(path, sizeof path, "%s/iter_%07lld/checkpoint.h5", dir, iteration);
@@ -124,8 +130,8 @@ static int64_t latest(const char *dir)
     fclose(f);
     hid_t file = io_open(path, false);
     float *a = xcalloc(ELEMENTS, sizeof *a), *b = xcalloc(ELEMENTS, sizeof *b);
-    assert_true(io_get(file, "/model/vision/a", H5T_NATIVE_FLOAT, ELEMENTS, a)
-                && io_get(file, "/model/language/b", H5T_NATIVE_FLOAT, ELEMENTS, b));
+    assert_true(io_get(file, "/model/vision/a", H5T_NATIVE_FLOAT, ELEMENTS, a) &&
+                io_get(file, "/model/language/b", H5T_NATIVE_FLOAT, ELEMENTS, b));
     for (int k = 0; k < ELEMENTS; k++)
         assert_true(a[k] == (float)iteration && b[k] == (float)iteration);
     H5Fclose(file);
@@ -141,8 +147,10 @@ static long long tracked(const char *dir)
     long long iteration = -1;
     snprintf(path, sizeof path, "%s/latest_checkpointed_iteration.txt", dir);
     FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%lld", &iteration) != 1) iteration = -1;
-    if (f) fclose(f);
+    if (f && fscanf(f, "%lld", &iteration) != 1)
+        iteration = -1;
+    if (f)
+        fclose(f);
     return iteration;
 }
 
@@ -169,13 +177,17 @@ static void p12_94_killed_while_saving_keeps_the_previous_checkpoint(void **unus
         for (int i = 0; i < 600 && victim == 0;
              i++) { /* by progress, not by time: the machine may be busy */
             FILE *f = fopen(path, "r");
-            if (f && fscanf(f, "%ld", &victim) != 1) victim = 0;
-            if (f) fclose(f);
-            if (victim == 0) wait_a_little(0.05);
+            if (f && fscanf(f, "%ld", &victim) != 1)
+                victim = 0;
+            if (f)
+                fclose(f);
+            if (victim == 0)
+                wait_a_little(0.05);
         }
         assert_true(victim > 1);
         /* Every other job is left alone until it has saved once, however slow the machine is. */
-        for (int i = 0; trial % 2 && i < 1200 && tracked(dir) == done; i++) wait_a_little(0.05);
+        for (int i = 0; trial % 2 && i < 1200 && tracked(dir) == done; i++)
+            wait_a_little(0.05);
         wait_a_little(0.02 + 0.3 * rand() / RAND_MAX);
         kill((pid_t)victim, SIGKILL);
         assert_int_not_equal(finish(pid), 0);
@@ -209,7 +221,8 @@ int main(int argc, char **argv)
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     snprintf(scratch, sizeof scratch, "%.2000s/mimo-io-kill-XXXXXX",
              getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
-    if (n < 0 || !mkdtemp(scratch)) return 1;
+    if (n < 0 || !mkdtemp(scratch))
+        return 1;
     io_start();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(p12_94_killed_while_saving_keeps_the_previous_checkpoint),

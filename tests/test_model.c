@@ -1,4 +1,5 @@
-/* test_model.c - the assembled model: counts, initial values, initial loss, masks, freezing, text-only batches, determinism. */
+/* test_model.c - the assembled model: counts, initial values, initial loss, masks, freezing,
+ * text-only batches, determinism. */
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -10,16 +11,19 @@ static void open_deck(struct deck *deck, const char *text)
     struct errors e = { 0 };
     deck_read(deck, "test", text, strlen(text), 0, NULL, &e);
     deck_resolve(deck, 1, &e);
-    errors_free(&e);   /* features that this binary refuses are refused elsewhere; the sizes are what is tested here */
+    /* features that this binary refuses are refused elsewhere; the sizes are what is tested here */
+    errors_free(&e);
 }
 
-static void check_counts(const char *language, const char *vision, int64_t lm, int64_t active, int64_t active_no_embedding,
-                         int64_t vit, int64_t projector)
+static void check_counts(const char *language, const char *vision, int64_t lm, int64_t active,
+                         int64_t active_no_embedding, int64_t vit, int64_t projector)
 {
     char text[512];
     struct deck deck;
-    snprintf(text, sizeof text, "&run train_iters = 1 /\n&language preset = '%s' /\n&vision preset = '%s' /\n&lr lr = 1e-3 /\n",
-             language, vision);
+    snprintf(
+        text, sizeof text,
+        "&run train_iters = 1 /\n&language preset = '%s' /\n&vision preset = '%s' /\n&lr lr = 1e-3 /\n",
+        language, vision);
     open_deck(&deck, text);
     const struct model_counts c = model_count(&deck);
     assert_int_equal(c.language, lm);
@@ -34,15 +38,18 @@ static void check_counts(const char *language, const char *vision, int64_t lm, i
 
 static void m6_37_counts_of_the_presets(void **state)
 {
-    check_counts("nemotron_20l", "radio_vit_h", 11515677504, 1777290048, 1424968512, 651645440, 13762560);
-    check_counts("nemotron_54l", "radio_vit_h", 31657765568, 3659901632, 3307580096, 651648000, 13762560);
+    check_counts("nemotron_20l", "radio_vit_h", 11515677504, 1777290048, 1424968512, 651645440,
+                 13762560);
+    check_counts("nemotron_54l", "radio_vit_h", 31657765568, 3659901632, 3307580096, 651648000,
+                 13762560);
     check_counts("tiny", "tiny", 208752, 159600, 126832, 26944, 8192);
 }
 
 static void count_of_the_released_52_layer_model(void **state)
 {
     struct deck deck;
-    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron3_nano' /\n&lr lr = 1e-3 /\n");
+    open_deck(&deck,
+              "&run train_iters = 1 /\n&language preset = 'nemotron3_nano' /\n&lr lr = 1e-3 /\n");
     assert_int_equal(model_count(&deck).language, 31577937344);
     assert_int_equal(deck.derived.num_layers, 52);
     deck_free(&deck);
@@ -51,7 +58,9 @@ static void count_of_the_released_52_layer_model(void **state)
 static void two_kv_groups_change_the_count(void **state)
 {
     struct deck deck;
-    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_20l' num_query_groups = 2 /\n&lr lr = 1e-3 /\n");
+    open_deck(
+        &deck,
+        "&run train_iters = 1 /\n&language preset = 'nemotron_20l' num_query_groups = 2 /\n&lr lr = 1e-3 /\n");
     assert_int_equal(model_count(&deck).language, 11503291200);
     deck_free(&deck);
 }
@@ -59,8 +68,10 @@ static void two_kv_groups_change_the_count(void **state)
 static void mlp_projector_counts(void **state)
 {
     struct deck deck;
-    open_deck(&deck, "&run train_iters = 1 /\n&projector vision_projection_type = 'mlp' projection_normalization = 'rmsnorm' /\n"
-                     "&lr lr = 1e-3 /\n");
+    open_deck(
+        &deck,
+        "&run train_iters = 1 /\n&projector vision_projection_type = 'mlp' projection_normalization = 'rmsnorm' /\n"
+        "&lr lr = 1e-3 /\n");
     assert_int_equal(model_count(&deck).projector, 159912960);
     deck_free(&deck);
 }
@@ -69,7 +80,8 @@ static void mlp_projector_counts(void **state)
 static void flops_per_token_of_the_presets(void **state)
 {
     struct deck deck;
-    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_20l' /\n&lr lr = 1e-3 /\n");
+    open_deck(&deck,
+              "&run train_iters = 1 /\n&language preset = 'nemotron_20l' /\n&lr lr = 1e-3 /\n");
     const double s = 8192.0;
     assert_true(fabs(model_flops_language_megatron(&deck, 1.0, s) / 3.2742e9 - 1.0) < 2e-5);
     assert_true(fabs(model_flops_language_exact(&deck, 1.0, s) / 3.0758e9 - 1.0) < 2e-5);
@@ -77,7 +89,8 @@ static void flops_per_token_of_the_presets(void **state)
     assert_true(fabs(model_flops_encoder_tile(&deck, 16384.0) / 64.68e12 - 1.0) < 5e-4);
     assert_true(model_flops_projector_row(&deck) == 2.0 * 5120.0 * 2688.0);
     deck_free(&deck);
-    open_deck(&deck, "&run train_iters = 1 /\n&language preset = 'nemotron_54l' /\n&lr lr = 1e-3 /\n");
+    open_deck(&deck,
+              "&run train_iters = 1 /\n&language preset = 'nemotron_54l' /\n&lr lr = 1e-3 /\n");
     assert_true(fabs(model_flops_language_megatron(&deck, 1.0, s) / 7.7199e9 - 1.0) < 2e-5);
     assert_true(fabs(model_flops_language_exact(&deck, 1.0, s) / 7.2147e9 - 1.0) < 2e-5);
     deck_free(&deck);
@@ -93,7 +106,8 @@ static void p12_18_initial_values_are_functions_of_name_and_index(void **state)
 {
     struct fixture f;
     fixture_open(&f, 0, NULL);
-    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.out_proj.weight");
+    const struct param *p =
+        model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.out_proj.weight");
     const struct rng_key key = rng_key(7, "init:language.decoder.layers.0.mixer.out_proj.weight");
     const double so = 0.0173 / sqrt(6.0);
     for (int64_t i = 0; i < tensor_numel(&p->value); i++)
@@ -105,7 +119,8 @@ static void p12_18_initial_values_are_functions_of_name_and_index(void **state)
     model_initialise(&f.model);
     assert_true((float)element(&p->value, 0) == first && first != 0.0f);
     double sum = 0.0, sum2 = 0.0;
-    const struct param *e = model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
+    const struct param *e =
+        model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
     const int64_t n = tensor_numel(&e->value);
     for (int64_t i = 0; i < n; i++) {
         sum += element(&e->value, i);
@@ -113,8 +128,10 @@ static void p12_18_initial_values_are_functions_of_name_and_index(void **state)
     }
     assert_true(fabs(sum / (double)n) < 5.0 * 0.0173 / sqrt((double)n));
     assert_true(fabs(sqrt(sum2 / (double)n) / 0.0173 - 1.0) < 0.02);
-    const struct param *a = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.A_log");
-    const struct param *dt = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.dt_bias");
+    const struct param *a =
+        model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.A_log");
+    const struct param *dt =
+        model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.dt_bias");
     for (int64_t i = 0; i < tensor_numel(&a->value); i++) {
         assert_in_range((int64_t)(1e6 * element(&a->value, i)), 0, (int64_t)(1e6 * log(16.0)) + 1);
         const double softplus = log1p(exp(element(&dt->value, i)));
@@ -147,7 +164,8 @@ static void m6_38_weight_decay_set(void **state)
         const bool bias = n >= 5 && strcmp(p->name + n - 5, ".bias") == 0;
         assert_int_equal(p->decay, p->ndim > 1 && !bias);
     }
-    assert_true(model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.conv1d_weight")->decay);
+    assert_true(
+        model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.conv1d_weight")->decay);
     assert_true(model_find_param(&f.model, MODEL_VISION, "class_token")->decay);
     assert_true(model_find_param(&f.model, MODEL_VISION, "position_embeddings")->decay);
     assert_false(model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mixer.D")->decay);
@@ -186,7 +204,8 @@ static void m6_21_all_masked_microbatch_has_zero_language_gradient(void **state)
     model_zero_grads(&f.model);
     fixture_backward(&f);
     for (int i = 0; i < f.model.n_params; i++)
-        for (int64_t k = 0; f.model.param[i].trainable && k < tensor_numel(&f.model.param[i].grad); k++)
+        for (int64_t k = 0; f.model.param[i].trainable && k < tensor_numel(&f.model.param[i].grad);
+             k++)
             assert_true(element(&f.model.param[i].grad, k) == 0.0);
     fixture_close(&f);
 }
@@ -209,7 +228,8 @@ static void gradients_accumulate_over_microbatches(void **state)
     static const char *const o[] = { "run.precision=fp64", "batch.global_batch_size=4" };
     struct fixture f;
     fixture_open(&f, 2, o);
-    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.2.mixer.in_proj.weight");
+    const struct param *p =
+        model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.2.mixer.in_proj.weight");
     const int64_t n = tensor_numel(&p->grad);
     double *sum = xcalloc((size_t)n, sizeof *sum), scale = 0.0;
     for (int m = 0; m < 2; m++) {
@@ -246,7 +266,8 @@ static double *gradients(struct fixture *f, int64_t *n)
     double *g = xcalloc((size_t)*n, sizeof *g);
     int64_t at = 0;
     for (int i = 0; i < f->model.n_params; i++)
-        for (int64_t k = 0; f->model.param[i].trainable && k < tensor_numel(&f->model.param[i].grad); k++)
+        for (int64_t k = 0;
+             f->model.param[i].trainable && k < tensor_numel(&f->model.param[i].grad); k++)
             g[at++] = element(&f->model.param[i].grad, k);
     return g;
 }
@@ -269,8 +290,8 @@ static void assert_sum(const double *whole, const double *a, const double *b, in
         assert_true(fabs(whole[i] - (a[i] + b[i])) <= 1e-12 * scale);
 }
 
-/* The auxiliary gradient does not see the mask: with half the tokens masked it is what it is with none left, so that after the division
- * by the loss tokens its weight is (tokens)/(loss tokens). */
+/* The auxiliary gradient does not see the mask: with half the tokens masked it is what it is with
+ * none left, so that after the division by the loss tokens its weight is (tokens)/(loss tokens). */
 static void m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens(void **state)
 {
     static const char *const with[] = { "run.precision=fp64", "moe.moe_aux_loss_coeff=0.05" };
@@ -295,7 +316,8 @@ static void m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens(void **state)
     fixture_close(&g);
 }
 
-/* Loss sums, not means: two samples together give the sum of what each gives alone, however unequal their numbers of loss tokens. */
+/* Loss sums, not means: two samples together give the sum of what each gives alone, however unequal
+ * their numbers of loss tokens. */
 static void m6_22_gradients_do_not_depend_on_the_split_into_microbatches(void **state)
 {
     static const char *const two[] = { "run.precision=fp64" };
@@ -311,7 +333,8 @@ static void m6_22_gradients_do_not_depend_on_the_split_into_microbatches(void **
     for (int m = 0; m < 2; m++) {
         fixture_batch(&g, 0, m);
         assert_int_equal(g.text.sample_index[0], f.text.sample_index[m]);
-        memcpy(g.text.loss_mask, f.text.loss_mask + m * g.text.seq_length, (size_t)g.text.seq_length * sizeof(float));
+        memcpy(g.text.loss_mask, f.text.loss_mask + m * g.text.seq_length,
+               (size_t)g.text.seq_length * sizeof(float));
         part[m] = gradients_of_batch(&g, &n);
     }
     assert_sum(whole, part[0], part[1], n);
@@ -333,7 +356,8 @@ static void m6_32_p12_32_36_embeddings_that_do_not_match_the_tokens_end_the_job(
     assert_int_equal(pipe(line), 0);
     const pid_t child = fork();
     if (child == 0) {
-        const struct tensor none = tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
+        const struct tensor none =
+            tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
         dup2(line[1], STDERR_FILENO);
         model_language_forward(&f.model, 0, &f.text, &none, true);
         _exit(0);
@@ -379,7 +403,8 @@ static void m6_30_text_only_batch(void **state)
     assert_true(isfinite(fixture_forward(&f, true)));
     model_zero_grads(&f.model);
     fixture_backward(&f);
-    const struct tensor vision = model_grad_buffer(&f.model, false), language = model_grad_buffer(&f.model, true);
+    const struct tensor vision = model_grad_buffer(&f.model, false),
+                        language = model_grad_buffer(&f.model, true);
     double most = 0.0;
     for (int64_t i = 0; i < tensor_numel(&vision); i++)
         assert_true(element(&vision, i) == 0.0);
@@ -389,7 +414,8 @@ static void m6_30_text_only_batch(void **state)
     fixture_close(&f);
 }
 
-/* model.md 3.1: the embedding row of the image token is never read and gets no gradient from the input side. */
+/* model.md 3.1: the embedding row of the image token is never read and gets no gradient from the
+ * input side. */
 static void image_token_row_has_no_input_gradient(void **state)
 {
     struct fixture f;
@@ -398,7 +424,8 @@ static void image_token_row_has_no_input_gradient(void **state)
     fixture_forward(&f, true);
     model_zero_grads(&f.model);
     fixture_backward(&f);
-    const struct param *p = model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
+    const struct param *p =
+        model_find_param(&f.model, MODEL_LANGUAGE, "embedding.word_embeddings.weight");
     const int64_t h = f.deck.language.hidden_size, row = f.deck.data.image_token_id;
     for (int64_t c = 0; c < h; c++)
         assert_true(element(&p->grad, row * h + c) == 0.0);
@@ -481,9 +508,10 @@ static bool has_block(const struct arena *a, const char *name, size_t bytes)
     return false;
 }
 
-/* In a bf16 run what the encoder hands to the bridge is bf16, also when a micro-batch has no picture; the segment ends that attention, convolution
- * and scan read lie where they compute. */
-static void p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device(void **state)
+/* In a bf16 run what the encoder hands to the bridge is bf16, also when a micro-batch has no
+ * picture; the segment ends that attention, convolution and scan read lie where they compute. */
+static void p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device(
+    void **state)
 {
     struct fixture f;
     struct model model;
@@ -503,24 +531,32 @@ static void p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the
     const struct arena *device = &arenas.a[ARENA_ACTIVATIONS];
     assert_int_equal(device->place, PLACE_DEVICE);
     assert_true(has_block(device, "language.cu", 4 * (size_t)(f.deck.batch.micro_batch_size + 1)));
-    assert_true(has_block(device, "radio.cu", 4 * (size_t)(f.data.limits.max_tiles_per_sample * f.deck.derived.encoder_microbatch + 1)));
+    assert_true(has_block(
+        device, "radio.cu",
+        4 * (size_t)(f.data.limits.max_tiles_per_sample * f.deck.derived.encoder_microbatch + 1)));
     model_free(&model);
     arenas_free(&arenas, f.be);
     fixture_close(&f);
 }
 
-/* 4096 tokens: any E consecutive tokens of a sample load all experts equally, also where K does not divide E. */
+/* 4096 tokens: any E consecutive tokens of a sample load all experts equally, also where K does not
+ * divide E. */
 static void forced_choice_is_balanced(void **state)
 {
-    static const char *const o[] = { "moe.moe_router_force_load_balancing=T", "language.hybrid_layer_pattern=EE",
-                                     "language.seq_length=256", "batch.micro_batch_size=16", "batch.global_batch_size=16",
-                                     "moe.num_experts=7", "moe.moe_router_topk=3" };
+    static const char *const o[] = { "moe.moe_router_force_load_balancing=T",
+                                     "language.hybrid_layer_pattern=EE",
+                                     "language.seq_length=256",
+                                     "batch.micro_batch_size=16",
+                                     "batch.global_batch_size=16",
+                                     "moe.num_experts=7",
+                                     "moe.moe_router_topk=3" };
     struct fixture f;
     fixture_open(&f, (int)(sizeof o / sizeof o[0]), o);
     fixture_batch(&f, 0, 0);
     fixture_forward(&f, true);
     for (int l = 0; l < 2; l++) {
-        const struct tensor count = model_tokens_per_expert(&f.model, l), choice = model_last_choice(&f.model, l);
+        const struct tensor count = model_tokens_per_expert(&f.model, l),
+                            choice = model_last_choice(&f.model, l);
         int64_t total = 0, first[7] = { 0 };
         assert_int_equal(tensor_rows(&choice), 4096);
         for (int e = 0; e < 7; e++) {
@@ -535,24 +571,29 @@ static void forced_choice_is_balanced(void **state)
             first[c[0]] += t % 256 == 0;
         }
         for (int e = 0; e < 7; e++)
-            assert_true(first[e] < 16);   /* samples begin with different experts */
+            assert_true(first[e] < 16); /* samples begin with different experts */
     }
     const struct tensor a = model_last_choice(&f.model, 0), b = model_last_choice(&f.model, 1);
     assert_true(memcmp(a.data, b.data, (size_t)tensor_numel(&a) * sizeof(int32_t)) != 0);
     fixture_close(&f);
 }
 
-/* The choice follows (seed, layer, sample, position); probabilities stay the scores of the chosen, and their gradients flow: what the
- * model weighs does not move it. */
+/* The choice follows (seed, layer, sample, position); probabilities stay the scores of the chosen,
+ * and their gradients flow: what the model weighs does not move it. */
 static void forced_choice_ignores_the_scores(void **state)
 {
-    static const char *const o[] = { "moe.moe_router_force_load_balancing=T", "language.hybrid_layer_pattern=E", "run.seed=8" };
+    static const char *const o[] = { "moe.moe_router_force_load_balancing=T",
+                                     "language.hybrid_layer_pattern=E", "run.seed=8" };
     int32_t kept[2 * 64 * 2];
-    for (int pass = 0; pass < 4; pass++) {   /* plain, other scores, other samples, other seed */
+    for (int pass = 0; pass < 4; pass++) { /* plain, other scores, other samples, other seed */
         struct fixture f;
         fixture_open(&f, pass == 3 ? 3 : 2, o);
         if (pass == 1)
-            f.be->fill(&f.stream, &model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mlp.router.weight")->value, 0.3);
+            f.be->fill(
+                &f.stream,
+                &model_find_param(&f.model, MODEL_LANGUAGE, "decoder.layers.0.mlp.router.weight")
+                     ->value,
+                0.3);
         fixture_batch(&f, 0, 0);
         for (int64_t i = 0; pass == 2 && i < f.text.samples; i++)
             f.text.sample_index[i] += 100;
@@ -574,7 +615,8 @@ static double *copy_of_grads(struct fixture *f, bool language)
     return copy;
 }
 
-/* What the last stage hands on: the sum of loss * mask in the accumulator's type, the number of loss tokens, both over micro-batches. */
+/* What the last stage hands on: the sum of loss * mask in the accumulator's type, the number of
+ * loss tokens, both over micro-batches. */
 static void p12_48_loss_is_a_sum_and_a_token_count(void **state)
 {
     static const char *const o[] = { "run.precision=fp64", "data.mock_text_only_every=3" };
@@ -604,7 +646,8 @@ static void p12_48_loss_is_a_sum_and_a_token_count(void **state)
     fflush(NULL);
     const pid_t child = fork();
     if (child == 0) {
-        const struct tensor none = tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
+        const struct tensor none =
+            tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
         if (!freopen("/dev/null", "w", stderr))
             _exit(98);
         f.text.image_rows = 0;
@@ -621,8 +664,8 @@ static void p12_48_loss_is_a_sum_and_a_token_count(void **state)
 static void p12_50_a_frozen_encoder_leaves_the_language_gradients_as_they_are(void **state)
 {
     static const char *const trained[] = { "run.precision=fp64", "vision.force_cpe_eval_mode=T" };
-    static const char *const frozen[] = { "run.precision=fp64", "vision.force_cpe_eval_mode=T", "stage.freeze_vit=T",
-                                          "stage.freeze_projection=T" };
+    static const char *const frozen[] = { "run.precision=fp64", "vision.force_cpe_eval_mode=T",
+                                          "stage.freeze_vit=T", "stage.freeze_projection=T" };
     struct fixture f;
     double *gradient[2];
     int64_t n = 0;
@@ -634,7 +677,8 @@ static void p12_50_a_frozen_encoder_leaves_the_language_gradients_as_they_are(vo
         const struct tensor d = model_language_backward(&f.model, 0, i == 0);
         if (i == 0)
             model_encoder_backward(&f.model, 0, &d);
-        const struct tensor language = model_grad_buffer(&f.model, true), encoder = model_grad_buffer(&f.model, false);
+        const struct tensor language = model_grad_buffer(&f.model, true),
+                            encoder = model_grad_buffer(&f.model, false);
         assert_int_equal(tensor_numel(&encoder) > 0, i == 0);
         assert_true(i == 0 || tensor_numel(&language) == n);
         n = tensor_numel(&language);
@@ -697,7 +741,8 @@ int main(void)
         cmocka_unit_test(m6_04_frozen_encoder_ignores_training_mode),
         cmocka_unit_test(m6_33_frozen_modules_have_no_gradient_memory),
         cmocka_unit_test(arenas_are_filled_exactly),
-        cmocka_unit_test(p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device),
+        cmocka_unit_test(
+            p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device),
         cmocka_unit_test(forced_choice_is_balanced),
         cmocka_unit_test(forced_choice_ignores_the_scores),
         cmocka_unit_test(p12_48_loss_is_a_sum_and_a_token_count),

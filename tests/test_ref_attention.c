@@ -53,16 +53,16 @@ static struct tensor new_lse(const struct attention_context *a, bool fp64, int64
 static void attend(const struct attention_context *a, const struct tensor *qkv,
                    const struct tensor *o, const struct tensor *lse)
 {
-    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_forward)(
-        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, NULL, o, lse);
+    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_forward)
+    (NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, NULL, o, lse);
 }
 
 static void attend_back(const struct attention_context *a, const struct tensor *qkv,
                         const struct tensor *o, const struct tensor *lse, const struct tensor *dout,
                         const struct tensor *dqkv)
 {
-    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_backward)(
-        NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse, dout, NULL, dqkv);
+    REF_CHECK_OP(qkv->dtype == DTYPE_F64, attention_backward)
+    (NULL, qkv, &a->cu, a->max_len, a->n, a->g, a->d, a->causal, o, lse, dout, NULL, dqkv);
 }
 
 /* One query of one head, straight from the definition. out [d]; returns the log-sum-exp. */
@@ -164,9 +164,9 @@ static void large_scores_stay_finite(void **state)
         attend(&a, &qkv, &o, &lse);
         attend_back(&a, &qkv, &o, &lse, &dout, &dqkv);
         REF_CHECK_EACH(&o, r, c)
-            assert_true(fabs(ref_check_get(&o, r, c)) <= 128.001);
+        assert_true(fabs(ref_check_get(&o, r, c)) <= 128.001);
         REF_CHECK_EACH(&dqkv, r, c)
-            assert_true(isfinite(ref_check_get(&dqkv, r, c)));
+        assert_true(isfinite(ref_check_get(&dqkv, r, c)));
         struct tensor *all[] = { &qkv, &o, &lse, &dout, &dqkv, &a.cu };
         for (size_t i = 0; i < sizeof all / sizeof *all; i++)
             ref_check_free(all[i]);

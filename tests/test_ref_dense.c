@@ -19,7 +19,8 @@ static void naive_gemm(bool ta, bool tb, double alpha, const struct tensor *a,
                        const struct tensor *d)
 {
     int64_t k = ta ? tensor_rows(a) : tensor_cols(a);
-    REF_CHECK_EACH(d, i, j) {
+    REF_CHECK_EACH(d, i, j)
+    {
         double sum = 0;
         for (int64_t l = 0; l < k; l++)
             sum += element(a, ta, i, l) * element(b, tb, l, j);
@@ -81,8 +82,8 @@ static void gemm_forward(bool fp64, const struct tensor *in, const struct tensor
                          const void *context)
 {
     const struct gemm_context *g = context;
-    REF_CHECK_OP(fp64, gemm)(
-        NULL, g->ta, g->tb, g->alpha, &in[0], &in[1], g->beta, &in[2], &out[0]);
+    REF_CHECK_OP(fp64, gemm)
+    (NULL, g->ta, g->tb, g->alpha, &in[0], &in[1], g->beta, &in[2], &out[0]);
 }
 
 /* da = alpha dd op(b)^T, db = alpha op(a)^T dd: themselves products of the operation under test. */
@@ -100,7 +101,7 @@ static void gemm_backward(bool fp64, const struct tensor *in, const struct tenso
     else
         gemm(NULL, !g->ta, false, g->alpha, &in[0], dout, 0, NULL, &din[1]);
     REF_CHECK_EACH(dout, r, c)
-        ref_check_set(&din[2], r, c, g->beta * ref_check_get(dout, r, c));
+    ref_check_set(&din[2], r, c, g->beta * ref_check_get(dout, r, c));
 }
 
 static void gemm_gradients(void **state)
@@ -277,22 +278,23 @@ static void relu2_values_and_nan(void **state)
 static void activation_forward(bool fp64, const struct tensor *in, const struct tensor *out,
                                const void *context)
 {
-    REF_CHECK_OP(fp64, activation_forward)(
-        NULL, *(const enum backend_activation *)context, &in[0], &out[0]);
+    REF_CHECK_OP(fp64, activation_forward)
+    (NULL, *(const enum backend_activation *)context, &in[0], &out[0]);
 }
 
 static void activation_backward(bool fp64, const struct tensor *in, const struct tensor *out,
                                 const struct tensor *dout, const struct tensor *din,
                                 const void *context)
 {
-    REF_CHECK_OP(fp64, activation_backward)(
-        NULL, *(const enum backend_activation *)context, &in[0], dout, &din[0]);
+    REF_CHECK_OP(fp64, activation_backward)
+    (NULL, *(const enum backend_activation *)context, &in[0], dout, &din[0]);
 }
 
 /* relu^2 has a kink in its derivative at 0: the points stay away from it by more than the step. */
 static void away_from_zero(const struct tensor *t)
 {
-    REF_CHECK_EACH(t, r, c) {
+    REF_CHECK_EACH(t, r, c)
+    {
         double v = ref_check_get(t, r, c);
         if (fabs(v) < 0.0625)
             ref_check_set(t, r, c, v < 0 ? -0.0625 : 0.0625);
@@ -411,16 +413,16 @@ static void rmsnorm_values(void **state)
 static void layernorm_forward(bool fp64, const struct tensor *in, const struct tensor *out,
                               const void *context)
 {
-    REF_CHECK_OP(fp64, layernorm_forward)(
-        NULL, &in[0], &in[1], &in[2], 1e-6, &out[0], &out[1], &out[2]);
+    REF_CHECK_OP(fp64, layernorm_forward)
+    (NULL, &in[0], &in[1], &in[2], 1e-6, &out[0], &out[1], &out[2]);
 }
 
 static void layernorm_backward(bool fp64, const struct tensor *in, const struct tensor *out,
                                const struct tensor *dout, const struct tensor *din,
                                const void *context)
 {
-    REF_CHECK_OP(fp64, layernorm_backward)(
-        NULL, &in[0], &in[1], &out[1], &out[2], dout, &din[0], &din[1], &din[2]);
+    REF_CHECK_OP(fp64, layernorm_backward)
+    (NULL, &in[0], &in[1], &out[1], &out[2], dout, &din[0], &din[1], &din[2]);
 }
 
 static void layernorm_gradients_are_added(void **state)

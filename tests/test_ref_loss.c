@@ -87,7 +87,7 @@ static void gradient_of_logits(void **state)
         struct ref_check_random rng = { 1 };
         struct tensor labels = ref_check_vector(DTYPE_I64, 7);
         REF_CHECK_EACH(&labels, r, c)
-            ref_check_set(&labels, r, c, (double)ref_check_index(&rng, cols[i]));
+        ref_check_set(&labels, r, c, (double)ref_check_index(&rng, cols[i]));
         struct ref_check_case c = { .name = "cross entropy",
                                     .n_in = 1,
                                     .n_out = 3,
@@ -139,11 +139,10 @@ static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64
             if (pass == 0)
                 REF_CHECK_OP(fp64, loss_max)(NULL, &view, &shard.mx);
             else if (pass == 1)
-                REF_CHECK_OP(fp64, loss_sum)(
-                    NULL, &view, &whole.labels, first, &sum.mx, &shard.se, &shard.pl);
-            else
-                REF_CHECK_OP(fp64, loss_backward)(
-                    NULL, &whole.labels, first, &sum.mx, &sum.se, &whole.mask, &view);
+                REF_CHECK_OP(fp64, loss_sum)
+            (NULL, &view, &whole.labels, first, &sum.mx, &shard.se, &shard.pl);
+            else REF_CHECK_OP(fp64, loss_backward)(NULL, &whole.labels, first, &sum.mx, &sum.se,
+                                                   &whole.mask, &view);
             for (int64_t t = 0; t < tokens && pass < 2; t++) {
                 if (pass == 0)
                     ref_check_set(
@@ -158,8 +157,8 @@ static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64
             }
         }
     REF_CHECK_OP(fp64, loss_finish)(NULL, &sum.se, &sum.pl, &whole.mask, &sum.loss, &sum.total);
-    REF_CHECK_OP(fp64, loss_backward)(
-        NULL, &whole.labels, 0, &whole.mx, &whole.se, &whole.mask, &logits);
+    REF_CHECK_OP(fp64, loss_backward)
+    (NULL, &whole.labels, 0, &whole.mx, &whole.se, &whole.mask, &logits);
     ref_check_same(&sum.mx, &whole.mx, "mx of shards");
     ref_check_near(&sum.se, &whole.se, tolerance, "se of shards");
     ref_check_near(&sum.loss, &whole.loss, tolerance, "loss of shards");
@@ -222,7 +221,7 @@ static void m6_21_all_masked_gives_zero_and_no_nan(void **state)
         ref_check_value(ref_check_get(&p.total, 0, 0), 0, 0, "total");
         REF_CHECK_OP(fp64, loss_backward)(NULL, &p.labels, 0, &p.mx, &p.se, &p.mask, &logits);
         REF_CHECK_EACH(&logits, r, c)
-            ref_check_value(ref_check_get(&logits, r, c), 0, 0, "gradient");
+        ref_check_value(ref_check_get(&logits, r, c), 0, 0, "gradient");
         ref_check_padding(&logits, "logits");
         ref_check_free(&logits);
         pieces_free(&p);

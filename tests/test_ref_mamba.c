@@ -1,12 +1,16 @@
-/* test_ref_mamba.c - the Mamba-2 operations of the reference backend (src/ref/mamba.c, ssd.c): golden values of model.md 8,
- * the chunked scan against the sequential form (ssd_sequential.c), segments, conventions, finite differences.
+/* test_ref_mamba.c - the Mamba-2 operations of the reference backend (src/ref/mamba.c, ssd.c):
+ * golden values of model.md 8, the chunked scan against the sequential form (ssd_sequential.c),
+ * segments, conventions, finite differences.
  */
 #include "ref_check.h"
 #include "ref/ssd_sequential.h"
 
-/* ---- convolution -------------------------------------------------------------------------------------------------- */
+/* ---- convolution ----------------------------------------------------------------------------- */
 
-struct segments { struct tensor cu; int64_t max_len; };
+struct segments {
+    struct tensor cu;
+    int64_t max_len;
+};
 
 static struct segments segments_of(int n, const int32_t *cu)
 {
@@ -18,31 +22,41 @@ static struct segments segments_of(int n, const int32_t *cu)
 }
 
 #define SEGMENTS(...) \
-    segments_of((int)(sizeof((int32_t[]){ __VA_ARGS__ }) / sizeof(int32_t)) - 1, (int32_t[]){ __VA_ARGS__ })
+    segments_of((int)(sizeof((int32_t[]){ __VA_ARGS__ }) / sizeof(int32_t)) - 1, \
+                (int32_t[]){ __VA_ARGS__ })
 
 static double silu(double x)
 {
     return x / (1 + exp(-x));
 }
 
-static void conv_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void conv_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                         const void *context)
 {
     const struct segments *s = context;
     REF_CHECK_OP(fp64, conv_forward)(NULL, &in[0], &in[1], &in[2], &s->cu, s->max_len, &out[0]);
 }
 
-static void conv_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                          const struct tensor *din, const void *context)
+static void conv_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                          const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct segments *s = context;
-    REF_CHECK_OP(fp64, conv_backward)(NULL, &in[0], &in[1], &in[2], &s->cu, s->max_len, &dout[0], &din[0], &din[1], &din[2]);
+    REF_CHECK_OP(fp64, conv_backward)
+    (NULL, &in[0], &in[1], &in[2], &s->cu, s->max_len, &dout[0], &din[0], &din[1], &din[2]);
 }
 
 /* Inputs x [rows, cols], w [cols, 1, taps], b [cols]; output y. */
-static struct ref_check_case conv_case(const struct segments *s, int64_t rows, int64_t cols, int64_t taps)
+static struct ref_check_case conv_case(const struct segments *s, int64_t rows, int64_t cols,
+                                       int64_t taps)
 {
-    struct ref_check_case c = { .name = "conv", .n_in = 3, .n_out = 1, .n_weighted = 1, .accumulates = 6,
-                                .forward = conv_forward, .backward = conv_backward, .context = s };
+    struct ref_check_case c = { .name = "conv",
+                                .n_in = 3,
+                                .n_out = 1,
+                                .n_weighted = 1,
+                                .accumulates = 6,
+                                .forward = conv_forward,
+                                .backward = conv_backward,
+                                .context = s };
     struct ref_check_random rng = { 11 };
     c.in[0] = ref_check_matrix(DTYPE_F64, rows, cols, 7);
     c.in[1] = ref_check_new(DTYPE_F64, 3, (int64_t[]){ cols, 1, taps }, 0);
@@ -95,13 +109,14 @@ static void test_conv_frozen_leaves_dx(void **state)
 {
     struct segments s = SEGMENTS(0, 4, 9);
     struct ref_check_case c = conv_case(&s, 9, 6, 4);
-    struct tensor dx[2], dw = ref_check_like(&c.in[1], DTYPE_F64), db = ref_check_like(&c.in[2], DTYPE_F64);
+    struct tensor dx[2], dw = ref_check_like(&c.in[1], DTYPE_F64),
+                         db = ref_check_like(&c.in[2], DTYPE_F64);
     ref_check_fill(&dw, 0);
     ref_check_fill(&db, 0);
     for (int i = 0; i < 2; i++) {
         dx[i] = ref_check_like(&c.in[0], DTYPE_F64);
-        ref_conv_backward_f64(NULL, &c.in[0], &c.in[1], &c.in[2], &s.cu, s.max_len, &c.in[0], &dx[i], i ? NULL : &dw,
-                              i ? NULL : &db);
+        ref_conv_backward_f64(NULL, &c.in[0], &c.in[1], &c.in[2], &s.cu, s.max_len, &c.in[0],
+                              &dx[i], i ? NULL : &dw, i ? NULL : &db);
     }
     ref_check_same(&dx[0], &dx[1], "dx");
     for (int i = 0; i < 2; i++)
@@ -112,29 +127,40 @@ static void test_conv_frozen_leaves_dx(void **state)
     ref_check_free(&s.cu);
 }
 
-/* ---- gated norm --------------------------------------------------------------------------------------------------- */
+/* ---- gated norm ------------------------------------------------------------------------------ */
 
-struct gated { int groups; double eps; };
+struct gated {
+    int groups;
+    double eps;
+};
 
-static void gated_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void gated_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                          const void *context)
 {
     const struct gated *g = context;
-    REF_CHECK_OP(fp64, gated_norm_forward)(NULL, &in[0], &in[1], &in[2], g->groups, g->eps, &out[0], &out[1]);
+    REF_CHECK_OP(fp64, gated_norm_forward)
+    (NULL, &in[0], &in[1], &in[2], g->groups, g->eps, &out[0], &out[1]);
 }
 
-static void gated_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                           const struct tensor *din, const void *context)
+static void gated_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                           const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct gated *g = context;
-    REF_CHECK_OP(fp64, gated_norm_backward)(NULL, &in[0], &in[1], &in[2], g->groups, &out[1], &dout[0], &din[0], &din[1],
-                                            &din[2]);
+    REF_CHECK_OP(fp64, gated_norm_backward)
+    (NULL, &in[0], &in[1], &in[2], g->groups, &out[1], &dout[0], &din[0], &din[1], &din[2]);
 }
 
 /* Inputs y, z [rows, cols], w [cols]; outputs o, rs. */
 static struct ref_check_case gated_case(const struct gated *g, int64_t rows, int64_t cols)
 {
-    struct ref_check_case c = { .name = "gated norm", .n_in = 3, .n_out = 2, .n_weighted = 1, .accumulates = 4,
-                                .forward = gated_forward, .backward = gated_backward, .context = g };
+    struct ref_check_case c = { .name = "gated norm",
+                                .n_in = 3,
+                                .n_out = 2,
+                                .n_weighted = 1,
+                                .accumulates = 4,
+                                .forward = gated_forward,
+                                .backward = gated_backward,
+                                .context = g };
     struct ref_check_random rng = { 21 };
     c.in[0] = ref_check_matrix(DTYPE_F64, rows, cols, 0);
     c.in[1] = ref_check_matrix(DTYPE_F64, rows, cols, 13);
@@ -156,11 +182,13 @@ static void test_gated_norm_golden_m6_11_gate_before_norm(void **state)
     ref_check_forward(&c, true, c.in, c.out);
     ref_check_value(ref_check_get(&c.out[0], 0, 0), 0, 1e-15, "o");
     ref_check_value(ref_check_get(&c.out[0], 0, 1), 1.414206947, 1e-9, "o");
-    ref_check_value(ref_check_get(&c.out[0], 0, 1) / ref_check_get(&c.out[1], 0, 0), 1.462117157, 1e-9, "u");
+    ref_check_value(ref_check_get(&c.out[0], 0, 1) / ref_check_get(&c.out[1], 0, 0), 1.462117157,
+                    1e-9, "u");
     ref_check_case_free(&c);
 }
 
-/* Column 0 of each group is scaled by the RMS of its own group: three groups of 4, not one of 12. */
+/* Column 0 of each group is scaled by the RMS of its own group: three groups of 4, not one of
+ * 12. */
 static void test_gated_norm_m6_11_group_size_and_eps(void **state)
 {
     struct gated g = { 3, 1e-5 };
@@ -175,7 +203,8 @@ static void test_gated_norm_m6_11_group_size_and_eps(void **state)
             }
             double rs = 1 / sqrt(squares / 4 + 1e-5);
             ref_check_value(ref_check_get(&c.out[1], r, group), rs, 1e-14, "rs");
-            ref_check_value(ref_check_get(&c.out[0], r, 4 * group), u * rs * ref_check_get(&c.in[2], 0, 4 * group), 1e-14, "o");
+            ref_check_value(ref_check_get(&c.out[0], r, 4 * group),
+                            u * rs * ref_check_get(&c.in[2], 0, 4 * group), 1e-14, "o");
         }
     ref_check_case_free(&c);
 }
@@ -184,13 +213,13 @@ static void test_gated_norm_gradients(void **state)
 {
     for (int groups = 1; groups <= 9; groups += 2) {
         struct gated g = { groups, 1e-5 };
-        struct ref_check_case c = gated_case(&g, 7, 315);      /* 35*9, 45*7, 63*5, 105*3 */
+        struct ref_check_case c = gated_case(&g, 7, 315); /* 35*9, 45*7, 63*5, 105*3 */
         ref_check_gradients(&c, 3 + (uint64_t)groups);
         ref_check_case_free(&c);
     }
 }
 
-/* ---- scan --------------------------------------------------------------------------------------------------------- */
+/* ---- scan ------------------------------------------------------------------------------------ */
 
 enum { XBC, DT, DT_BIAS, A_LOG, D_SKIP, SSD_INPUTS };
 
@@ -203,51 +232,69 @@ struct scan {
 
 static struct tensor scan_work(bool fp64, const struct scan *c)
 {
-    __typeof__(&ref_ssd_work_f64) count = c->sequential ? (fp64 ? ref_ssd_sequential_work_f64 : ref_ssd_sequential_work_f32)
-                                                        : REF_CHECK_OP(fp64, ssd_work);
-    return ref_check_vector(fp64 ? DTYPE_F64 : DTYPE_F32, count(c->tokens, tensor_numel(&c->s.cu) - 1, c->heads, c->head_dim,
-                                                                c->groups, c->state, c->chunk));
+    __typeof__(&ref_ssd_work_f64) count =
+        c->sequential ? (fp64 ? ref_ssd_sequential_work_f64 : ref_ssd_sequential_work_f32)
+                      : REF_CHECK_OP(fp64, ssd_work);
+    return ref_check_vector(fp64 ? DTYPE_F64 : DTYPE_F32,
+                            count(c->tokens, tensor_numel(&c->s.cu) - 1, c->heads, c->head_dim,
+                                  c->groups, c->state, c->chunk));
 }
 
-static void scan_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void scan_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                         const void *context)
 {
     const struct scan *c = context;
     struct tensor work = scan_work(fp64, c);
-    __typeof__(&ref_ssd_forward_f64) op = c->sequential ? (fp64 ? ref_ssd_sequential_forward_f64 : ref_ssd_sequential_forward_f32)
-                                                        : REF_CHECK_OP(fp64, ssd_forward);
-    op(NULL, &in[XBC], &in[DT], &in[DT_BIAS], &in[A_LOG], &in[D_SKIP], &c->s.cu, c->s.max_len, c->heads, c->head_dim, c->groups,
-       c->state, c->chunk, &work, &out[0]);
+    __typeof__(&ref_ssd_forward_f64) op =
+        c->sequential ? (fp64 ? ref_ssd_sequential_forward_f64 : ref_ssd_sequential_forward_f32)
+                      : REF_CHECK_OP(fp64, ssd_forward);
+    op(NULL, &in[XBC], &in[DT], &in[DT_BIAS], &in[A_LOG], &in[D_SKIP], &c->s.cu, c->s.max_len,
+       c->heads, c->head_dim, c->groups, c->state, c->chunk, &work, &out[0]);
     ref_check_free(&work);
 }
 
-static void scan_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                          const struct tensor *din, const void *context)
+static void scan_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                          const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct scan *c = context;
     struct tensor work = scan_work(fp64, c);
-    __typeof__(&ref_ssd_backward_f64) op = c->sequential
-        ? (fp64 ? ref_ssd_sequential_backward_f64 : ref_ssd_sequential_backward_f32) : REF_CHECK_OP(fp64, ssd_backward);
-    op(NULL, &in[XBC], &in[DT], &in[DT_BIAS], &in[A_LOG], &in[D_SKIP], &c->s.cu, c->s.max_len, c->heads, c->head_dim, c->groups,
-       c->state, c->chunk, &dout[0], &work, &din[XBC], &din[DT], c->frozen ? NULL : &din[DT_BIAS],
-       c->frozen ? NULL : &din[A_LOG], c->frozen ? NULL : &din[D_SKIP]);
+    __typeof__(&ref_ssd_backward_f64) op =
+        c->sequential ? (fp64 ? ref_ssd_sequential_backward_f64 : ref_ssd_sequential_backward_f32)
+                      : REF_CHECK_OP(fp64, ssd_backward);
+    op(NULL, &in[XBC], &in[DT], &in[DT_BIAS], &in[A_LOG], &in[D_SKIP], &c->s.cu, c->s.max_len,
+       c->heads, c->head_dim, c->groups, c->state, c->chunk, &dout[0], &work, &din[XBC], &din[DT],
+       c->frozen ? NULL : &din[DT_BIAS], c->frozen ? NULL : &din[A_LOG],
+       c->frozen ? NULL : &din[D_SKIP]);
     ref_check_free(&work);
 }
 
-static struct scan scan_of(struct segments s, int heads, int head_dim, int groups, int state, int chunk)
+static struct scan scan_of(struct segments s, int heads, int head_dim, int groups, int state,
+                           int chunk)
 {
-    struct scan c = { .s = s, .heads = heads, .head_dim = head_dim, .groups = groups, .state = state, .chunk = chunk };
+    struct scan c = { .s = s,
+                      .heads = heads,
+                      .head_dim = head_dim,
+                      .groups = groups,
+                      .state = state,
+                      .chunk = chunk };
     c.tokens = ((const int32_t *)s.cu.data)[tensor_numel(&s.cu) - 1];
     return c;
 }
 
 static struct ref_check_case scan_case(const struct scan *s, uint64_t seed)
 {
-    struct ref_check_case c = { .name = "scan", .n_in = SSD_INPUTS, .n_out = 1, .n_weighted = 1,
-                                .accumulates = 1u << DT_BIAS | 1u << A_LOG | 1u << D_SKIP, .forward = scan_forward,
-                                .backward = scan_backward, .context = s };
+    struct ref_check_case c = { .name = "scan",
+                                .n_in = SSD_INPUTS,
+                                .n_out = 1,
+                                .n_weighted = 1,
+                                .accumulates = 1u << DT_BIAS | 1u << A_LOG | 1u << D_SKIP,
+                                .forward = scan_forward,
+                                .backward = scan_backward,
+                                .context = s };
     struct ref_check_random rng = { seed };
     int64_t inner = (int64_t)s->heads * s->head_dim;
-    c.in[XBC] = ref_check_matrix(DTYPE_F64, s->tokens, inner + 2 * (int64_t)s->groups * s->state, 9);
+    c.in[XBC] =
+        ref_check_matrix(DTYPE_F64, s->tokens, inner + 2 * (int64_t)s->groups * s->state, 9);
     c.in[DT] = ref_check_matrix(DTYPE_F64, s->tokens, s->heads, 5);
     for (int i = DT_BIAS; i < SSD_INPUTS; i++)
         c.in[i] = ref_check_vector(DTYPE_F64, s->heads);
@@ -261,7 +308,8 @@ static struct ref_check_case scan_case(const struct scan *s, uint64_t seed)
 }
 
 /* Gradients of the case for L = sum(w y); those that accumulate start at 0. */
-static void scan_gradients(const struct ref_check_case *c, const struct tensor *w, struct tensor *din)
+static void scan_gradients(const struct ref_check_case *c, const struct tensor *w,
+                           struct tensor *din)
 {
     for (int i = 0; i < SSD_INPUTS; i++) {
         din[i] = ref_check_like(&c->in[i], DTYPE_F64);
@@ -278,7 +326,8 @@ static void free_all(struct tensor *t, int n)
         ref_check_free(&t[i]);
 }
 
-static void check_column(const struct tensor *t, int64_t column, const double *expected, const char *what)
+static void check_column(const struct tensor *t, int64_t column, const double *expected,
+                         const char *what)
 {
     for (int64_t r = 0; r < 3; r++)
         ref_check_value(ref_check_get(t, r, column), expected[r], 1e-9, what);
@@ -318,7 +367,8 @@ static void test_scan_golden(void **state)
         scan_golden(chunk, false);
 }
 
-/* Outputs and all gradients of the two forms, largest difference relative to the largest element. */
+/* Outputs and all gradients of the two forms, largest difference relative to the largest
+ * element. */
 static void compare_forms(struct scan s, uint64_t seed, double tolerance)
 {
     struct scan q = s;
@@ -345,13 +395,19 @@ static void compare_forms(struct scan s, uint64_t seed, double tolerance)
 static void test_scan_m6_09_sequential_equals_chunked(void **state)
 {
     for (int chunk = 1; chunk <= 32; chunk *= 2) {
-        compare_forms(scan_of(SEGMENTS(0, 37), 4, 3, 2, 5, chunk), 7, 1e-13);                   /* S not a multiple of Q */
-        compare_forms(scan_of(SEGMENTS(0, 7), 2, 4, 1, 3, chunk), 8, 1e-13);                    /* S < Q */
-        compare_forms(scan_of(SEGMENTS(0, 21, 64), 6, 2, 3, 4, chunk), 9, 1e-13);               /* change in mid-chunk */
-        compare_forms(scan_of(SEGMENTS(0, 1, 3, 3, 8, 11, 30), 4, 5, 4, 7, chunk), 10, 1e-13);  /* several in a chunk, one empty */
+        /* S not a multiple of Q */
+        compare_forms(scan_of(SEGMENTS(0, 37), 4, 3, 2, 5, chunk), 7, 1e-13);
+        /* S < Q */
+        compare_forms(scan_of(SEGMENTS(0, 7), 2, 4, 1, 3, chunk), 8, 1e-13);
+        /* change in mid-chunk */
+        compare_forms(scan_of(SEGMENTS(0, 21, 64), 6, 2, 3, 4, chunk), 9, 1e-13);
+        /* several in a chunk, one empty */
+        compare_forms(scan_of(SEGMENTS(0, 1, 3, 3, 8, 11, 30), 4, 5, 4, 7, chunk), 10, 1e-13);
     }
-    compare_forms(scan_of(SEGMENTS(0, 64, 128), 8, 8, 2, 16, 16), 11, 1e-13);                   /* tiny */
-    compare_forms(scan_of(SEGMENTS(0, 150, 300), 16, 64, 2, 128, 128), 12, 1e-13);              /* full head, group and state */
+    /* tiny */
+    compare_forms(scan_of(SEGMENTS(0, 64, 128), 8, 8, 2, 16, 16), 11, 1e-13);
+    /* full head, group and state */
+    compare_forms(scan_of(SEGMENTS(0, 150, 300), 16, 64, 2, 128, 128), 12, 1e-13);
 }
 
 static void test_scan_m6_11_strong_decay_stays_finite(void **state)
@@ -362,7 +418,8 @@ static void test_scan_m6_11_strong_decay_stays_finite(void **state)
     q.sequential = true;
     for (int64_t t = 0; t < 200; t++)
         for (int64_t h = 0; h < 2; h++) {
-            double dt = t % 7 == 3 ? 400 : t % 5 == 1 ? -60 : t % 3 == 0 ? -3 : 8;      /* decays 0, 1, e^-0.8, e^-128 */
+            /* decays 0, 1, e^-0.8, e^-128 */
+            double dt = t % 7 == 3 ? 400 : t % 5 == 1 ? -60 : t % 3 == 0 ? -3 : 8;
             ref_check_set(&c.in[DT], t, h, dt);
             ref_check_set(&d.in[DT], t, h, dt);
         }
@@ -392,7 +449,8 @@ static void test_scan_m6_11_softplus_threshold(void **state)
     ref_check_fill(&c.in[DT], 8);
     ref_check_fill(&c.in[D_SKIP], 0);
     ref_check_forward(&c, true, c.in, c.out);
-    assert_true(ref_check_get(&c.out[0], 0, 0) == log1p(exp(20)) && ref_check_get(&c.out[0], 0, 0) > 20);
+    assert_true(ref_check_get(&c.out[0], 0, 0) == log1p(exp(20)) &&
+                ref_check_get(&c.out[0], 0, 0) > 20);
     assert_true(ref_check_get(&c.out[0], 0, 1) == 20.5);
     struct tensor w = ref_check_like(&c.out[0], DTYPE_F64), din[SSD_INPUTS];
     ref_check_fill(&w, 1);
@@ -404,7 +462,8 @@ static void test_scan_m6_11_softplus_threshold(void **state)
     ref_check_free(&s.s.cu);
 }
 
-/* Second of two tokens, x = (1, 0): y = a del with a = exp(-e^{A_log} del), the larger A_log the less. D is the head's own. */
+/* Second of two tokens, x = (1, 0): y = a del with a = exp(-e^{A_log} del), the larger A_log the
+ * less. D is the head's own. */
 static void test_scan_m6_11_sign_of_a_and_d_per_head(void **state)
 {
     struct scan s = scan_of(SEGMENTS(0, 2), 2, 1, 1, 1, 16);
@@ -419,17 +478,20 @@ static void test_scan_m6_11_sign_of_a_and_d_per_head(void **state)
     ref_check_value(ref_check_get(&c.out[0], 0, 0), del + 3, 1e-14, "D of head 0");
     ref_check_value(ref_check_get(&c.out[0], 0, 1), del + 5, 1e-14, "D of head 1");
     ref_check_value(ref_check_get(&c.out[0], 1, 0), del * exp(-del), 1e-14, "decay of head 0");
-    ref_check_value(ref_check_get(&c.out[0], 1, 1), del * exp(-exp(1) * del), 1e-14, "decay of head 1");
+    ref_check_value(ref_check_get(&c.out[0], 1, 1), del * exp(-exp(1) * del), 1e-14,
+                    "decay of head 1");
     ref_check_case_free(&c);
     ref_check_free(&s.s.cu);
 }
 
-/* Two samples packed, against each alone: outputs and gradients; parameters' gradients are the sums. */
+/* Two samples packed, against each alone: outputs and gradients; parameters' gradients are the
+ * sums. */
 static void test_scan_m6_10_packed_equals_separate(void **state)
 {
     enum { FIRST = 19, SECOND = 26 };
     struct scan both = scan_of(SEGMENTS(0, FIRST, FIRST + SECOND), 4, 3, 2, 5, 8);
-    struct scan one[2] = { scan_of(SEGMENTS(0, FIRST), 4, 3, 2, 5, 8), scan_of(SEGMENTS(0, SECOND), 4, 3, 2, 5, 8) };
+    struct scan one[2] = { scan_of(SEGMENTS(0, FIRST), 4, 3, 2, 5, 8),
+                           scan_of(SEGMENTS(0, SECOND), 4, 3, 2, 5, 8) };
     struct ref_check_case packed = scan_case(&both, 13);
     struct ref_check_random rng = { 14 };
     struct tensor w = ref_check_like(&packed.out[0], DTYPE_F64), din[SSD_INPUTS], sum[SSD_INPUTS];
@@ -448,14 +510,16 @@ static void test_scan_m6_10_packed_equals_separate(void **state)
         alone.in[DT] = tensor_row_range(&packed.in[DT], first, n);
         alone.out[0] = ref_check_matrix(DTYPE_F64, n, tensor_cols(&w), 0);
         scan_gradients(&alone, &w_part, part);
-        struct tensor y = tensor_row_range(&packed.out[0], first, n), dxbc = tensor_row_range(&din[XBC], first, n);
+        struct tensor y = tensor_row_range(&packed.out[0], first, n),
+                      dxbc = tensor_row_range(&din[XBC], first, n);
         struct tensor ddt = tensor_row_range(&din[DT], first, n);
         ref_check_near(&alone.out[0], &y, 1e-15, "y");
         ref_check_near(&part[XBC], &dxbc, 1e-15, "dxbc");
         ref_check_near(&part[DT], &ddt, 1e-15, "ddt");
         for (int j = DT_BIAS; j < SSD_INPUTS; j++)
             REF_CHECK_EACH(&sum[j], r, col)
-                ref_check_set(&sum[j], r, col, ref_check_get(&sum[j], r, col) + ref_check_get(&part[j], r, col));
+        ref_check_set(&sum[j], r, col,
+                      ref_check_get(&sum[j], r, col) + ref_check_get(&part[j], r, col));
         free_all(part, SSD_INPUTS);
         ref_check_free(&alone.out[0]);
         ref_check_free(&one[i].s.cu);
@@ -469,14 +533,16 @@ static void test_scan_m6_10_packed_equals_separate(void **state)
     ref_check_free(&both.s.cu);
 }
 
-/* What a sample holds, infinities included, does not reach the other one, not by a bit, in either direction. */
+/* What a sample holds, infinities included, does not reach the other one, not by a bit, in either
+ * direction. */
 static void test_scan_and_conv_m6_10_samples_do_not_meet(void **state)
 {
     struct scan s = scan_of(SEGMENTS(0, 11, 24, 30), 2, 3, 1, 4, 8);
     struct ref_check_case cases[2] = { scan_case(&s, 15), conv_case(&s.s, 30, 10, 4) };
     for (int i = 0; i < 2; i++) {
         struct ref_check_case *c = &cases[i];
-        struct tensor w = ref_check_like(&c->out[0], DTYPE_F64), y = ref_check_like(&c->out[0], DTYPE_F64);
+        struct tensor w = ref_check_like(&c->out[0], DTYPE_F64),
+                      y = ref_check_like(&c->out[0], DTYPE_F64);
         struct tensor din[2][SSD_INPUTS];
         ref_check_fill(&w, 1);
         for (int run = 0; run < 2; run++) {
@@ -494,8 +560,10 @@ static void test_scan_and_conv_m6_10_samples_do_not_meet(void **state)
         }
         for (int part = 0; part < 2; part++) {
             int64_t first = part == 0 ? 0 : 24, n = part == 0 ? 11 : 6;
-            struct tensor was = tensor_row_range(&y, first, n), is = tensor_row_range(&c->out[0], first, n);
-            struct tensor dwas = tensor_row_range(&din[0][0], first, n), dis = tensor_row_range(&din[1][0], first, n);
+            struct tensor was = tensor_row_range(&y, first, n),
+                          is = tensor_row_range(&c->out[0], first, n);
+            struct tensor dwas = tensor_row_range(&din[0][0], first, n),
+                          dis = tensor_row_range(&din[1][0], first, n);
             ref_check_same(&was, &is, "outputs of the others");
             ref_check_same(&dwas, &dis, "gradients of the others");
         }
@@ -511,7 +579,8 @@ static void test_scan_and_conv_m6_10_samples_do_not_meet(void **state)
 
 static void test_scan_gradients(void **state)
 {
-    struct scan s[] = { scan_of(SEGMENTS(0, 37), 4, 3, 2, 5, 8), scan_of(SEGMENTS(0, 5, 6, 6, 31), 3, 8, 1, 16, 16),
+    struct scan s[] = { scan_of(SEGMENTS(0, 37), 4, 3, 2, 5, 8),
+                        scan_of(SEGMENTS(0, 5, 6, 6, 31), 3, 8, 1, 16, 16),
                         scan_of(SEGMENTS(0, 9), 2, 4, 2, 3, 128) };
     for (size_t i = 0; i < sizeof s / sizeof *s; i++) {
         for (int sequential = 0; sequential < 2; sequential++) {
@@ -564,7 +633,8 @@ static void test_zero_rows_are_legal(void **state)
         struct segments none = segments_of(segments, (int32_t[]){ 0, 0, 0 });
         struct scan s = scan_of(none, 4, 3, 2, 5, 8);
         struct gated g = { 2, 1e-5 };
-        struct ref_check_case cases[3] = { scan_case(&s, 1), conv_case(&none, 0, 10, 4), gated_case(&g, 0, 10) };
+        struct ref_check_case cases[3] = { scan_case(&s, 1), conv_case(&none, 0, 10, 4),
+                                           gated_case(&g, 0, 10) };
         for (int i = 0; i < 3; i++) {
             struct ref_check_case *c = &cases[i];
             struct tensor din[SSD_INPUTS];
@@ -576,7 +646,7 @@ static void test_zero_rows_are_legal(void **state)
             c->backward(true, c->in, c->out, c->out, din, c->context);
             for (int j = 0; j < c->n_in; j++)
                 REF_CHECK_EACH(&din[j], r, col)
-                    assert_true(ref_check_get(&din[j], r, col) == 3);
+            assert_true(ref_check_get(&din[j], r, col) == 3);
             free_all(din, c->n_in);
             ref_check_case_free(c);
         }

@@ -1,12 +1,13 @@
-/* test_ref_moe.c - the mixture-of-experts operations of the reference backend (src/ref/moe.c): golden values of model.md 8,
- * selection, balance, the sort of copies, grouped products, finite differences.
+/* test_ref_moe.c - the mixture-of-experts operations of the reference backend (src/ref/moe.c):
+ * golden values of model.md 8, selection, balance, the sort of copies, grouped products, finite
+ * differences.
  */
 #include "ref_check.h"
 
 static void fill_index(const struct tensor *t, const int *values)
 {
     REF_CHECK_EACH(t, r, c)
-        ref_check_set(t, r, c, *values++);
+    ref_check_set(t, r, c, *values++);
 }
 
 static int64_t index_at(const struct tensor *t, int64_t row, int64_t col)
@@ -14,7 +15,7 @@ static int64_t index_at(const struct tensor *t, int64_t row, int64_t col)
     return (int64_t)ref_check_get(t, row, col);
 }
 
-/* ---- router --------------------------------------------------------------------------------------------------------- */
+/* ---- router ---------------------------------------------------------------------------------- */
 
 /* One micro-batch of B sequences of S tokens, in fp64. */
 struct route {
@@ -38,19 +39,23 @@ static struct route route_new(int64_t tokens, int64_t experts, int64_t topk)
 
 static void route_free(struct route *r)
 {
-    struct tensor *all[] = { &r->logits, &r->bias, &r->scores, &r->expert, &r->prob, &r->dprob, &r->dlogits };
+    struct tensor *all[] = { &r->logits, &r->bias,  &r->scores, &r->expert,
+                             &r->prob,   &r->dprob, &r->dlogits };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         ref_check_free(all[i]);
 }
 
 static void route_forward(const struct route *r)
 {
-    ref_router_forward_f64(NULL, &r->logits, &r->bias, 2.5, false, &r->scores, &r->expert, &r->prob);
+    ref_router_forward_f64(NULL, &r->logits, &r->bias, 2.5, false, &r->scores, &r->expert,
+                           &r->prob);
 }
 
-static void route_backward(const struct route *r, const struct tensor *count, double coeff, int64_t seq_len)
+static void route_backward(const struct route *r, const struct tensor *count, double coeff,
+                           int64_t seq_len)
 {
-    ref_router_backward_f64(NULL, &r->scores, &r->expert, &r->prob, &r->dprob, 2.5, count, coeff, 0, seq_len, &r->dlogits);
+    ref_router_backward_f64(NULL, &r->scores, &r->expert, &r->prob, &r->dprob, 2.5, count, coeff, 0,
+                            seq_len, &r->dlogits);
 }
 
 static void check_choice(const struct route *r, int64_t token, const int *expected)
@@ -59,7 +64,8 @@ static void check_choice(const struct route *r, int64_t token, const int *expect
         assert_int_equal(index_at(&r->expert, token, k), expected[k]);
 }
 
-static void check_row(const struct tensor *t, int64_t row, const double *expected, double tolerance, const char *what)
+static void check_row(const struct tensor *t, int64_t row, const double *expected, double tolerance,
+                      const char *what)
 {
     for (int64_t c = 0; c < tensor_cols(t); c++)
         ref_check_value(ref_check_get(t, row, c), expected[c], tolerance, what);
@@ -83,7 +89,8 @@ static void test_router_golden_m6_13_bias_selects(void **state)
 static void test_balance_golden_m6_13_map_ignores_bias(void **state)
 {
     struct route r = route_new(2, 4, 2);
-    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0), psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
+    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0),
+                  psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
     struct tensor metric = ref_check_vector(DTYPE_F64, 1);
     ref_check_fill_values(&r.logits, (double[]){ 0, 1, -1, 2, 1, 0, 0, -1 });
     ref_check_fill_values(&r.bias, (double[]){ 0, 0, 5, 0 });
@@ -92,12 +99,15 @@ static void test_balance_golden_m6_13_map_ignores_bias(void **state)
     route_forward(&r);
     ref_router_balance_f64(NULL, &r.scores, 2, 0, 2, &count, &psum);
     check_row(&count, 0, (double[]){ 1, 2, 0, 1 }, 0, "count");
-    check_row(&psum, 0, (double[]){ 0.210013699 + 0.365529289, 0.307064632 + 0.25, 0.112962765 + 0.25,
-                                    0.369958904 + 0.134470711 }, 2e-9, "psum");
+    check_row(&psum, 0,
+              (double[]){ 0.210013699 + 0.365529289, 0.307064632 + 0.25, 0.112962765 + 0.25,
+                          0.369958904 + 0.134470711 },
+              2e-9, "psum");
     ref_router_balance_loss_f64(NULL, &count, &psum, 2, 2, &metric);
     ref_check_value(ref_check_get(&metric, 0, 0), 0.25 + 1.097050933, 1e-9, "metric adds up");
     route_backward(&r, &count, 1, 2);
-    check_row(&r.dlogits, 0, (double[]){ -0.020382025, 0.066553001, -0.098611796, -0.008559928 }, 1e-9, "dlogits");
+    check_row(&r.dlogits, 0, (double[]){ -0.020382025, 0.066553001, -0.098611796, -0.008559928 },
+              1e-9, "dlogits");
     ref_check_free(&count);
     ref_check_free(&psum);
     ref_check_free(&metric);
@@ -107,18 +117,20 @@ static void test_balance_golden_m6_13_map_ignores_bias(void **state)
 static void test_router_m6_13_ties_take_the_lower_index(void **state)
 {
     struct route r = route_new(3, 6, 3);
-    ref_check_fill_values(&r.logits, (double[]){ 1, 1, 1, 1, 1, 1, 0, 2, 1, 1, 2, 1, -1, -2, 3, -1, -1, -1 });
+    ref_check_fill_values(&r.logits,
+                          (double[]){ 1, 1, 1, 1, 1, 1, 0, 2, 1, 1, 2, 1, -1, -2, 3, -1, -1, -1 });
     route_forward(&r);
     check_choice(&r, 0, (int[]){ 0, 1, 2 });
     check_choice(&r, 1, (int[]){ 1, 2, 4 });
     check_choice(&r, 2, (int[]){ 0, 2, 3 });
-    ref_check_set(&r.bias, 0, 5, 1e-3);               /* breaks the tie */
+    ref_check_set(&r.bias, 0, 5, 1e-3); /* breaks the tie */
     route_forward(&r);
     check_choice(&r, 0, (int[]){ 0, 1, 5 });
     route_free(&r);
 }
 
-/* Probabilities of the chosen sum to 2.5 and follow from the scores alone, whatever the bias chose. */
+/* Probabilities of the chosen sum to 2.5 and follow from the scores alone, whatever the bias
+ * chose. */
 static void test_router_m6_13_bias_changes_selection_not_probs(void **state)
 {
     struct route r = route_new(40, 16, 5);
@@ -153,7 +165,8 @@ static void test_router_m6_13_bias_changes_selection_not_probs(void **state)
         }
         assert_true(pass == 0 ? moved == 0 : moved > 10);
     }
-    struct tensor other = ref_check_like(&r.prob, DTYPE_F64), choice = ref_check_like(&r.expert, DTYPE_I32);
+    struct tensor other = ref_check_like(&r.prob, DTYPE_F64),
+                  choice = ref_check_like(&r.expert, DTYPE_I32);
     ref_check_fill(&r.bias, 0);
     route_forward(&r);
     ref_router_forward_f64(NULL, &r.logits, NULL, 2.5, false, &r.scores, &choice, &other);
@@ -164,13 +177,14 @@ static void test_router_m6_13_bias_changes_selection_not_probs(void **state)
     route_free(&r);
 }
 
-/* A given choice stays as it is, whatever the scores and the bias; its probabilities are the normalised scores of the given experts. */
+/* A given choice stays as it is, whatever the scores and the bias; its probabilities are the
+ * normalised scores of the given experts. */
 static void test_router_given_choice(void **state)
 {
     static const int given[] = { 0, 3, 1, 2, 0, 1 };
     struct route r = route_new(3, 4, 2);
     REF_CHECK_EACH(&r.logits, t, e)
-        ref_check_set(&r.logits, t, e, 0.5 * (double)e - 0.25 * (double)t);
+    ref_check_set(&r.logits, t, e, 0.5 * (double)e - 0.25 * (double)t);
     ref_check_set(&r.bias, 0, 3, 5.0);
     fill_index(&r.expert, given);
     ref_router_forward_f64(NULL, &r.logits, &r.bias, 2.5, true, &r.scores, &r.expert, &r.prob);
@@ -180,7 +194,8 @@ static void test_router_given_choice(void **state)
         for (int64_t k = 0; k < 2; k++)
             score[k] = 1 / (1 + exp(-(0.5 * given[2 * t + k] - 0.25 * (double)t)));
         for (int64_t k = 0; k < 2; k++)
-            assert_true(fabs(ref_check_get(&r.prob, t, k) - 2.5 * score[k] / (score[0] + score[1])) < 1e-14);
+            assert_true(fabs(ref_check_get(&r.prob, t, k) -
+                             2.5 * score[k] / (score[0] + score[1])) < 1e-14);
     }
     route_free(&r);
 }
@@ -189,7 +204,8 @@ static void test_router_given_choice(void **state)
 static void test_router_saturated_scores_stay_finite(void **state)
 {
     struct route r = route_new(2, 4, 2);
-    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0), psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
+    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0),
+                  psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
     ref_check_fill_values(&r.logits, (double[]){ -800, -800, -800, -800, 800, 800, -800, 0 });
     ref_check_fill(&r.dprob, 1);
     route_forward(&r);
@@ -198,7 +214,8 @@ static void test_router_saturated_scores_stay_finite(void **state)
     route_backward(&r, &count, 1e-4, 2);
     for (int64_t t = 0; t < 2; t++) {
         for (int64_t e = 0; e < 4; e++)
-            assert_true(isfinite(ref_check_get(&r.dlogits, t, e)) && isfinite(ref_check_get(&psum, 0, e)));
+            assert_true(isfinite(ref_check_get(&r.dlogits, t, e)) &&
+                        isfinite(ref_check_get(&psum, 0, e)));
         for (int64_t k = 0; k < 2; k++)
             assert_true(isfinite(ref_check_get(&r.prob, t, k)));
     }
@@ -221,16 +238,25 @@ static void test_router_nan_is_chosen_and_shows(void **state)
     route_free(&r);
 }
 
-struct balance { struct tensor bias, expert, count; int64_t seq_len; double coeff; };
+struct balance {
+    struct tensor bias, expert, count;
+    int64_t seq_len;
+    double coeff;
+};
 
-/* L = sum w prob + u sum_b,e (coeff E/(K S) count) psum with the counts held; the choice must not change. */
-static void router_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+/* L = sum w prob + u sum_b,e (coeff E/(K S) count) psum with the counts held; the choice must not
+ * change. */
+static void router_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                           const void *context)
 {
     const struct balance *b = context;
     const enum dtype dtype = fp64 ? DTYPE_F64 : DTYPE_F32;
-    const int64_t experts = tensor_cols(&in[0]), topk = tensor_cols(&out[0]), sequences = tensor_rows(&b->count);
-    struct tensor bias = ref_check_like(&b->bias, dtype), expert = ref_check_like(&b->expert, DTYPE_I32);
-    struct tensor psum = ref_check_matrix(dtype, sequences, experts, 1), count = ref_check_like(&b->count, DTYPE_I64);
+    const int64_t experts = tensor_cols(&in[0]), topk = tensor_cols(&out[0]),
+                  sequences = tensor_rows(&b->count);
+    struct tensor bias = ref_check_like(&b->bias, dtype),
+                  expert = ref_check_like(&b->expert, DTYPE_I32);
+    struct tensor psum = ref_check_matrix(dtype, sequences, experts, 1),
+                  count = ref_check_like(&b->count, DTYPE_I64);
     ref_check_convert(&b->bias, &bias);
     REF_CHECK_OP(fp64, router_forward)(NULL, &in[0], &bias, 2.5, false, &out[2], &expert, &out[0]);
     REF_CHECK_OP(fp64, router_balance)(NULL, &out[2], (int)topk, 0, b->seq_len, &count, &psum);
@@ -247,24 +273,33 @@ static void router_forward(bool fp64, const struct tensor *in, const struct tens
     ref_check_free(&psum);
 }
 
-static void router_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                            const struct tensor *din, const void *context)
+static void router_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                            const struct tensor *dout, const struct tensor *din,
+                            const void *context)
 {
     const struct balance *b = context;
     const double coeff = b->coeff * ref_check_get(&dout[1], 0, 0);
-    REF_CHECK_OP(fp64, router_backward)(NULL, &out[2], &b->expert, &out[0], &dout[0], 2.5, coeff == 0 ? NULL : &b->count, coeff,
-                                        0, b->seq_len, &din[0]);
+    REF_CHECK_OP(fp64, router_backward)
+    (NULL, &out[2], &b->expert, &out[0], &dout[0], 2.5, coeff == 0 ? NULL : &b->count, coeff, 0,
+     b->seq_len, &din[0]);
 }
 
 static void test_router_gradients_with_balance(void **state)
 {
     for (int variant = 0; variant < 3; variant++) {
-        const int64_t experts = variant == 2 ? 300 : 8, topk = variant == 2 ? 6 : 2, sequences = 3, length = 7;
+        const int64_t experts = variant == 2 ? 300 : 8, topk = variant == 2 ? 6 : 2, sequences = 3,
+                      length = 7;
         const int64_t tokens = sequences * length;
         struct balance b = { .seq_len = length, .coeff = variant == 0 ? 0 : 0.7 };
         struct ref_check_random rng = { 7 + (uint64_t)variant };
-        struct ref_check_case c = { .name = "router", .n_in = 1, .n_out = 3, .n_weighted = 2, .forward = router_forward,
-                                    .backward = router_backward, .context = &b, .step = 1e-4 };
+        struct ref_check_case c = { .name = "router",
+                                    .n_in = 1,
+                                    .n_out = 3,
+                                    .n_weighted = 2,
+                                    .forward = router_forward,
+                                    .backward = router_backward,
+                                    .context = &b,
+                                    .step = 1e-4 };
         c.in[0] = ref_check_matrix(DTYPE_F64, tokens, experts, 2);
         c.out[0] = ref_check_matrix(DTYPE_F64, tokens, topk, 0);
         c.out[1] = ref_check_vector(DTYPE_F64, 1);
@@ -276,8 +311,10 @@ static void test_router_gradients_with_balance(void **state)
         ref_check_fill_random(&b.bias, &rng, -0.3, 0.3);
         /* Distinct logits: scores differ by more than any step of the finite differences. */
         REF_CHECK_EACH(&c.in[0], r, e)
-            ref_check_set(&c.in[0], r, e, (float)(-2 + 4.0 * (double)((e * 7 + r * 5) % experts) / (double)experts));
-        ref_router_forward_f64(NULL, &c.in[0], &b.bias, 2.5, false, &c.out[2], &b.expert, &c.out[0]);
+        ref_check_set(&c.in[0], r, e,
+                      (float)(-2 + 4.0 * (double)((e * 7 + r * 5) % experts) / (double)experts));
+        ref_router_forward_f64(NULL, &c.in[0], &b.bias, 2.5, false, &c.out[2], &b.expert,
+                               &c.out[0]);
         ref_router_balance_f64(NULL, &c.out[2], (int)topk, 0, length, &b.count, &psum);
         ref_check_gradients(&c, 17 + (uint64_t)variant);
         ref_check_case_free(&c);
@@ -288,14 +325,16 @@ static void test_router_gradients_with_balance(void **state)
     }
 }
 
-/* E = 4, K = 2, S = 4; token t prefers t and t+1: every expert is in two maps and has the same sum of normalised scores. */
+/* E = 4, K = 2, S = 4; token t prefers t and t+1: every expert is in two maps and has the same sum
+ * of normalised scores. */
 static void test_balance_m6_14_metric_is_one_at_perfect_balance(void **state)
 {
     struct route r = route_new(4, 4, 2);
-    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0), psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
+    struct tensor count = ref_check_matrix(DTYPE_I64, 1, 4, 0),
+                  psum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
     struct tensor metric = ref_check_vector(DTYPE_F64, 1);
     REF_CHECK_EACH(&r.logits, t, e)
-        ref_check_set(&r.logits, t, e, e == t || e == (t + 1) % 4 ? 1 : -1);
+    ref_check_set(&r.logits, t, e, e == t || e == (t + 1) % 4 ? 1 : -1);
     ref_check_fill(&metric, 0);
     route_forward(&r);
     ref_router_balance_f64(NULL, &r.scores, 2, 0, 4, &count, &psum);
@@ -314,7 +353,8 @@ static void test_balance_m6_14_independent_of_batch(void **state)
     double metric[2], row[E];
     for (int64_t batch = 1; batch <= 3; batch += 2) {
         struct route r = route_new(batch * S, E, K);
-        struct tensor count = ref_check_matrix(DTYPE_I64, batch, E, 0), psum = ref_check_matrix(DTYPE_F64, batch, E, 2);
+        struct tensor count = ref_check_matrix(DTYPE_I64, batch, E, 0),
+                      psum = ref_check_matrix(DTYPE_F64, batch, E, 2);
         struct tensor total = ref_check_vector(DTYPE_F64, 1);
         for (int64_t b = 0; b < batch; b++) {
             struct ref_check_random rng = { 5 };
@@ -342,7 +382,8 @@ static void test_balance_m6_14_independent_of_batch(void **state)
     ref_check_value(metric[1], metric[0], 1e-14, "metric");
 }
 
-/* The rows of a sequence on two ranks: counts added, full length given; partial metrics add up, gradients agree to the bit. */
+/* The rows of a sequence on two ranks: counts added, full length given; partial metrics add up,
+ * gradients agree to the bit. */
 static void test_balance_m6_14_independent_of_sequence_split(void **state)
 {
     enum { S = 8, E = 8, K = 2 };
@@ -368,18 +409,24 @@ static void test_balance_m6_14_independent_of_sequence_split(void **state)
         ref_router_balance_f64(NULL, &part, K, i * S / 2, S, &count[i], &psum[i]);
     }
     for (int64_t e = 0; e < E; e++)
-        assert_int_equal(index_at(&count[0], 0, e) + index_at(&count[1], 0, e), index_at(&count[2], 0, e));
+        assert_int_equal(index_at(&count[0], 0, e) + index_at(&count[1], 0, e),
+                         index_at(&count[2], 0, e));
     for (int i = 0; i < 2; i++) {
         int64_t first = i * S / 2;
-        struct tensor scores = tensor_row_range(&r.scores, first, S / 2), expert = tensor_row_range(&r.expert, first, S / 2);
-        struct tensor prob = tensor_row_range(&r.prob, first, S / 2), dprob = tensor_row_range(&r.dprob, first, S / 2);
-        struct tensor whole = tensor_row_range(&r.dlogits, first, S / 2), own = ref_check_like(&whole, DTYPE_F64);
+        struct tensor scores = tensor_row_range(&r.scores, first, S / 2),
+                      expert = tensor_row_range(&r.expert, first, S / 2);
+        struct tensor prob = tensor_row_range(&r.prob, first, S / 2),
+                      dprob = tensor_row_range(&r.dprob, first, S / 2);
+        struct tensor whole = tensor_row_range(&r.dlogits, first, S / 2),
+                      own = ref_check_like(&whole, DTYPE_F64);
         ref_router_balance_loss_f64(NULL, &count[2], &psum[i], K, S, &metric[0]);
-        ref_router_backward_f64(NULL, &scores, &expert, &prob, &dprob, 2.5, &count[2], 0.5, first, S, &own);
+        ref_router_backward_f64(NULL, &scores, &expert, &prob, &dprob, 2.5, &count[2], 0.5, first,
+                                S, &own);
         ref_check_same(&own, &whole, "dlogits");
         ref_check_free(&own);
     }
-    ref_check_value(ref_check_get(&metric[0], 0, 0), ref_check_get(&metric[1], 0, 0), 1e-14, "metric");
+    ref_check_value(ref_check_get(&metric[0], 0, 0), ref_check_get(&metric[1], 0, 0), 1e-14,
+                    "metric");
     for (int i = 0; i < 3; i++) {
         ref_check_free(&count[i]);
         ref_check_free(&psum[i]);
@@ -389,7 +436,7 @@ static void test_balance_m6_14_independent_of_sequence_split(void **state)
     route_free(&r);
 }
 
-/* ---- expert bias ---------------------------------------------------------------------------------------------------- */
+/* ---- expert bias ----------------------------------------------------------------------------- */
 
 static void check_bias(const double *count, const double *expected)
 {
@@ -408,27 +455,32 @@ static void check_bias(const double *count, const double *expected)
 
 static void test_expert_bias_m6_16_sign_rule(void **state)
 {
-    check_bias((double[]){ 1, 2, 3 }, (double[]){ 1, 0, -1 });       /* the mean itself: sign(0) = 0 */
+    /* the mean itself: sign(0) = 0 */
+    check_bias((double[]){ 1, 2, 3 }, (double[]){ 1, 0, -1 });
     check_bias((double[]){ 0, 0, 0 }, (double[]){ 0, 0, 0 });
     check_bias((double[]){ 7, 7, 7 }, (double[]){ 0, 0, 0 });
-    check_bias((double[]){ 0, 0, 1 }, (double[]){ 1, 1, -1 });       /* mean 1/3 */
+    check_bias((double[]){ 0, 0, 1 }, (double[]){ 1, 1, -1 }); /* mean 1/3 */
     check_bias((double[]){ 1e6, 0, 0 }, (double[]){ -1, 1, 1 });
     /* one token beside 3e16: a mean in fp64, let alone fp32, would not see it */
-    check_bias((double[]){ 10000000000000000, 10000000000000002, 10000000000000000 }, (double[]){ 1, -1, 1 });
+    check_bias((double[]){ 10000000000000000, 10000000000000002, 10000000000000000 },
+               (double[]){ 1, -1, 1 });
 }
 
-/* ---- sort ----------------------------------------------------------------------------------------------------------- */
+/* ---- sort ------------------------------------------------------------------------------------ */
 
-struct sorted { struct tensor expert, prob, offsets, row_token, row_prob, token_row, count; };
+struct sorted {
+    struct tensor expert, prob, offsets, row_token, row_prob, token_row, count;
+};
 
 static struct sorted sorted_new(int64_t tokens, int64_t topk, int64_t experts)
 {
-    struct sorted s = {
-        .expert = ref_check_matrix(DTYPE_I32, tokens, topk, 0), .prob = ref_check_matrix(DTYPE_F64, tokens, topk, 3),
-        .offsets = ref_check_vector(DTYPE_I32, experts + 1), .row_token = ref_check_vector(DTYPE_I32, tokens * topk),
-        .row_prob = ref_check_vector(DTYPE_F64, tokens * topk), .token_row = ref_check_matrix(DTYPE_I32, tokens, topk, 0),
-        .count = ref_check_vector(DTYPE_I64, experts)
-    };
+    struct sorted s = { .expert = ref_check_matrix(DTYPE_I32, tokens, topk, 0),
+                        .prob = ref_check_matrix(DTYPE_F64, tokens, topk, 3),
+                        .offsets = ref_check_vector(DTYPE_I32, experts + 1),
+                        .row_token = ref_check_vector(DTYPE_I32, tokens * topk),
+                        .row_prob = ref_check_vector(DTYPE_F64, tokens * topk),
+                        .token_row = ref_check_matrix(DTYPE_I32, tokens, topk, 0),
+                        .count = ref_check_vector(DTYPE_I64, experts) };
     struct ref_check_random rng = { 9 };
     ref_check_fill_random(&s.prob, &rng, 0.1, 2);
     ref_check_fill(&s.count, 0);
@@ -437,7 +489,8 @@ static struct sorted sorted_new(int64_t tokens, int64_t topk, int64_t experts)
 
 static void sorted_free(struct sorted *s)
 {
-    struct tensor *all[] = { &s->expert, &s->prob, &s->offsets, &s->row_token, &s->row_prob, &s->token_row, &s->count };
+    struct tensor *all[] = { &s->expert,   &s->prob,      &s->offsets, &s->row_token,
+                             &s->row_prob, &s->token_row, &s->count };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         ref_check_free(all[i]);
 }
@@ -445,12 +498,14 @@ static void sorted_free(struct sorted *s)
 /* Sorts, and checks everything that must hold for any routing. */
 static void sort_and_check(const struct sorted *s)
 {
-    const int64_t tokens = tensor_rows(&s->expert), topk = tensor_cols(&s->expert), copies = tokens * topk;
+    const int64_t tokens = tensor_rows(&s->expert), topk = tensor_cols(&s->expert),
+                  copies = tokens * topk;
     const int64_t experts = tensor_numel(&s->count);
     struct tensor dprob = ref_check_matrix(DTYPE_F64, tokens, topk, 1);
     struct tensor before = ref_check_like(&s->count, DTYPE_I64);
     ref_check_convert(&s->count, &before);
-    ref_moe_sort_f64(NULL, &s->expert, &s->prob, &s->offsets, &s->row_token, &s->row_prob, &s->token_row, &s->count);
+    ref_moe_sort_f64(NULL, &s->expert, &s->prob, &s->offsets, &s->row_token, &s->row_prob,
+                     &s->token_row, &s->count);
     assert_int_equal(index_at(&s->offsets, 0, 0), 0);
     assert_int_equal(index_at(&s->offsets, 0, experts), copies);
     int64_t dispatched = 0, row = 0;
@@ -464,7 +519,8 @@ static void sort_and_check(const struct sorted *s)
                 if (index_at(&s->expert, t, k) == e) {
                     assert_int_equal(index_at(&s->row_token, 0, row), t);
                     assert_int_equal(index_at(&s->token_row, t, k), row);
-                    assert_true(ref_check_get(&s->row_prob, 0, row) == ref_check_get(&s->prob, t, k));
+                    assert_true(ref_check_get(&s->row_prob, 0, row) ==
+                                ref_check_get(&s->prob, t, k));
                     row++;
                 }
         assert_int_equal(row, end);
@@ -494,42 +550,54 @@ static void test_sort_m6_17_no_token_dropped(void **state)
 {
     struct ref_check_random rng = { 10 };
     struct sorted one = sorted_new(50, 1, 5), s = sorted_new(70, 3, 9);
-    ref_check_fill(&one.expert, 3);                   /* all tokens to one expert, the others have none */
+    /* all tokens to one expert, the others have none */
+    ref_check_fill(&one.expert, 3);
     sort_and_check(&one);
-    sort_and_check(&one);                             /* counts add up */
+    sort_and_check(&one); /* counts add up */
     assert_int_equal(index_at(&one.count, 0, 3), 100);
-    for (int64_t t = 0; t < 70; t++) {                /* experts 0 and 8 have no token; choices ascending */
+    /* experts 0 and 8 have no token; choices ascending */
+    for (int64_t t = 0; t < 70; t++) {
         int64_t first = 1 + ref_check_index(&rng, 3);
         for (int64_t k = 0; k < 3; k++)
-            ref_check_set(&s.expert, t, k, (double)(first + 2 * k - (k == 2 ? ref_check_index(&rng, 2) : 0)));
+            ref_check_set(&s.expert, t, k,
+                          (double)(first + 2 * k - (k == 2 ? ref_check_index(&rng, 2) : 0)));
     }
     sort_and_check(&s);
-    ref_moe_sort_f64(NULL, &s.expert, &s.prob, &s.offsets, &s.row_token, &s.row_prob, &s.token_row, NULL);
+    ref_moe_sort_f64(NULL, &s.expert, &s.prob, &s.offsets, &s.row_token, &s.row_prob, &s.token_row,
+                     NULL);
     double total = 0;
     for (int64_t e = 0; e < 9; e++)
         total += ref_check_get(&s.count, 0, e);
-    assert_true(total == 210);                        /* K*T, and not counted again */
+    assert_true(total == 210); /* K*T, and not counted again */
     sorted_free(&one);
     sorted_free(&s);
 }
 
-/* ---- grouped products ----------------------------------------------------------------------------------------------- */
+/* ---- grouped products ------------------------------------------------------------------------ */
 
 /* y = a w_e^T; the gradients are the other two modes. Rows behind offsets[E] belong to nobody. */
-struct grouped { struct tensor offsets; int64_t max_rows; };
+struct grouped {
+    struct tensor offsets;
+    int64_t max_rows;
+};
 
-static void grouped_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void grouped_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                            const void *context)
 {
     const struct grouped *g = context;
-    REF_CHECK_OP(fp64, grouped_gemm)(NULL, BACKEND_GROUPED_NT, &in[0], &in[1], &g->offsets, g->max_rows, &out[0]);
+    REF_CHECK_OP(fp64, grouped_gemm)
+    (NULL, BACKEND_GROUPED_NT, &in[0], &in[1], &g->offsets, g->max_rows, &out[0]);
 }
 
-static void grouped_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                             const struct tensor *din, const void *context)
+static void grouped_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                             const struct tensor *dout, const struct tensor *din,
+                             const void *context)
 {
     const struct grouped *g = context;
-    REF_CHECK_OP(fp64, grouped_gemm)(NULL, BACKEND_GROUPED_NN, &dout[0], &in[1], &g->offsets, g->max_rows, &din[0]);
-    REF_CHECK_OP(fp64, grouped_gemm)(NULL, BACKEND_GROUPED_TN, &dout[0], &in[0], &g->offsets, g->max_rows, &din[1]);
+    REF_CHECK_OP(fp64, grouped_gemm)
+    (NULL, BACKEND_GROUPED_NN, &dout[0], &in[1], &g->offsets, g->max_rows, &din[0]);
+    REF_CHECK_OP(fp64, grouped_gemm)
+    (NULL, BACKEND_GROUPED_TN, &dout[0], &in[0], &g->offsets, g->max_rows, &din[1]);
 }
 
 static void grouped_check(int experts, const int *offsets, int64_t n_out, int64_t n_in)
@@ -537,8 +605,14 @@ static void grouped_check(int experts, const int *offsets, int64_t n_out, int64_
     const int64_t rows = offsets[experts];
     struct grouped g = { ref_check_vector(DTYPE_I32, experts + 1), rows };
     struct ref_check_random rng = { 4 };
-    struct ref_check_case c = { .name = "grouped gemm", .n_in = 2, .n_out = 1, .n_weighted = 1, .accumulates = 2,
-                                .forward = grouped_forward, .backward = grouped_backward, .context = &g };
+    struct ref_check_case c = { .name = "grouped gemm",
+                                .n_in = 2,
+                                .n_out = 1,
+                                .n_weighted = 1,
+                                .accumulates = 2,
+                                .forward = grouped_forward,
+                                .backward = grouped_backward,
+                                .context = &g };
     fill_index(&g.offsets, offsets);
     c.in[0] = ref_check_matrix(DTYPE_F64, rows, n_in, 5);
     c.in[1] = ref_check_new(DTYPE_F64, 3, (int64_t[]){ experts, n_out, n_in }, 0);
@@ -552,7 +626,8 @@ static void grouped_check(int experts, const int *offsets, int64_t n_out, int64_
             for (int64_t o = 0; o < n_out; o++) {
                 double sum = 0;
                 for (int64_t i = 0; i < n_in; i++)
-                    sum += ref_check_get(&c.in[0], r, i) * ref_check_get(&c.in[1], e * n_out + o, i);
+                    sum +=
+                        ref_check_get(&c.in[0], r, i) * ref_check_get(&c.in[1], e * n_out + o, i);
                 ref_check_value(ref_check_get(&c.out[0], r, o), sum, 1e-13, "product");
             }
     ref_check_case_free(&c);
@@ -566,16 +641,19 @@ static void test_grouped_gemm_values_and_gradients(void **state)
 
 static void test_grouped_gemm_m6_17_empty_experts(void **state)
 {
-    grouped_check(4, (int[]){ 0, 0, 11, 11, 11 }, 5, 6);      /* all rows to one */
+    grouped_check(4, (int[]){ 0, 0, 11, 11, 11 }, 5, 6); /* all rows to one */
     grouped_check(5, (int[]){ 0, 3, 3, 3, 8, 8 }, 3, 2);
     grouped_check(3, (int[]){ 0, 0, 0, 1 }, 1, 1);
 }
 
-/* max_rows may exceed offsets[E]: rows in between are neither read nor written, and an expert without rows adds nothing. */
+/* max_rows may exceed offsets[E]: rows in between are neither read nor written, and an expert
+ * without rows adds nothing. */
 static void test_grouped_gemm_touches_only_owned_rows(void **state)
 {
-    struct tensor offsets = ref_check_vector(DTYPE_I32, 4), a = ref_check_matrix(DTYPE_F64, 6, 3, 0);
-    struct tensor w = ref_check_new(DTYPE_F64, 3, (int64_t[]){ 3, 2, 3 }, 0), dw = ref_check_like(&w, DTYPE_F64);
+    struct tensor offsets = ref_check_vector(DTYPE_I32, 4),
+                  a = ref_check_matrix(DTYPE_F64, 6, 3, 0);
+    struct tensor w = ref_check_new(DTYPE_F64, 3, (int64_t[]){ 3, 2, 3 }, 0),
+                  dw = ref_check_like(&w, DTYPE_F64);
     struct tensor c = ref_check_matrix(DTYPE_F64, 6, 2, 0), da = ref_check_like(&a, DTYPE_F64);
     fill_index(&offsets, (int[]){ 0, 2, 2, 4 });
     ref_check_fill(&w, 1);
@@ -601,28 +679,31 @@ static void test_grouped_gemm_touches_only_owned_rows(void **state)
         ref_check_free(all[i]);
 }
 
-/* ---- activation ----------------------------------------------------------------------------------------------------- */
+/* ---- activation ------------------------------------------------------------------------------ */
 
-static void act_forward(bool fp64, const struct tensor *in, const struct tensor *out, const void *context)
+static void act_forward(bool fp64, const struct tensor *in, const struct tensor *out,
+                        const void *context)
 {
     REF_CHECK_OP(fp64, expert_act_forward)(NULL, &in[0], &in[1], &out[0]);
 }
 
 /* context not NULL: dh takes the place of dy, and the activation comes once more. */
-static void act_backward(bool fp64, const struct tensor *in, const struct tensor *out, const struct tensor *dout,
-                         const struct tensor *din, const void *context)
+static void act_backward(bool fp64, const struct tensor *in, const struct tensor *out,
+                         const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct tensor *dy = &dout[0];
     if (context == NULL) {
         REF_CHECK_OP(fp64, expert_act_backward)(NULL, &in[0], &in[1], dy, &din[0], &din[1], NULL);
         return;
     }
-    struct tensor once = ref_check_like(&in[0], in[0].dtype), again = ref_check_like(&in[0], in[0].dtype);
+    struct tensor once = ref_check_like(&in[0], in[0].dtype),
+                  again = ref_check_like(&in[0], in[0].dtype);
     ref_check_convert(dy, &din[0]);
-    REF_CHECK_OP(fp64, expert_act_backward)(NULL, &in[0], &in[1], &din[0], &din[0], &din[1], &again);
+    REF_CHECK_OP(fp64, expert_act_backward)
+    (NULL, &in[0], &in[1], &din[0], &din[0], &din[1], &again);
     REF_CHECK_OP(fp64, expert_act_forward)(NULL, &in[0], &in[1], &once);
     REF_CHECK_EACH(&once, r, i)
-        assert_true(ref_check_get(&once, r, i) == ref_check_get(&again, r, i));
+    assert_true(ref_check_get(&once, r, i) == ref_check_get(&again, r, i));
     ref_check_free(&once);
     ref_check_free(&again);
 }
@@ -632,15 +713,22 @@ static void test_expert_activation_m6_18_gradients(void **state)
     for (int64_t cols = 5; cols < 700; cols += 311)
         for (int in_place = 0; in_place < 2; in_place++) {
             struct ref_check_random rng = { 12 };
-            struct ref_check_case c = { .name = "expert activation", .n_in = 2, .n_out = 1, .n_weighted = 1,
-                                        .forward = act_forward, .backward = act_backward, .step = 1e-5,
+            struct ref_check_case c = { .name = "expert activation",
+                                        .n_in = 2,
+                                        .n_out = 1,
+                                        .n_weighted = 1,
+                                        .forward = act_forward,
+                                        .backward = act_backward,
+                                        .step = 1e-5,
                                         .context = in_place ? &rng : NULL };
             c.in[0] = ref_check_matrix(DTYPE_F64, 6, cols, 3);
             c.in[1] = ref_check_vector(DTYPE_F64, 6);
             c.out[0] = ref_check_matrix(DTYPE_F64, 6, cols, 0);
             ref_check_fill_random(&c.in[0], &rng, -1, 1);
-            REF_CHECK_EACH(&c.in[0], r, i)            /* away from the kink */
-                ref_check_set(&c.in[0], r, i, ref_check_get(&c.in[0], r, i) + (ref_check_get(&c.in[0], r, i) < 0 ? -0.25 : 0.25));
+            REF_CHECK_EACH(&c.in[0], r, i) /* away from the kink */
+            ref_check_set(&c.in[0], r, i,
+                          ref_check_get(&c.in[0], r, i) +
+                              (ref_check_get(&c.in[0], r, i) < 0 ? -0.25 : 0.25));
             ref_check_fill_random(&c.in[1], &rng, 0.1, 2);
             ref_check_gradients(&c, 6);
             ref_check_case_free(&c);
@@ -657,7 +745,8 @@ static void test_expert_activation_m6_18_prob_before_fc2(void **state)
     ref_check_fill_values(&prob, (double[]){ 0.5, 2 });
     ref_expert_act_forward_f64(NULL, &h, &prob, &y);
     check_row(&y, 0, (double[]){ 2, 0, 4.5 }, 0, "y");
-    assert_true(ref_check_get(&y, 1, 0) == 0 && ref_check_get(&y, 1, 1) == 50 && isnan(ref_check_get(&y, 1, 2)));
+    assert_true(ref_check_get(&y, 1, 0) == 0 && ref_check_get(&y, 1, 1) == 50 &&
+                isnan(ref_check_get(&y, 1, 2)));
     ref_check_fill_values(&dh, (double[]){ 10, 20, 30, 1, 1, 1 });
     ref_expert_act_backward_f64(NULL, &h, &prob, &dh, &dh, &dprob, NULL);
     check_row(&dh, 0, (double[]){ 20, 0, 90 }, 0, "dh");
@@ -667,21 +756,24 @@ static void test_expert_activation_m6_18_prob_before_fc2(void **state)
         ref_check_free(all[i]);
 }
 
-/* ---- nothing -------------------------------------------------------------------------------------------------------- */
+/* ---- nothing --------------------------------------------------------------------------------- */
 
 static void test_zero_rows_are_legal(void **state)
 {
     struct route r = route_new(0, 4, 2);
-    struct tensor count = ref_check_matrix(DTYPE_I64, 0, 4, 0), psum = ref_check_matrix(DTYPE_F64, 0, 4, 0);
+    struct tensor count = ref_check_matrix(DTYPE_I64, 0, 4, 0),
+                  psum = ref_check_matrix(DTYPE_F64, 0, 4, 0);
     struct tensor metric = ref_check_vector(DTYPE_F64, 1), h = ref_check_matrix(DTYPE_F64, 0, 3, 0);
     struct sorted s = sorted_new(0, 2, 4);
-    struct tensor one = ref_check_matrix(DTYPE_I64, 1, 4, 0), sum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
+    struct tensor one = ref_check_matrix(DTYPE_I64, 1, 4, 0),
+                  sum = ref_check_matrix(DTYPE_F64, 1, 4, 0);
     ref_check_fill(&metric, 7);
     route_forward(&r);
     ref_router_balance_f64(NULL, &r.scores, 2, 0, 5, &count, &psum);
     ref_router_balance_loss_f64(NULL, &count, &psum, 2, 5, &metric);
     route_backward(&r, &count, 1, 5);
-    ref_router_balance_f64(NULL, &r.scores, 2, 0, 0, &one, &sum);       /* one sequence of no rows */
+    /* one sequence of no rows */
+    ref_router_balance_f64(NULL, &r.scores, 2, 0, 0, &one, &sum);
     check_row(&one, 0, (double[]){ 0, 0, 0, 0 }, 0, "count");
     check_row(&sum, 0, (double[]){ 0, 0, 0, 0 }, 0, "psum");
     assert_true(ref_check_get(&metric, 0, 0) == 7);
@@ -696,14 +788,19 @@ static void test_zero_rows_are_legal(void **state)
     route_free(&r);
 }
 
-/* Two ranks, six experts; rank 1 owns 3, 4, 5. Rank 0 sends 2, 0, 1 rows for them, rank 1 has 1, 2, 0. */
+/* Two ranks, six experts; rank 1 owns 3, 4, 5. Rank 0 sends 2, 0, 1 rows for them, rank 1 has 1, 2,
+ * 0. */
 static void dispatch_order_by_hand(void **state)
 {
-    int32_t all[2][7] = { { 0, 4, 4, 5, 7, 7, 8 }, { 0, 0, 3, 3, 4, 6, 6 } }, offsets[4], order[6], inverse[6];
-    const int32_t want_order[6] = { 0, 1, 3, 4, 5, 2 }, want_inverse[6] = { 0, 1, 5, 2, 3, 4 }, want_offsets[4] = { 0, 3, 5, 6 };
-    const struct tensor from = tensor_2d(all, DTYPE_I32, PLACE_DEVICE, 2, 7), start = tensor_1d(offsets, DTYPE_I32, PLACE_DEVICE, 4);
-    for (int64_t most = 6; most >= 4; most -= 2) {         /* and without room for the last two */
-        const struct tensor there = tensor_1d(order, DTYPE_I32, PLACE_DEVICE, most), back = tensor_1d(inverse, DTYPE_I32, PLACE_DEVICE, most);
+    int32_t all[2][7] = { { 0, 4, 4, 5, 7, 7, 8 }, { 0, 0, 3, 3, 4, 6, 6 } }, offsets[4], order[6],
+            inverse[6];
+    const int32_t want_order[6] = { 0, 1, 3, 4, 5, 2 }, want_inverse[6] = { 0, 1, 5, 2, 3, 4 },
+                  want_offsets[4] = { 0, 3, 5, 6 };
+    const struct tensor from = tensor_2d(all, DTYPE_I32, PLACE_DEVICE, 2, 7),
+                        start = tensor_1d(offsets, DTYPE_I32, PLACE_DEVICE, 4);
+    for (int64_t most = 6; most >= 4; most -= 2) { /* and without room for the last two */
+        const struct tensor there = tensor_1d(order, DTYPE_I32, PLACE_DEVICE, most),
+                            back = tensor_1d(inverse, DTYPE_I32, PLACE_DEVICE, most);
         memset(order, -1, sizeof order);
         memset(inverse, -1, sizeof inverse);
         ref_dispatch_order_f64(NULL, &from, 3, &start, &there, &back);

@@ -13,7 +13,7 @@ static void sum_squares_adds_in_double(void **state)
         double expected = 0;
         ref_check_fill_random(&x, &rng, -1, 1);
         REF_CHECK_EACH(&x, r, c)
-            expected += ref_check_get(&x, r, c) * ref_check_get(&x, r, c);
+        expected += ref_check_get(&x, r, c) * ref_check_get(&x, r, c);
         ref_check_fill(&total, 0.5);
         REF_CHECK_OP(fp64, sum_squares)(NULL, &x, &total);
         REF_CHECK_OP(fp64, sum_squares)(NULL, &empty, &total);
@@ -90,8 +90,8 @@ static void adamw_first_step_by_hand(void **state)
         double tolerance = fp64 ? 1e-14 : 5e-7;
         ref_check_fill(&s.grad, 4);
         ref_check_fill(&s.master, 10);
-        REF_CHECK_OP(fp64, adamw)(
-            NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
+        REF_CHECK_OP(fp64, adamw)
+        (NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1, 0.01, 1, &s.master, &s.m, &s.v, &s.param);
         ref_check_value(ref_check_get(&s.master, 0, 0), 10 - 0.1 * (2.0 / 3 + 0.1), tolerance,
                         "master");
         ref_check_value(ref_check_get(&s.m, 0, 0), 0.2, tolerance, "m");
@@ -115,15 +115,16 @@ static void adamw_follows_the_formula(void **state)
         struct tensor expected = ref_check_matrix(DTYPE_F64, ROWS, COLS, 0);
         ref_check_fill_random(&s.master, &rng, -1, 1);
         REF_CHECK_EACH(&s.master, r, c)
-            p[r][c] = ref_check_get(&s.master, r, c);
+        p[r][c] = ref_check_get(&s.master, r, c);
         double start = p[1][1];
         for (int step = 1; step <= STEPS; step++) {
             double lr = 0.01 * step;
             ref_check_fill_random(&s.grad, &rng, -1, 1);
             ref_check_set(&s.grad, 1, 1, 0); /* never a gradient: only the decay moves it */
-            REF_CHECK_OP(fp64, adamw)(
-                NULL, &s.grad, &factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
-            REF_CHECK_EACH(&s.master, r, c) {
+            REF_CHECK_OP(fp64, adamw)
+            (NULL, &s.grad, &factor, lr, b1, b2, eps, wd, step, &s.master, &s.m, &s.v, &s.param);
+            REF_CHECK_EACH(&s.master, r, c)
+            {
                 double g = ref_check_get(&s.grad, r, c) * quarter;
                 m[r][c] = b1 * m[r][c] + (1 - b1) * g;
                 v[r][c] = b2 * v[r][c] + (1 - b2) * g * g;
@@ -160,9 +161,9 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
         ref_check_convert(&a.grad, &b.grad);
         ref_check_convert(&a.master, &b.master);
         for (int step = 1; step <= 3; step++) {
-            REF_CHECK_OP(fp64, adamw)(
-                NULL, &a.grad, &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v,
-                &a.param);
+            REF_CHECK_OP(fp64, adamw)
+            (NULL, &a.grad, &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &a.master, &a.m, &a.v,
+             &a.param);
             for (int part = 0; part < 2; part++) {
                 struct tensor t[5] = { b.grad, b.master, b.m, b.v, b.param };
                 for (int i = 0; i < 5; i++) {
@@ -170,8 +171,9 @@ static void adamw_of_shards_equals_whole_bitwise(void **state)
                                 (size_t)(part * CUT * t[i].ld) * dtype_bytes(t[i].dtype);
                     t[i].shape[0] = part == 0 ? CUT : N - CUT;
                 }
-                REF_CHECK_OP(fp64, adamw)(
-                    NULL, &t[0], &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3], &t[4]);
+                REF_CHECK_OP(fp64, adamw)
+                (NULL, &t[0], &factor, 1e-3, 0.9, 0.95, 1e-8, 0.1, step, &t[1], &t[2], &t[3],
+                 &t[4]);
             }
         }
         ref_check_same(&a.master, &b.master, "master");
@@ -200,8 +202,8 @@ static void adamw_with_a_negative_factor_changes_nothing(void **state)
         ref_check_convert(&s.m, &before.m);
         ref_check_convert(&s.v, &before.v);
         ref_check_convert(&s.param, &before.param);
-        REF_CHECK_OP(fp64, adamw)(
-            NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1e-8, 0.1, 3, &s.master, &s.m, &s.v, &s.param);
+        REF_CHECK_OP(fp64, adamw)
+        (NULL, &s.grad, &factor, 0.1, 0.9, 0.95, 1e-8, 0.1, 3, &s.master, &s.m, &s.v, &s.param);
         ref_check_same(&s.master, &before.master, "master");
         ref_check_same(&s.m, &before.m, "m");
         ref_check_same(&s.v, &before.v, "v");
@@ -214,7 +216,8 @@ static void adamw_with_a_negative_factor_changes_nothing(void **state)
 static void sum_wide_adds_in_order_in_double(void **state)
 {
     for (int fp64 = 0; fp64 < 2; fp64++) {
-        struct tensor x = ref_check_vector(real_dtype[fp64], 1000), total = ref_check_vector(DTYPE_F64, 1),
+        struct tensor x = ref_check_vector(real_dtype[fp64], 1000),
+                      total = ref_check_vector(DTYPE_F64, 1),
                       none = ref_check_vector(real_dtype[fp64], 0);
         struct ref_check_random rng = { 6 };
         double expected = 0;
@@ -235,7 +238,9 @@ static void sum_wide_adds_in_order_in_double(void **state)
 }
 
 /* Three ranks, two modules: {loss sum, squares of module 0, of module 1}. */
-struct decision { double clip, threshold, tokens, rows[3][3], expected[5]; };
+struct decision {
+    double clip, threshold, tokens, rows[3][3], expected[5];
+};
 
 static void decide_update_cases(void **state)
 {
@@ -244,13 +249,25 @@ static void decide_update_cases(void **state)
     const struct decision c[] = {
         { 0, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
         { 8, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
-        { 1, 0, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5 * (1 / (4 + 1e-6)), 0.25 * (1 / (4 + 1e-6)), 2, 4, -1 } },
+        { 1,
+          0,
+          6,
+          { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } },
+          { 0.5 * (1 / (4 + 1e-6)), 0.25 * (1 / (4 + 1e-6)), 2, 4, -1 } },
         { 0, 4, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 2, 4, -1 } },
         { 0, 3.9, 6, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { -1, -1, 2, 4, -1 } },
         { 0, 0, 0, { { 3, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { 0.5, 0.25, 12, 4, -1 } },
         { 1, 0, 6, { { NAN, 4, 0 }, { 9, 32, 100 }, { 0, 0, 12 } }, { -1, -1, NAN, 4, -1 } },
-        { 1, 0, 6, { { 3, 4, 0 }, { INFINITY, 32, 100 }, { 0, 0, 12 } }, { -1, -1, INFINITY, 4, -1 } },
-        { 1, 0, 6, { { 3, 4, 0 }, { 9, INFINITY, 100 }, { 0, 0, 12 } }, { -1, -1, 2, INFINITY, 0 } },
+        { 1,
+          0,
+          6,
+          { { 3, 4, 0 }, { INFINITY, 32, 100 }, { 0, 0, 12 } },
+          { -1, -1, INFINITY, 4, -1 } },
+        { 1,
+          0,
+          6,
+          { { 3, 4, 0 }, { 9, INFINITY, 100 }, { 0, 0, 12 } },
+          { -1, -1, 2, INFINITY, 0 } },
         { 1, 0, 6, { { 3, 4, 0 }, { 9, INFINITY, 100 }, { 0, 0, NAN } }, { -1, -1, 2, NAN, 1 } },
         { 1, 0, 6, { { 3, NAN, 0 }, { 9, 32, 100 }, { 0, 0, NAN } }, { -1, -1, 2, NAN, 0 } },
     };
@@ -260,10 +277,12 @@ static void decide_update_cases(void **state)
             memcpy(rows, c[i].rows, sizeof rows);
             const struct tensor numbers = tensor_2d(rows, DTYPE_F64, PLACE_DEVICE, 3, 3),
                                 result = tensor_1d(got, DTYPE_F64, PLACE_DEVICE, 5);
-            REF_CHECK_OP(fp64, decide_update)(NULL, &numbers, c[i].tokens, factor, c[i].clip, c[i].threshold, &result);
+            REF_CHECK_OP(fp64, decide_update)
+            (NULL, &numbers, c[i].tokens, factor, c[i].clip, c[i].threshold, &result);
             for (int k = 0; k < 5; k++)
                 if (!(got[k] == c[i].expected[k] || (isnan(got[k]) && isnan(c[i].expected[k]))))
-                    fail_msg("case %zu, result %d: %.17g instead of %.17g", i, k, got[k], c[i].expected[k]);
+                    fail_msg("case %zu, result %d: %.17g instead of %.17g", i, k, got[k],
+                             c[i].expected[k]);
         }
 }
 
@@ -273,8 +292,8 @@ static void adamw_of_nothing(void **state)
     const struct tensor factor = factor_of(&one);
     for (int fp64 = 0; fp64 < 2; fp64++) {
         struct tensor none = ref_check_vector(real_dtype[fp64], 0);
-        REF_CHECK_OP(fp64, adamw)(
-            NULL, &none, &factor, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
+        REF_CHECK_OP(fp64, adamw)
+        (NULL, &none, &factor, 1, 0.9, 0.95, 1e-8, 0, 1, &none, &none, &none, &none);
         ref_check_free(&none);
     }
 }

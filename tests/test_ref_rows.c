@@ -9,7 +9,7 @@ static struct tensor index_of(int64_t rows, int64_t cols, const int *values)
 {
     struct tensor t = ref_check_matrix(DTYPE_I32, rows, cols, 0);
     REF_CHECK_EACH(&t, r, c)
-        ref_check_set(&t, r, c, *values++);
+    ref_check_set(&t, r, c, *values++);
     return t;
 }
 
@@ -18,7 +18,7 @@ static void free_all(struct tensor **all, size_t n)
     for (size_t i = 0; i < n; i++)
         ref_check_free(all[i]);
 }
-#define FREE(...)                                \
+#define FREE(...) \
     free_all((struct tensor *[]){ __VA_ARGS__ }, \
              sizeof(struct tensor *[]){ __VA_ARGS__ } / sizeof(void *))
 
@@ -31,7 +31,8 @@ static void gather_rows_copies_and_zeroes(void **state)
         struct tensor index = index_of(6, 1, (int[]){ 4, -1, 0, 0, 3, -2 });
         ref_check_fill_random(&in, &rng, -1, 1);
         REF_CHECK_OP(fp64, gather_rows)(NULL, &in, &index, &out);
-        REF_CHECK_EACH(&out, r, c) {
+        REF_CHECK_EACH(&out, r, c)
+        {
             int64_t from = (int64_t)ref_check_get(&index, r, 0);
             assert_true(ref_check_get(&out, r, c) == (from >= 0 ? ref_check_get(&in, from, c) : 0));
         }
@@ -127,16 +128,16 @@ static void embed_forward(bool fp64, const struct tensor *in, const struct tenso
                           const void *context)
 {
     const struct embed_context *e = context;
-    REF_CHECK_OP(fp64, embed_merge_forward)(
-        NULL, &e->ids, &e->image_row, &in[0], e->first, &in[1], &out[0]);
+    REF_CHECK_OP(fp64, embed_merge_forward)
+    (NULL, &e->ids, &e->image_row, &in[0], e->first, &in[1], &out[0]);
 }
 
 static void embed_backward(bool fp64, const struct tensor *in, const struct tensor *out,
                            const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct embed_context *e = context;
-    REF_CHECK_OP(fp64, embed_merge_backward)(
-        NULL, &e->ids, &e->image_row, &dout[0], e->first, &din[0], &din[1]);
+    REF_CHECK_OP(fp64, embed_merge_backward)
+    (NULL, &e->ids, &e->image_row, &dout[0], e->first, &din[0], &din[1]);
 }
 
 static void embed_merge_gradients(void **state)
@@ -172,9 +173,10 @@ static void p12_35_embed_merge_places_text_and_pictures(void **state)
         struct tensor out = ref_check_matrix(real_dtype[fp64], 11, 5, 0);
         ref_check_fill_random(&table, &rng, -1, 1);
         ref_check_fill_random(&image, &rng, -1, 1);
-        REF_CHECK_OP(fp64, embed_merge_forward)(
-            NULL, &e.ids, &e.image_row, &table, e.first, &image, &out);
-        REF_CHECK_EACH(&out, r, c) {
+        REF_CHECK_OP(fp64, embed_merge_forward)
+        (NULL, &e.ids, &e.image_row, &table, e.first, &image, &out);
+        REF_CHECK_EACH(&out, r, c)
+        {
             int64_t picture = (int64_t)ref_check_get(&e.image_row, r, 0);
             double expected = picture >= 0         ? ref_check_get(&image, picture, c)
                               : from_table[r] >= 0 ? ref_check_get(&table, from_table[r], c)
@@ -218,22 +220,21 @@ static void embed_merge_frozen_table_and_text_only(void **state)
                       text = ref_check_vector(DTYPE_I32, 11);
         ref_check_fill_random(&dout, &rng, -1, 1);
         ref_check_fill_random(&table, &rng, -1, 1);
-        REF_CHECK_OP(fp64, embed_merge_backward)(
-            NULL, &e.ids, &e.image_row, &dout, e.first, NULL, &dimage);
+        REF_CHECK_OP(fp64, embed_merge_backward)
+        (NULL, &e.ids, &e.image_row, &dout, e.first, NULL, &dimage);
         REF_CHECK_EACH(&dimage, r, c)
-            assert_true(ref_check_get(&dimage, r, c) ==
-                        ref_check_get(&dout, (int[]){ 7, 8, 5 }[r], c));
+        assert_true(ref_check_get(&dimage, r, c) == ref_check_get(&dout, (int[]){ 7, 8, 5 }[r], c));
         /* pictures without a wanted gradient must not reach the table, whatever their id */
         ref_check_fill(&dtable, 0);
-        REF_CHECK_OP(fp64, embed_merge_backward)(
-            NULL, &e.ids, &e.image_row, &dout, 499, &dtable, NULL);
+        REF_CHECK_OP(fp64, embed_merge_backward)
+        (NULL, &e.ids, &e.image_row, &dout, 499, &dtable, NULL);
         REF_CHECK_EACH(&dtable, r, c)
-            assert_true(ref_check_get(&dtable, r, c) == 0);
+        assert_true(ref_check_get(&dtable, r, c) == 0);
         /* m6_30: a batch without pictures, with an empty picture tensor */
         ref_check_fill(&text, -1);
         REF_CHECK_OP(fp64, embed_merge_forward)(NULL, &e.ids, &text, &table, e.first, &none, &dout);
-        REF_CHECK_OP(fp64, embed_merge_backward)(
-            NULL, &e.ids, &text, &dout, e.first, &dtable, &none);
+        REF_CHECK_OP(fp64, embed_merge_backward)
+        (NULL, &e.ids, &text, &dout, e.first, &dtable, &none);
         for (int c = 0; c < 5; c++) {
             assert_true(ref_check_get(&dout, 5, c) == 0);
             assert_true(ref_check_get(&dtable, 0, c) == ref_check_get(&table, 0, c));
@@ -273,16 +274,16 @@ static void vit_forward(bool fp64, const struct tensor *in, const struct tensor 
                         const void *context)
 {
     const struct vit_context *v = context;
-    REF_CHECK_OP(fp64, vit_assemble_forward)(
-        NULL, &in[0], &in[1], &in[2], &v->source, &v->index, &v->weight[fp64], &out[0]);
+    REF_CHECK_OP(fp64, vit_assemble_forward)
+    (NULL, &in[0], &in[1], &in[2], &v->source, &v->index, &v->weight[fp64], &out[0]);
 }
 
 static void vit_backward(bool fp64, const struct tensor *in, const struct tensor *out,
                          const struct tensor *dout, const struct tensor *din, const void *context)
 {
     const struct vit_context *v = context;
-    REF_CHECK_OP(fp64, vit_assemble_backward)(
-        NULL, &dout[0], &v->source, &v->index, &v->weight[fp64], &din[0], &din[1], &din[2]);
+    REF_CHECK_OP(fp64, vit_assemble_backward)
+    (NULL, &dout[0], &v->source, &v->index, &v->weight[fp64], &din[0], &din[1], &din[2]);
 }
 
 static void vit_assemble_gradients(void **state)
@@ -325,8 +326,8 @@ static void m6_03_tile_of_the_grid_size_gets_the_raw_grid(void **state)
         ref_check_fill_random(&cls, &rng, -1, 1);
         ref_check_fill_random(&grid, &rng, -1, 1);
         ref_check_fill(&e, 0);
-        REF_CHECK_OP(fp64, vit_assemble_forward)(
-            NULL, &e, &cls, &grid, &v.source, &v.index, &v.weight[fp64], &x);
+        REF_CHECK_OP(fp64, vit_assemble_forward)
+        (NULL, &e, &cls, &grid, &v.source, &v.index, &v.weight[fp64], &x);
         /* rows: 2 classes, 8 patches, then 2 classes and the 16 patches of the 4x4 tile */
         for (int64_t r = 0; r < CLASSES; r++)
             for (int64_t c = 0; c < WIDTH; c++) {
@@ -334,7 +335,7 @@ static void m6_03_tile_of_the_grid_size_gets_the_raw_grid(void **state)
                 assert_true(ref_check_get(&x, 10 + r, c) == ref_check_get(&cls, r, c));
             }
         REF_CHECK_EACH(&grid, p, c)
-            assert_true(ref_check_get(&x, 12 + p, c) == ref_check_get(&grid, p, c));
+        assert_true(ref_check_get(&x, 12 + p, c) == ref_check_get(&grid, p, c));
         FREE(&v.source, &v.index, &v.weight[0], &v.weight[1], &e, &cls, &grid, &x);
     }
 }
@@ -351,12 +352,12 @@ static void vit_assemble_of_no_tiles(void **state)
                       weight = ref_check_matrix(t, 0, 4, 0);
         ref_check_fill(&cls, 0.5);
         ref_check_fill(&grid, 0.5);
-        REF_CHECK_OP(fp64, vit_assemble_forward)(
-            NULL, &none, &cls, &grid, &source, &index, &weight, &none);
-        REF_CHECK_OP(fp64, vit_assemble_backward)(
-            NULL, &none, &source, &index, &weight, &none, &cls, &grid);
+        REF_CHECK_OP(fp64, vit_assemble_forward)
+        (NULL, &none, &cls, &grid, &source, &index, &weight, &none);
+        REF_CHECK_OP(fp64, vit_assemble_backward)
+        (NULL, &none, &source, &index, &weight, &none, &cls, &grid);
         REF_CHECK_EACH(&grid, r, c)
-            assert_true(ref_check_get(&grid, r, c) == 0.5);
+        assert_true(ref_check_get(&grid, r, c) == 0.5);
         FREE(&none, &cls, &grid, &source, &index, &weight);
     }
 }

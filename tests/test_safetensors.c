@@ -67,9 +67,7 @@ static void put_tensors(const char *name, const char *header, const void *data, 
     free(all);
 }
 
-/* ---- headers
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- headers --------------------------------------------------------------------------------- */
 
 static void refused(const char *header, int64_t data, const char *word)
 {
@@ -83,7 +81,7 @@ static void refused(const char *header, int64_t data, const char *word)
     safetensors_free(&s);
 }
 
-#define T(type, shape, from, to)                                                                   \
+#define T(type, shape, from, to) \
     "{\"dtype\":\"" type "\",\"shape\":[" shape "],\"data_offsets\":[" from "," to "]}"
 
 static void a_header_is_read_whatever_its_order(void **state)
@@ -193,9 +191,7 @@ static void swarms_of_values_are_refused(void **state)
     free(text);
 }
 
-/* ---- files
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- files ----------------------------------------------------------------------------------- */
 
 static void open_refused(const char *path, int lines, const char *word)
 {
@@ -333,9 +329,7 @@ static void an_index_cannot_leave_its_directory(void **state)
     unlink(file("d/model-1.safetensors"));
 }
 
-/* ---- numbers
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 static void the_four_types_are_widened_exactly(void **state)
 {
@@ -402,9 +396,7 @@ static void bf16_rounds_once_to_nearest_even(void **state)
             assert_int_equal(bf16_from_double(bf16_to_float((uint16_t)i)), i);
 }
 
-/* ---- writing
- * -------------------------------------------------------------------------------------------------------
- */
+/* ---- writing --------------------------------------------------------------------------------- */
 
 static void describe(struct safetensors_tensor *t, const char *name, int kind, int ndim, int64_t a,
                      int64_t b)

@@ -307,11 +307,9 @@ static void test_the_verifier_finds_deadlocks_and_says_who_waits_for_whom(void *
     send.partner = recv.partner = -1;
     e->action[i] = send;
     insert_action(e, i + 1, recv);
-    expect_fault(
-        &j,
-        "deadlock: rank 0 (encoder) at action 3 send_forward(1) "
+    expect_fault(&j, "deadlock: rank 0 (encoder) at action 3 send_forward(1) "
                      "waits for rank 1 (language) at action 3 "
-        "send_backward_recv_forward(g0,a1) waits for rank 0 (encoder)");
+                     "send_backward_recv_forward(g0,a1) waits for rank 0 (encoder)");
     job_free(&j);
 
     /* A last stage that computes all forwards first would do with the messages, not with one slot.
@@ -488,8 +486,8 @@ static void test_verifying_all_800_ranks_is_fast(void **state)
 
 /* ---- stages ---- */
 
-/* Encoder of 2 stages in front of a language module of 3: 5 in all; stage s has 5-s-1 forwards ahead of its first backward and as many
- * micro-batches alive plus one. */
+/* Encoder of 2 stages in front of a language module of 3: 5 in all; stage s has 5-s-1 forwards
+ * ahead of its first backward and as many micro-batches alive plus one. */
 static void test_p12_41_stages_of_both_modules_add_up(void **state)
 {
     const struct topology_spec specs[] = { { "encoder", 2, 0, 1, 1, 2, 1, 1 },
@@ -511,7 +509,8 @@ static void test_p12_41_stages_of_both_modules_add_up(void **state)
     job_free(&j);
 }
 
-/* Finalisation is the last action of each module that trains, once; a list without it, or with it earlier, is a fault. */
+/* Finalisation is the last action of each module that trains, once; a list without it, or with it
+ * earlier, is a fault. */
 static void test_p12_67_finalisation_cannot_be_left_out(void **state)
 {
     for (int both = 0; both < 2; both++) {

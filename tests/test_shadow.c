@@ -1,8 +1,9 @@
-/* test_shadow.c - the shadow backend without a GPU: a primary that is right passes with every operation in every kind of shape and in
- * training steps of a model; a primary with one wrong number in one operation is found, and the operation named.
+/* test_shadow.c - the shadow backend without a GPU: a primary that is right passes with every
+ * operation in every kind of shape and in training steps of a model; a primary with one wrong
+ * number in one operation is found, and the operation named.
  *
- * The primaries are ref's tables, with the optional operations put in: fp32, whose shadow must find no difference at all, and fp64, whose
- * difference is what rounding does.
+ * The primaries are ref's tables, with the optional operations put in: fp32, whose shadow must find
+ * no difference at all, and fp64, whose difference is what rounding does.
  */
 #include <errno.h>
 #include <signal.h>
@@ -15,14 +16,16 @@
 #include "shadow_broken.h"
 #include "shadow_cases.h"
 
-static struct backend_ops primary;   /* of the shadow in use */
+static struct backend_ops primary; /* of the shadow in use */
 
 #define FUSED(p) \
-    static void fused_forward_##p(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h, out_t y) \
+    static void fused_forward_##p(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, \
+                                  out_t h, out_t y) \
     { \
         backend_grouped_act_forward(&backend_ref_##p, s, a, w, offsets, prob, h, y); \
     } \
-    static void fused_backward_##p(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob, out_t dh, out_t dprob, out_t y) \
+    static void fused_backward_##p(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, \
+                                   in_t prob, out_t dh, out_t dprob, out_t y) \
     { \
         backend_grouped_act_backward(&backend_ref_##p, s, a, w, offsets, h, prob, dh, dprob, y); \
     } \
@@ -63,14 +66,20 @@ static struct backend_ops shadow_of_primary(void)
 }
 
 /* Case `op` on a primary; true when the bench found nothing. The shadow itself ends the process. */
-static bool run_case(const struct backend_ops *whole, int broken, int op, enum bench_kind kind, uint64_t seed, char *trouble, size_t size)
+static bool run_case(const struct backend_ops *whole, int broken, int op, enum bench_kind kind,
+                     uint64_t seed, char *trouble, size_t size)
 {
     primary = broken_make(whole, broken);
     const struct backend_ops table = shadow_of_primary();
     struct stream stream, side;
     table.stream_create(&stream, "compute");
     whole->stream_create(&side, "side");
-    struct bench b = { .be = &table, .plain = whole, .stream = &stream, .side = &side, .act = whole->act, .acc = whole->acc };
+    struct bench b = { .be = &table,
+                       .plain = whole,
+                       .stream = &stream,
+                       .side = &side,
+                       .act = whole->act,
+                       .acc = whole->acc };
     const bool ok = shadow_case_run(&b, op, kind, seed);
     snprintf(trouble, size, "%s", b.trouble);
     assert_true(shadow_calls((enum shadow_op)op) > 0);
@@ -106,7 +115,8 @@ static void every_operation_agrees_with_itself(void **state)
     every_case(&f32, 0, seed);
 }
 
-/* Of the same numbers each time: what rounding does to a few may reach any bound once in a thousand years. */
+/* Of the same numbers each time: what rounding does to a few may reach any bound once in a thousand
+ * years. */
 static void every_operation_agrees_with_fp64(void **state)
 {
     const struct backend_ops f64 = ref_f64();
@@ -152,7 +162,8 @@ static void sampled_child(int op)
     broken_child(op);
 }
 
-/* One wrong number among the last elements of an output: sampled or not, its operation is named, with values and tolerance. */
+/* One wrong number among the last elements of an output: sampled or not, its operation is named,
+ * with values and tolerance. */
 static void one_wrong_number_names_its_operation(void **state)
 {
     void (*const how[])(int) = { broken_child, sampled_child };
@@ -162,8 +173,10 @@ static void one_wrong_number_names_its_operation(void **state)
             char said[2000], name[64];
             const int status = child(how[i], op, said, sizeof said);
             snprintf(name, sizeof name, "shadow: %s: ", shadow_case[op].name);
-            if (status != EXIT_NUMERICS || !strstr(said, name) || !strstr(said, "tolerance") || !strchr(said, '['))
-                fail_msg("%s broken, %s: status %d, said: %s", shadow_case[op].name, i ? "sampled" : "whole", status, said);
+            if (status != EXIT_NUMERICS || !strstr(said, name) || !strstr(said, "tolerance") ||
+                !strchr(said, '['))
+                fail_msg("%s broken, %s: status %d, said: %s", shadow_case[op].name,
+                         i ? "sampled" : "whole", status, said);
         }
 }
 
@@ -174,7 +187,8 @@ enum { TOKENS = 5, EXPERTS = 8, CHOSEN = 3 };
 /* Token 2's third best expert, 6, and a fourth, 1, that is `gap` behind it. */
 static float gap;
 
-static void swap_choice(struct stream *s, in_t logits, in_t bias, double scaling, bool given, out_t scores, out_t expert, out_t prob)
+static void swap_choice(struct stream *s, in_t logits, in_t bias, double scaling, bool given,
+                        out_t scores, out_t expert, out_t prob)
 {
     backend_ref_f32.router_forward(s, logits, bias, scaling, given, scores, expert, prob);
     int32_t *choice = (int32_t *)expert->data + 2 * CHOSEN;
@@ -193,9 +207,12 @@ static void other_choice(int unused)
     for (int t = 0; t < TOKENS; t++)
         for (int e = 0; e < EXPERTS; e++)
             logit[t][e] = e == 3 || e == 4 ? 1 : e == 6 ? 0.5f : e == 1 ? 0.5f - gap : -1;
-    const struct tensor l = tensor_2d(logit, DTYPE_F32, PLACE_DEVICE, TOKENS, EXPERTS), sc = tensor_2d(score, DTYPE_F32, PLACE_DEVICE, TOKENS, EXPERTS),
-                        e = tensor_2d(expert, DTYPE_I32, PLACE_DEVICE, TOKENS, CHOSEN), p = tensor_2d(prob, DTYPE_F32, PLACE_DEVICE, TOKENS, CHOSEN),
-                        n = tensor_2d(count, DTYPE_I64, PLACE_DEVICE, 1, EXPERTS), ps = tensor_2d(sum, DTYPE_F32, PLACE_DEVICE, 1, EXPERTS);
+    const struct tensor l = tensor_2d(logit, DTYPE_F32, PLACE_DEVICE, TOKENS, EXPERTS),
+                        sc = tensor_2d(score, DTYPE_F32, PLACE_DEVICE, TOKENS, EXPERTS),
+                        e = tensor_2d(expert, DTYPE_I32, PLACE_DEVICE, TOKENS, CHOSEN),
+                        p = tensor_2d(prob, DTYPE_F32, PLACE_DEVICE, TOKENS, CHOSEN),
+                        n = tensor_2d(count, DTYPE_I64, PLACE_DEVICE, 1, EXPERTS),
+                        ps = tensor_2d(sum, DTYPE_F32, PLACE_DEVICE, 1, EXPERTS);
     primary = backend_ref_f32;
     primary.router_forward = swap_choice;
     const struct backend_ops table = shadow_of_primary();
@@ -219,12 +236,14 @@ static void a_near_tie_may_be_chosen_either_way(void **state)
 
 /* ---- models ---- */
 
-/* Two micro-batches of training, forward and backward, under the shadow of a whole table, or of one with an operation broken. */
+/* Two micro-batches of training, forward and backward, under the shadow of a whole table, or of one
+ * with an operation broken. */
 static void train_model(const struct backend_ops *whole, int broken)
 {
     primary = broken_make(whole, broken);
     const struct backend_ops table = shadow_of_primary();
-    const char *const o[] = { whole->act == DTYPE_F64 ? "run.precision=fp64" : "run.precision=fp32" };
+    const char *const o[] = { whole->act == DTYPE_F64 ? "run.precision=fp64"
+                                                      : "run.precision=fp32" };
     struct fixture f;
     shadow_sample_above(INFINITY);
     fixture_open_on(&f, &table, 1, o);
@@ -251,7 +270,8 @@ static void broken_model(int op)
 
 static void a_broken_operation_of_a_model_is_named(void **state)
 {
-    static const int op[] = { SHADOW_ssd_backward, SHADOW_attention_forward, SHADOW_router_backward, SHADOW_grouped_act_backward };
+    static const int op[] = { SHADOW_ssd_backward, SHADOW_attention_forward, SHADOW_router_backward,
+                              SHADOW_grouped_act_backward };
     for (size_t i = 0; i < sizeof op / sizeof *op; i++) {
         char said[2000], name[64];
         assert_int_equal(child(broken_model, op[i], said, sizeof said), EXIT_NUMERICS);

@@ -1,5 +1,5 @@
-/* test_shard.c - finding shards, walking tar headers, refusing hostile archives, and documents from parts (shard.h, sample.h).
- * Hostile archives are built byte by byte (tar_build.h).
+/* test_shard.c - finding shards, walking tar headers, refusing hostile archives, and documents from
+ * parts (shard.h, sample.h). Hostile archives are built byte by byte (tar_build.h).
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -97,9 +97,11 @@ static void samples_are_runs_of_members_that_agree_up_to_the_first_dot(void **st
     unsigned char *buffer = NULL;
     int64_t capacity = 0;
     char why[128];
-    assert_true(shard_read(&set, 1, shard_parts(&set, 1), 100, &buffer, &capacity, why, sizeof why));
+    assert_true(
+        shard_read(&set, 1, shard_parts(&set, 1), 100, &buffer, &capacity, why, sizeof why));
     assert_string_equal((char *)buffer, "other directory, other sample");
-    assert_false(shard_read(&set, 1, shard_parts(&set, 1), 10, &buffer, &capacity, why, sizeof why));
+    assert_false(
+        shard_read(&set, 1, shard_parts(&set, 1), 10, &buffer, &capacity, why, sizeof why));
     assert_non_null(strstr(why, "29 bytes"));
     free(buffer);
     shard_free(&set);
@@ -158,21 +160,24 @@ static void long_names_of_gnu_ustar_and_pax_are_read(void **state)
     shard_free(&set);
 }
 
-/* Whole archives of the tar that writes most shards, in every format it knows: the place of each member, read from its
- * headers alone, is where its bytes lie. */
+/* Whole archives of the tar that writes most shards, in every format it knows: the place of each
+ * member, read from its headers alone, is where its bytes lie. */
 static void archives_of_gnu_tar_are_read_in_every_format(void **state)
 {
     static const char *const format[] = { "v7", "oldgnu", "gnu", "ustar", "posix" };
     char command[2048], text[64], key[512];
-    snprintf(command, sizeof command,
-             "set -e; mkdir -p '%s/in/sub' && cd '%s/in' && long=$(printf '%%090d' 7) && mkdir -p $long && "
-             "for i in 1 2 3 4; do printf 'text %%d' $i > sub/$i.txt; head -c ${i}000 /dev/zero > sub/$i.jpg; done && "
-             "printf 'text 5' > $long/$long.txt && : > sub/3.cls", dir, dir);
+    snprintf(
+        command, sizeof command,
+        "set -e; mkdir -p '%s/in/sub' && cd '%s/in' && long=$(printf '%%090d' 7) && mkdir -p $long && "
+        "for i in 1 2 3 4; do printf 'text %%d' $i > sub/$i.txt; head -c ${i}000 /dev/zero > sub/$i.jpg; done && "
+        "printf 'text 5' > $long/$long.txt && : > sub/3.cls",
+        dir, dir);
     assert_int_equal(system(command), 0);
     for (size_t f = 0; f < sizeof format / sizeof *format; f++) {
-        const int samples = f == 0 ? 4 : 5;           /* v7 has no room for the long name */
-        snprintf(command, sizeof command, "cd '%s/in' && tar --format=%s --sort=name -b %d -cf ../f.tar sub %s", dir, format[f],
-                 f % 2 ? 1 : 20, samples == 5 ? "0*" : "");
+        const int samples = f == 0 ? 4 : 5; /* v7 has no room for the long name */
+        snprintf(command, sizeof command,
+                 "cd '%s/in' && tar --format=%s --sort=name -b %d -cf ../f.tar sub %s", dir,
+                 format[f], f % 2 ? 1 : 20, samples == 5 ? "0*" : "");
         assert_int_equal(system(command), 0);
         struct shard_set set;
         struct errors errors;
@@ -185,7 +190,8 @@ static void archives_of_gnu_tar_are_read_in_every_format(void **state)
             const struct shard_part *part = shard_parts(&set, i);
             if (i < 4)
                 assert_int_equal(part[i == 2].size, 1000 * (i + 1));
-            assert_non_null(strstr(shard_key(&set, i, key, sizeof key), i < 4 ? "sub/" : "/0000000"));
+            assert_non_null(
+                strstr(shard_key(&set, i, key, sizeof key), i < 4 ? "sub/" : "/0000000"));
         }
         shard_free(&set);
     }
@@ -237,9 +243,12 @@ static void names_that_leave_the_archive_are_refused(void **state)
 
 static void links_devices_and_sparse_members_are_refused(void **state)
 {
-    static const struct { char type; const char *word; } bad[] = {
-        { '1', "link" }, { '2', "link" }, { '3', "device" }, { '4', "device" }, { '6', "fifo" }, { 'S', "sparse" },
-        { 'D', "unknown type" }, { '~', "unknown type" },
+    static const struct {
+        char type;
+        const char *word;
+    } bad[] = {
+        { '1', "link" }, { '2', "link" },   { '3', "device" },       { '4', "device" },
+        { '6', "fifo" }, { 'S', "sparse" }, { 'D', "unknown type" }, { '~', "unknown type" },
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         struct tar t = { 0 };
@@ -268,14 +277,15 @@ static void sizes_that_lie_are_refused(void **state)
     tar_end(&t);
     refused(&t, "huge.txt", "8589934591 bytes");
 
-    h = tar_header(&t, "first.txt", '0', 0);          /* the first header decides what kind of file it is */
+    /* the first header decides what kind of file it is */
+    h = tar_header(&t, "first.txt", '0', 0);
     memcpy(h + 124, "12x", 3);
     tar_sum(h);
     tar_end(&t);
     refused(&t, "byte 0", "not a tar file");
 
     tar_text(&t, "good.txt", "x");
-    h = tar_header(&t, "base256.txt", '0', 0);        /* 2^88: more than 64 bits hold */
+    h = tar_header(&t, "base256.txt", '0', 0); /* 2^88: more than 64 bits hold */
     memset(h + 124, 0, 12);
     h[124] = 0x80;
     h[124] |= 0x01;
@@ -284,14 +294,14 @@ static void sizes_that_lie_are_refused(void **state)
     refused(&t, "base256.txt", "negative or no number");
 
     tar_text(&t, "good.txt", "x");
-    h = tar_header(&t, "minus.txt", '0', 0);          /* base 256, -1 */
+    h = tar_header(&t, "minus.txt", '0', 0); /* base 256, -1 */
     memset(h + 124, 0xff, 12);
     tar_sum(h);
     tar_end(&t);
     refused(&t, "minus.txt", "negative or no number");
 
     tar_text(&t, "good.txt", "x");
-    h = tar_header(&t, "almost.txt", '0', 0);         /* base 256, 2^63 - 1 */
+    h = tar_header(&t, "almost.txt", '0', 0); /* base 256, 2^63 - 1 */
     memset(h + 124, 0, 12);
     h[124] = 0x80;
     h[128] = 0x7f;
@@ -326,12 +336,13 @@ static void sizes_that_lie_are_refused(void **state)
     refused(&t, "member 'x.txt'", "global");
 }
 
-/* Where readers of tar differ, an archive could show one member to this program and another to the next. */
+/* Where readers of tar differ, an archive could show one member to this program and another to the
+ * next. */
 static void headers_that_readers_understand_differently_are_refused(void **state)
 {
     struct tar t = { 0 };
     const char *record;
-    record = "12 path=a\0b\n";                        /* a NUL ends the name for some */
+    record = "12 path=a\0b\n"; /* a NUL ends the name for some */
     tar_header(&t, "PaxHeader/x", 'x', 12);
     tar_data(&t, record, 12);
     tar_text(&t, "x.txt", "x");
@@ -359,19 +370,22 @@ static void headers_that_readers_understand_differently_are_refused(void **state
     refused(&t, "member 'x.txt'", "sparse");
 
     unsigned char *h = tar_header(&t, "x.txt", '0', 1);
-    memcpy(h + 257, "ustar  ", 8);                    /* GNU: the real size of a sparse file, in a plain one */
+    /* GNU: the real size of a sparse file, in a plain one */
+    memcpy(h + 257, "ustar  ", 8);
     memcpy(h + 483, "00000001000", 11);
     tar_sum(h);
     tar_data(&t, "x", 1);
     tar_end(&t);
     refused(&t, "member 'x.txt'", "contradict");
 
-    tar_header(&t, "dir/", '5', 512);                 /* some skip these bytes, some read them as a header */
+    /* some skip these bytes, some read them as a header */
+    tar_header(&t, "dir/", '5', 512);
     tar_header(&t, "hidden.txt", '0', 0);
     tar_end(&t);
     refused(&t, "member 'dir/'", "contradict");
 
-    static const char odd[] = "AVXMN";                /* types that libarchive follows or takes for plain files */
+    /* types that libarchive follows or takes for plain files */
+    static const char odd[] = "AVXMN";
     for (int i = 0; odd[i]; i++) {
         tar_text(&t, "good.txt", "x");
         tar_header(&t, "odd.txt", odd[i], 0);
@@ -386,7 +400,7 @@ static void headers_that_readers_understand_differently_are_refused(void **state
     tar_text(&t, "x.txt", "x");
     tar_end(&t);
     refused(&t, "at byte 0", "PaxHeader/x");
-    tar_text(&t, "good.txt", "x");                    /* a header that nothing follows */
+    tar_text(&t, "good.txt", "x"); /* a header that nothing follows */
     tar_header(&t, "PaxHeader/x", 'x', 13);
     tar_data(&t, "13 comment=x\n", 13);
     tar_end(&t);
@@ -418,14 +432,16 @@ static void names_of_owners_do_not_matter(void **state)
 /* As GNU tar writes them. */
 static void sparse_archives_of_gnu_tar_are_refused(void **state)
 {
-    static const char *const format[] = { "gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1",
+    static const char *const format[] = { "gnu", "posix --sparse-version=0.0",
+                                          "posix --sparse-version=0.1",
                                           "posix --sparse-version=1.0" };
     char command[512];
     for (size_t f = 0; f < sizeof format / sizeof *format; f++) {
-        snprintf(command, sizeof command,
-                 "mkdir -p '%s/holes' && cd '%s/holes' && for i in 1 2 3 4 5 6; do "
-                 "printf 1 | dd of=a.txt bs=1 seek=${i}00000 conv=notrunc 2>/dev/null; done && tar -S --format=%s -cf ../h.tar a.txt",
-                 dir, dir, format[f]);
+        snprintf(
+            command, sizeof command,
+            "mkdir -p '%s/holes' && cd '%s/holes' && for i in 1 2 3 4 5 6; do "
+            "printf 1 | dd of=a.txt bs=1 seek=${i}00000 conv=notrunc 2>/dev/null; done && tar -S --format=%s -cf ../h.tar a.txt",
+            dir, dir, format[f]);
         assert_int_equal(system(command), 0);
         struct shard_set set;
         struct errors errors;
@@ -442,7 +458,7 @@ static void truncated_and_damaged_archives_are_refused(void **state)
 {
     struct tar t = { 0 };
     refused(&t, "byte 0", "truncated");
-    tar_text(&t, "a.txt", "x");                       /* cut at a member's boundary: no end mark */
+    tar_text(&t, "a.txt", "x"); /* cut at a member's boundary: no end mark */
     refused(&t, "a.txt", "end-of-archive");
     tar_text(&t, "a.txt", "x");
     tar_header(&t, "b.txt", '0', 5000);
@@ -455,7 +471,7 @@ static void truncated_and_damaged_archives_are_refused(void **state)
     tar_text(&t, "a.txt", "x");
     tar_text(&t, "b.txt", "x");
     tar_end(&t);
-    t.bytes[1024 + 3] ^= 1;                           /* one bit of the second header */
+    t.bytes[1024 + 3] ^= 1; /* one bit of the second header */
     refused(&t, "after member 'a.txt'", "damaged header");
     memcpy(tar_room(&t, 700), "this is a letter", 16);
     refused(&t, "byte 0", "not a tar file");
@@ -468,9 +484,18 @@ static void truncated_and_damaged_archives_are_refused(void **state)
 
 static void compressed_shards_are_refused_with_the_command(void **state)
 {
-    static const struct { const char *magic; size_t n; const char *command; } known[] = {
-        { "\x1f\x8b\x08", 3, "gunzip " }, { "\x28\xb5\x2f\xfd", 4, "zstd -d " }, { "\xfd" "7zXZ", 5, "unxz " },
-        { "BZh9", 4, "bunzip2 " }, { "\x04\x22\x4d\x18", 4, "lz4 -d " },
+    static const struct {
+        const char *magic;
+        size_t n;
+        const char *command;
+    } known[] = {
+        { "\x1f\x8b\x08", 3, "gunzip " },
+        { "\x28\xb5\x2f\xfd", 4, "zstd -d " },
+        { "\xfd"
+          "7zXZ",
+          5, "unxz " },
+        { "BZh9", 4, "bunzip2 " },
+        { "\x04\x22\x4d\x18", 4, "lz4 -d " },
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         struct tar t = { 0 };
@@ -517,13 +542,16 @@ static void directories_and_patterns_give_sorted_shards(void **state)
     assert_int_equal(set.n_samples, 2);
     assert_string_equal(shard_key(&set, 1, key, sizeof key), "s-000010.tar:k10");
     shard_free(&set);
-    assert_int_equal(init(&set, file("d/s-{000010..000013}.tar"), &errors), 2);   /* 12 and 13 are missing */
+    /* 12 and 13 are missing */
+    assert_int_equal(init(&set, file("d/s-{000010..000013}.tar"), &errors), 2);
     assert_non_null(strstr(errors.line[0], "s-000012.tar: error: No such file"));
     assert_int_equal(errors.worst, EXIT_DATA);
     errors_free(&errors);
     shard_free(&set);
-    static const char *const bad[] = { "d/{3..1}.tar", "d/{a..b}.tar", "d/{1..}.tar", "d/{1.tar", "d/{0..99999999}.tar",
-                                       "d/{0..999}{0..9999}.tar", "d/{-1..2}.tar" };
+    static const char *const bad[] = { "d/{3..1}.tar",        "d/{a..b}.tar",
+                                       "d/{1..}.tar",         "d/{1.tar",
+                                       "d/{0..99999999}.tar", "d/{0..999}{0..9999}.tar",
+                                       "d/{-1..2}.tar" };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_int_equal(init(&set, file(bad[i]), &errors), 1);
         assert_non_null(strstr(errors.line[0], "range of numbers"));
@@ -622,8 +650,8 @@ static void read_doc(const char *member, const char *content, bool ok, const cha
             fail_msg("'%s' lacks '%s'", why, expected);
     } else {
         for (int64_t i = 0; i < doc.n_items; i++) {
-            snprintf(text + strlen(text), sizeof text - strlen(text), "%.*s", (int)doc.item[i].length,
-                     doc.text + doc.item[i].text);
+            snprintf(text + strlen(text), sizeof text - strlen(text), "%.*s",
+                     (int)doc.item[i].length, doc.text + doc.item[i].text);
             if (i + 1 < doc.n_items)
                 snprintf(text + strlen(text), sizeof text - strlen(text), "[%s]",
                          shard_part_name(&docs, shard_parts(&docs, 0) + doc.item[i].part));
@@ -639,15 +667,19 @@ static void a_caption_follows_the_pictures_in_numeric_order(void **state)
     read_doc("json", "{\"caption\": \"a cat\", \"width\": 3}", true,
              "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a cat");
     assert_int_equal(doc.kind, SAMPLE_CAPTION);
-    read_doc("txt", "a dog\n", true, "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a dog\n");
+    read_doc("txt", "a dog\n", true,
+             "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a dog\n");
 }
 
 static void interleaved_documents_keep_their_order(void **state)
 {
-    read_doc("json", "{\"texts\": [\"one\", null, \"two\", \"three\"], \"images\": [null, \"10.jpg\", null, null], \"caption\": \"x\"}",
-             true, "one<img>[10.jpg]</img>two\nthree");
+    read_doc(
+        "json",
+        "{\"texts\": [\"one\", null, \"two\", \"three\"], \"images\": [null, \"10.jpg\", null, null], \"caption\": \"x\"}",
+        true, "one<img>[10.jpg]</img>two\nthree");
     assert_int_equal(doc.kind, SAMPLE_INTERLEAVED);
-    read_doc("json", "{\"texts\": [\"one\"], \"images\": []}", false, "texts has 1 entries and images 0");
+    read_doc("json", "{\"texts\": [\"one\"], \"images\": []}", false,
+             "texts has 1 entries and images 0");
     read_doc("json", "{\"texts\": [\"one\"], \"images\": [\"jpg\"]}", false, "place 0");
     read_doc("json", "{\"texts\": [null], \"images\": [null]}", false, "place 0");
     read_doc("json", "{\"texts\": [null], \"images\": [\"9.jpg\"]}", false, "no part '9.jpg'");
@@ -656,14 +688,17 @@ static void interleaved_documents_keep_their_order(void **state)
 
 static void conversations_are_sender_lines(void **state)
 {
-    read_doc("json",
-             "{\"caption\": \"x\", \"conversation\": [{\"sender\": \"user\", \"fragments\": [{\"t\": \"image\", \"value\": \"2.png\"},"
-             "{\"t\": \"text\", \"value\": \"what?\"}]}, {\"sender\": \"assistant\", \"fragments\": [{\"t\": \"text\", \"value\": \"a cat\"}]}]}",
-             true, "user: <img>[2.png]</img>what?\nassistant: a cat");
+    read_doc(
+        "json",
+        "{\"caption\": \"x\", \"conversation\": [{\"sender\": \"user\", \"fragments\": [{\"t\": \"image\", \"value\": \"2.png\"},"
+        "{\"t\": \"text\", \"value\": \"what?\"}]}, {\"sender\": \"assistant\", \"fragments\": [{\"t\": \"text\", \"value\": \"a cat\"}]}]}",
+        true, "user: <img>[2.png]</img>what?\nassistant: a cat");
     assert_int_equal(doc.kind, SAMPLE_CONVERSATION);
     read_doc("json", "{\"conversation\": [{\"sender\": \"user\"}]}", false, "turn 0");
-    read_doc("json", "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"video\", \"value\": \"2.png\"}]}]}", false,
-             "fragment 0 of turn 0");
+    read_doc(
+        "json",
+        "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"video\", \"value\": \"2.png\"}]}]}",
+        false, "fragment 0 of turn 0");
     read_doc("json", "{\"conversation\": {}}", false, "not a list");
 }
 
@@ -704,7 +739,8 @@ static void random_damage_never_crashes(void **state)
             x ^= x << 13, x ^= x >> 7, x ^= x << 17;
             t.bytes[at] = (unsigned char)x;
             if (trial % 2)
-                tar_sum(t.bytes + at / 512 * 512);      /* the damage passes the checksum where it hits a header */
+                /* the damage passes the checksum where it hits a header */
+                tar_sum(t.bytes + at / 512 * 512);
         }
         if (trial % 7 == 0)
             t.n = x % t.n;
@@ -751,11 +787,12 @@ static void a_shard_that_changes_during_the_run_ends_the_job_with_4(void **state
         tar_write(&t, file("change.tar"));
         assert_int_equal(init(&set, file("change.tar"), &errors), 0);
         const struct timespec times[2] = { { 0, UTIME_OMIT }, { 1700000000, 5 } };
-        if (change == 1)                              /* shorter */
+        if (change == 1) /* shorter */
             assert_int_equal(truncate(file("change.tar"), 512), 0);
-        if (change == 2)                              /* other bytes, as many */
+        if (change == 2) /* other bytes, as many */
             assert_int_equal(utimensat(AT_FDCWD, file("change.tar"), times, 0), 0);
-        if (change == 3)                              /* a pipe: opening it must not wait for a writer */
+        /* a pipe: opening it must not wait for a writer */
+        if (change == 3)
             assert_true(unlink(file("change.tar")) == 0 && mkfifo(file("change.tar"), 0666) == 0);
         assert_int_equal(status_of_reading(&set), change == 0 ? 0 : EXIT_DATA);
         shard_free(&set);

@@ -1,4 +1,5 @@
-/* test_streams.c - which samples of shards a rank reads: order, streams, layouts, resume, and broken samples (interface.md 3).
+/* test_streams.c - which samples of shards a rank reads: order, streams, layouts, resume, and
+ * broken samples (interface.md 3).
  */
 #include "shard_fixture.h"
 #include <sys/stat.h>
@@ -23,18 +24,22 @@ static void the_order_of_an_epoch_is_a_permutation_of_seed_and_epoch(void **stat
         same_epoch += data_permute(1234, 0, 1000, i) == data_permute(1234, 1, 1000, i);
         same_seed += data_permute(1234, 0, 1000, i) == data_permute(1235, 0, 1000, i);
     }
-    assert_true(fixed < 10 && same_epoch < 10 && same_seed < 10);   /* Poisson with mean 1: 10 and more has 1e-7 */
+    /* Poisson with mean 1: 10 and more has 1e-7 */
+    assert_true(fixed < 10 && same_epoch < 10 && same_seed < 10);
 }
 
 enum { GBS = 12, ITERATIONS = 6 };
 
-/* Keys of every sample by its number, as `lanes` language ranks or (ranks > 0) encoder ranks deliver them. */
-static void collect(int lanes, int mbs, int ranks, const char *set, const char *more, char (*keys)[256], int64_t *bad,
-                    int64_t *positions)
+/* Keys of every sample by its number, as `lanes` language ranks or (ranks > 0) encoder ranks
+ * deliver them. */
+static void collect(int lanes, int mbs, int ranks, const char *set, const char *more,
+                    char (*keys)[256], int64_t *bad, int64_t *positions)
 {
     struct deck deck;
-    char *m = xasprintf("batch.micro_batch_size=%d", mbs), *g = xasprintf("batch.global_batch_size=%d", GBS);
-    good_shard_deck(&deck, ranks ? ranks : 1, lanes, set, (const char *const[]){ m, g, "data.shuffle_buffer_size=-1", more, NULL });
+    char *m = xasprintf("batch.micro_batch_size=%d", mbs),
+         *g = xasprintf("batch.global_batch_size=%d", GBS);
+    good_shard_deck(&deck, ranks ? ranks : 1, lanes, set,
+                    (const char *const[]){ m, g, "data.shuffle_buffer_size=-1", more, NULL });
     const int readers = ranks ? ranks : lanes;
     for (int who = 0; who < readers; who++) {
         struct data d;
@@ -69,9 +74,11 @@ static void collect(int lanes, int mbs, int ranks, const char *set, const char *
 
 static void every_layout_reads_the_same_samples_of_broken_shards_too(void **state)
 {
-    /* lanes, micro-batch; encoder ranks: fan-in and fan-out, where ranks that share a lane must both see what is broken */
-    static const int layout[][3] = { { 1, 1, 1 }, { 2, 1, 1 }, { 4, 1, 2 }, { 12, 1, 3 }, { 6, 1, 6 }, { 1, 1, 1 },
-                                     { 1, 3, 1 }, { 1, 3, 3 }, { 2, 3, 1 }, { 4, 3, 12 }, { 2, 3, 6 }, { 4, 3, 2 } };
+    /* lanes, micro-batch; encoder ranks: fan-in and fan-out, where ranks that share a lane must
+     * both see what is broken */
+    static const int layout[][3] = { { 1, 1, 1 }, { 2, 1, 1 },  { 4, 1, 2 }, { 12, 1, 3 },
+                                     { 6, 1, 6 }, { 1, 1, 1 },  { 1, 3, 1 }, { 1, 3, 3 },
+                                     { 2, 3, 1 }, { 4, 3, 12 }, { 2, 3, 6 }, { 4, 3, 2 } };
     static char first[GBS * ITERATIONS][256], other[GBS * ITERATIONS][256];
     write_set("whole", false);
     write_set("broken", true);
@@ -80,7 +87,7 @@ static void every_layout_reads_the_same_samples_of_broken_shards_too(void **stat
             const int lanes = layout[f][0], mbs = layout[f][1], ranks = layout[f][2];
             const char *name = set ? "broken" : "whole";
             int64_t bad = 0, bad_pictures = 0, text_at[GBS] = { 0 }, pictures_at[GBS] = { 0 };
-            if (f == 0 || layout[f - 1][1] != mbs)       /* the streams depend on gbs / mbs */
+            if (f == 0 || layout[f - 1][1] != mbs) /* the streams depend on gbs / mbs */
                 memset(first, 0, sizeof first);
             memset(other, 0, sizeof other);
             collect(lanes, mbs, 0, name, NULL, other, &bad, text_at);
@@ -108,7 +115,8 @@ static void an_epoch_shows_every_sample_once(void **state)
     int moved = 0;
     for (int i = 0; i < SAMPLES; i++)
         moved += strcmp(keys[i], keys[SAMPLES + i]) != 0;
-    assert_true(moved > SAMPLES / 2);                    /* the second epoch has an order of its own */
+    /* the second epoch has an order of its own */
+    assert_true(moved > SAMPLES / 2);
 }
 
 static void more_streams_than_slots_take_turns(void **state)
@@ -118,7 +126,8 @@ static void more_streams_than_slots_take_turns(void **state)
     collect(3, 1, 0, "whole", "data.data_streams=36", keys, &bad, NULL);
     struct deck deck;
     struct errors errors = { 0 };
-    good_shard_deck(&deck, 1, 1, "whole", (const char *const[]){ "data.shuffle_buffer_size=-1", NULL });
+    good_shard_deck(&deck, 1, 1, "whole",
+                    (const char *const[]){ "data.shuffle_buffer_size=-1", NULL });
     const struct data_limits limits = data_limits(&deck);
     struct data_webdataset *w = data_webdataset_new(&deck, DATA_TRAIN, &limits, &errors);
     struct data_sample s;
@@ -139,7 +148,8 @@ static void validation_keeps_the_stored_order(void **state)
     struct deck deck;
     struct data d;
     struct text_batch b;
-    good_shard_deck(&deck, 1, 1, "whole", (const char *const[]){ "data.shuffle_buffer_size=-1", NULL });
+    good_shard_deck(&deck, 1, 1, "whole",
+                    (const char *const[]){ "data.shuffle_buffer_size=-1", NULL });
     open_data(&d, &deck, DATA_VALID);
     open_text(&b, &d);
     for (int i = 0; i < SAMPLES + 2; i++) {
@@ -161,7 +171,9 @@ static void positions_resume_the_stream(void **state)
     char keys[ITERATIONS * GBS][256];
     int64_t saved[GBS] = { 0 };
     int n = 0;
-    good_shard_deck(&deck, 1, 1, "broken", (const char *const[]){ "batch.global_batch_size=12", "data.shuffle_buffer_size=-1", NULL });
+    good_shard_deck(
+        &deck, 1, 1, "broken",
+        (const char *const[]){ "batch.global_batch_size=12", "data.shuffle_buffer_size=-1", NULL });
     open_data(&d, &deck, DATA_TRAIN);
     open_text(&b, &d);
     for (int i = 0; i < ITERATIONS; i++) {
@@ -172,7 +184,7 @@ static void positions_resume_the_stream(void **state)
             memcpy(keys[n], b.key[0], sizeof keys[n]);
         }
     }
-    for (int again = 0; again < 2; again++) {         /* in the same process, and in a new one */
+    for (int again = 0; again < 2; again++) { /* in the same process, and in a new one */
         if (again) {
             data_free(&d);
             open_data(&d, &deck, DATA_TRAIN);
@@ -195,18 +207,20 @@ static void a_skipped_iteration_advances_like_a_delivered_one(void **state)
     struct deck deck;
     struct data a, b;
     struct text_batch t;
-    good_shard_deck(&deck, 1, 2, "broken", (const char *const[]){ "batch.global_batch_size=12", "data.shuffle_buffer_size=-1", NULL });
+    good_shard_deck(
+        &deck, 1, 2, "broken",
+        (const char *const[]){ "batch.global_batch_size=12", "data.shuffle_buffer_size=-1", NULL });
     open_data(&a, &deck, DATA_TRAIN);
     open_data(&b, &deck, DATA_TRAIN);
     open_text(&t, &a);
-    data_skip(&b, 0);                                 /* before any batch: all lanes */
+    data_skip(&b, 0); /* before any batch: all lanes */
     for (int i = 0; i < 4; i++)
         for (int lane = 0; lane < (i == 0 ? 2 : 1); lane++)
             for (int m = 0; m < 6; m++)
                 data_text(&a, i, m, lane, 2, &t);
     for (int i = 1; i < 4; i++)
         if (i == 2)
-            data_skip(&b, i);                         /* now only lane 0 */
+            data_skip(&b, i); /* now only lane 0 */
         else
             for (int m = 0; m < 6; m++)
                 data_text(&b, i, m, 0, 2, &t);
@@ -225,7 +239,7 @@ static void a_colocated_rank_gets_text_and_pictures_of_the_same_samples(void **s
     open_reader(&both, "broken", o);
     open_reader(&text_only, "broken", o);
     for (int i = 0; i < 20; i++) {
-        if (i % 2) {                                  /* in either order */
+        if (i % 2) { /* in either order */
             data_pictures(&both.data, i, 0, 0, 1, &both.pictures);
             data_text(&both.data, i, 0, 0, 1, &both.text);
         } else {
@@ -267,7 +281,10 @@ static void every_kind_of_broken_sample_is_named_and_skipped(void **state)
     struct tar t = { 0 };
     struct deck deck;
     struct errors errors = { 0 };
-    static const char *const why_of[] = { "", "PNG", "no part", "image token", "no token to learn", "not consecutive", "", "no caption" };
+    static const char *const why_of[] = {
+        "", "PNG",       "no part", "image token", "no token to learn", "not consecutive",
+        "", "no caption"
+    };
     tar_text(&t, "good1.txt", "x");
     tar_broken_png(&t, "cut.png", 40, 40);
     tar_text(&t, "cut.txt", "x");

@@ -182,9 +182,9 @@ static void every_byte_survives_the_round_trip(void **state)
 
 static void long_pieces_take_no_quadratic_time(void **state)
 {
-    struct tokenizer *t = open_parts(
-        (struct parts){ .more = "\"aa\":256,\"aaaa\":257,\"aaaaaaaa\":258",
-                        .merges = "\"a a\",\"aa aa\",\"aaaa aaaa\"" });
+    struct tokenizer *t =
+        open_parts((struct parts){ .more = "\"aa\":256,\"aaaa\":257,\"aaaaaaaa\":258",
+                                   .merges = "\"a a\",\"aa aa\",\"aaaa aaaa\"" });
     const size_t n = 4 << 20;
     char *text = malloc(n), why[128];
     memset(text, 'a', n);
@@ -254,11 +254,11 @@ static void byte_level_prefix_space_and_regex(void **state)
     const char *pre =
         "{\"type\":\"ByteLevel\",\"add_prefix_space\":true,\"trim_offsets\":true}"; /* use_regex:
                                                                                        true */
-    struct tokenizer *t = open_parts(
-        (struct parts){ .more = "\"" BLANK "a\":256,\"ab\":257",
-                        .merges = "\"" BLANK " a\",\"a b\"",
-                        .pre = pre,
-                        .added = "{\"id\":300,\"content\":\"<x>\",\"special\":true}" });
+    struct tokenizer *t =
+        open_parts((struct parts){ .more = "\"" BLANK "a\":256,\"ab\":257",
+                                   .merges = "\"" BLANK " a\",\"a b\"",
+                                   .pre = pre,
+                                   .added = "{\"id\":300,\"content\":\"<x>\",\"special\":true}" });
     CHECK_IDS(t, "a", 256);
     CHECK_IDS(t, " a", 256);
     CHECK_IDS(t, "a<x>a", 256, 300, 256);

@@ -49,9 +49,9 @@ static void unsound(const struct topology_spec *specs, int n_specs, int size, en
     errors_free(&e);
 }
 
-#define UNSOUND(specs, n_specs, size, code, ...)                                                   \
-    unsound(specs, n_specs, size, code,                                                            \
-            (int)(sizeof((const char *[]){ __VA_ARGS__ }) / sizeof(char *)),                       \
+#define UNSOUND(specs, n_specs, size, code, ...) \
+    unsound(specs, n_specs, size, code, \
+            (int)(sizeof((const char *[]){ __VA_ARGS__ }) / sizeof(char *)), \
             (const char *[]){ __VA_ARGS__ })
 
 /* All groups of one family as text: "[4,5][6,7]". */
@@ -369,10 +369,8 @@ static void test_rule_L5_layout_and_grids_must_agree(void **state)
     fill(&d, DECK_LAYOUT_COLOCATED, 1, 1, 4, 4, 1, 1, 1, 4, 1);
     topology_init(&t, &d, 8, 0, &e);
     assert_int_equal(e.count, 1);
-    assert_non_null(strstr(
-        e.line[0],
-        "topology.layout = 'colocated' but the grids are disjoint: "
-                           "encoder ranks 0-3, language ranks 4-7"));
+    assert_non_null(strstr(e.line[0], "topology.layout = 'colocated' but the grids are disjoint: "
+                                      "encoder ranks 0-3, language ranks 4-7"));
     topology_free(&t);
     errors_free(&e);
     fill(&d, DECK_LAYOUT_DISJOINT, 1048576, 1048576, 1048576, 4, 1048576, 1048576, 1048576, 1048576,
@@ -400,8 +398,8 @@ static void expect_ranks(const int *got, int n_got, int n, const int *expected)
     assert_memory_equal(got, expected, (size_t)n * sizeof *got);
 }
 
-#define EXPECT(got, n_got, ...)                                                                    \
-    expect_ranks(got, n_got, (int)(sizeof((int[]){ __VA_ARGS__ }) / sizeof(int)),                  \
+#define EXPECT(got, n_got, ...) \
+    expect_ranks(got, n_got, (int)(sizeof((int[]){ __VA_ARGS__ }) / sizeof(int)), \
                  (int[]){ __VA_ARGS__ })
 
 static void test_p12_22_leaders_of_the_worked_examples(void **state)
@@ -460,7 +458,8 @@ static void test_p12_23_boundary_lanes_are_the_tp_ranks_of_the_boundary_stage(vo
     assert_string_equal(text, "[8,9,10,11][12,13,14,15]");
 }
 
-/* The embeddings of a language lane meet on its tp rank 0, which is in one of the encoder lanes that feed it. */
+/* The embeddings of a language lane meet on its tp rank 0, which is in one of the encoder lanes
+ * that feed it. */
 static void test_p12_85_colocated_lanes_of_different_widths(void **state)
 {
     struct topology t = sound((struct topology_spec[]){ { "encoder", 8, 0, 2, 1, 1, 1, 1 },
@@ -581,8 +580,8 @@ static void test_printing_names_grids_groups_and_the_bridge(void **state)
 
 static void test_p12_13_membership_is_a_boolean(void **state)
 {
-    _Static_assert(_Generic(((struct grid *)0)->member, bool: 1, default: 0) &&
-                       _Generic(((struct grid *)0)->present, bool: 1, default: 0),
+    _Static_assert(_Generic(((struct grid *)0)->member, bool : 1, default : 0) &&
+                       _Generic(((struct grid *)0)->present, bool : 1, default : 0),
                    "membership predicates are bool");
     for (int r = 0; r < 8; r++) {
         struct topology t =
@@ -596,19 +595,18 @@ static void test_p12_13_membership_is_a_boolean(void **state)
     }
 }
 
-/* From the grid alone, the same on every rank of the world: the last stage's first rank. Another choice of tensor-, context- or
- * data-parallel sizes moves it only with the stage. */
+/* From the grid alone, the same on every rank of the world: the last stage's first rank. Another
+ * choice of tensor-, context- or data-parallel sizes moves it only with the stage. */
 static void test_p12_64_the_token_source_follows_from_the_grid_on_every_rank(void **state)
 {
     static const struct {
         int ranks, tp, cp, pp, source;
-    } grids[] = { { 4, 1, 1, 1, 2 }, { 4, 2, 1, 1, 2 }, { 8, 2, 1, 2, 6 }, { 8, 1, 2, 2, 6 },
-                  { 8, 1, 1, 4, 8 }, { 6, 1, 1, 3, 6 } };
+    } grids[] = { { 4, 1, 1, 1, 2 }, { 4, 2, 1, 1, 2 }, { 8, 2, 1, 2, 6 },
+                  { 8, 1, 2, 2, 6 }, { 8, 1, 1, 4, 8 }, { 6, 1, 1, 3, 6 } };
     for (size_t k = 0; k < sizeof grids / sizeof *grids; k++) {
-        const struct topology_spec specs[] = {
-            { "encoder", 2, 0, 1, 1, 1, 1, 1 },
-            { "language", grids[k].ranks, 2, grids[k].tp, grids[k].cp, grids[k].pp, 1, 1 }
-        };
+        const struct topology_spec specs[] = { { "encoder", 2, 0, 1, 1, 1, 1, 1 },
+                                               { "language", grids[k].ranks, 2, grids[k].tp,
+                                                 grids[k].cp, grids[k].pp, 1, 1 } };
         const int n = grids[k].cp > 1 ? 1 : 2, first = 2 - n; /* an encoder excludes cp */
         const int size = grids[k].ranks + (n == 2 ? 2 : 0);
         struct topology_spec alone = specs[1];

@@ -1,5 +1,6 @@
-/* test_webdataset.c - what a sample of a shard becomes: rendering, labels, lengths, ids, and the two tools that show it
- * (interface.md 5, training.md 6.7 and 6.8). The tokenizer of these tests has one token per byte, so ids can be read.
+/* test_webdataset.c - what a sample of a shard becomes: rendering, labels, lengths, ids, and the
+ * two tools that show it (interface.md 5, training.md 6.7 and 6.8). The tokenizer of these tests
+ * has one token per byte, so ids can be read.
  */
 #include "shard_fixture.h"
 #include <math.h>
@@ -10,8 +11,12 @@ static const char *row_text(const struct reader *r, char *out)
 {
     for (int64_t j = 0; j < r->text.seq_length; j++) {
         const int64_t id = r->text.input_ids[j];
-        out[j] = (char)(id == BYTE_PAD ? '.' : id == BYTE_END ? '$' : id == BYTE_IMAGE ? 'i' : id == BYTE_TAG ? '<'
-                        : id == BYTE_TAG_END ? '>' : id - BYTE_FIRST);
+        out[j] = (char)(id == BYTE_PAD       ? '.'
+                        : id == BYTE_END     ? '$'
+                        : id == BYTE_IMAGE   ? 'i'
+                        : id == BYTE_TAG     ? '<'
+                        : id == BYTE_TAG_END ? '>'
+                                             : id - BYTE_FIRST);
     }
     out[r->text.seq_length] = '\0';
     return out;
@@ -51,7 +56,8 @@ static void a_caption_sample_is_image_run_caption_end_with_masks_of_6_7(void **s
 {
     struct tar t = { 0 };
     struct reader r;
-    tar_png(&t, "a.png", 16, 8, 1);                   /* 4 x 2 patches, one more row and column when even: rounded by the grid rule */
+    /* 4 x 2 patches, one more row and column when even: rounded by the grid rule */
+    tar_png(&t, "a.png", 16, 8, 1);
     tar_text(&t, "a.json", "{\"caption\": \"red\"}");
     tar_text(&t, "b.txt", "only text");
     tar_end(&t);
@@ -65,7 +71,8 @@ static void a_caption_sample_is_image_run_caption_end_with_masks_of_6_7(void **s
     assert_int_equal(r.pictures.tile_size[0][1], 4 * tw);
     assert_int_equal(r.pictures.rows, tw * th / 4);
     assert_int_equal(tw * th / 4, 2);
-    /* image inputs predict nothing, also the last one; r->e, e->d, d->$ are trained; $ predicts nothing */
+    /* image inputs predict nothing, also the last one; r->e, e->d, d->$ are trained; $ predicts
+     * nothing */
     expect_row(&r, "iired$", "__xxx");
     assert_string_equal(r.text.key[0], "caption.tar:a");
     read_one(&r, 1);
@@ -79,18 +86,23 @@ static void a_text_before_a_picture_does_not_predict_it(void **state)
 {
     struct tar t = { 0 };
     struct reader r;
-    tar_text(&t, "a.json", "{\"texts\": [\"ab\", null, \"cd\", null], \"images\": [null, \"1.png\", null, \"0.png\"]}");
+    tar_text(
+        &t, "a.json",
+        "{\"texts\": [\"ab\", null, \"cd\", null], \"images\": [null, \"1.png\", null, \"0.png\"]}");
     tar_png(&t, "a.0.png", 8, 8, 1);
     tar_png(&t, "a.1.png", 24, 8, 2);
-    tar_text(&t, "b.json", "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"image\", \"value\": \"png\"},"
-                           "{\"t\": \"text\", \"value\": \"?\"}]}, {\"sender\": \"m\", \"fragments\": [{\"t\": \"text\", \"value\": \"ok\"}]}]}");
+    tar_text(
+        &t, "b.json",
+        "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"image\", \"value\": \"png\"},"
+        "{\"t\": \"text\", \"value\": \"?\"}]}, {\"sender\": \"m\", \"fragments\": [{\"t\": \"text\", \"value\": \"ok\"}]}]}");
     tar_png(&t, "b.png", 8, 8, 1);
     tar_end(&t);
     tar_write(&t, file("inter.tar"));
     open_reader(&r, "inter.tar", NULL);
     read_one(&r, 0);
     expect_row(&r, "abiiicdi$", "x____x___");
-    assert_int_equal(r.pictures.tiles, 2);            /* in the order of the document, not of the parts */
+    /* in the order of the document, not of the parts */
+    assert_int_equal(r.pictures.tiles, 2);
     assert_int_equal(r.pictures.tile_size[0][1], 24);
     assert_int_equal(r.pictures.tile_size[1][1], 8);
     read_one(&r, 1);
@@ -112,7 +124,9 @@ static void tags_surround_every_picture(void **state)
     /* > predicts <, < does not predict i, i does not predict >; the last > predicts t */
     expect_row(&r, "<i><i>two$", "__x__xxxx");
     close_reader(&r);
-    open_reader(&r, "tags.tar", (const char *const[]){ "data.image_tag_type=nvlm", "language.seq_length=96", NULL });
+    open_reader(
+        &r, "tags.tar",
+        (const char *const[]){ "data.image_tag_type=nvlm", "language.seq_length=96", NULL });
     read_one(&r, 0);
     expect_row(&r, "<Image>i</Image><Image>i</Image>two$", "xxxxxx__xxxxxxxxxxxxxx__xxxxxxxxxxx");
     close_reader(&r);
@@ -131,7 +145,8 @@ static void rows_of_a_batch_number_its_pictures_in_order(void **state)
     tar_text(&t, "c.txt", "c");
     tar_end(&t);
     tar_write(&t, file("rows.tar"));
-    good_shard_deck(&deck, 1, 1, "rows.tar", (const char *const[]){ "batch.micro_batch_size=3", NULL });
+    good_shard_deck(&deck, 1, 1, "rows.tar",
+                    (const char *const[]){ "batch.micro_batch_size=3", NULL });
     open_data(&d, &deck, DATA_TRAIN);
     open_text(&b, &d);
     data_text(&d, 0, 0, 0, 1, &b);
@@ -160,7 +175,9 @@ static void p12_98_pixels_are_the_resized_normalised_patches(void **state)
     tar_end(&t);
     tar_write(&t, file("pixels.tar"));
     for (int fp64 = 0; fp64 < 2; fp64++) {
-        open_reader(&r, "pixels.tar", (const char *const[]){ fp64 ? "run.precision=fp64" : "run.precision=fp32", NULL });
+        open_reader(
+            &r, "pixels.tar",
+            (const char *const[]){ fp64 ? "run.precision=fp64" : "run.precision=fp32", NULL });
         read_one(&r, 0);
         struct image in = { 0 }, out = { 0 };
         assert_true(image_decode(png, n, NULL, &in, why, sizeof why));
@@ -172,7 +189,8 @@ static void p12_98_pixels_are_the_resized_normalised_patches(void **state)
             if (fp64)
                 assert_true(((double *)r.pictures.pixels)[4 * 48 + i] == expected[i]);
             else
-                assert_true(fabs((double)((float *)r.pictures.pixels)[4 * 48 + i] - expected[i]) < 1e-6);
+                assert_true(fabs((double)((float *)r.pictures.pixels)[4 * 48 + i] - expected[i]) <
+                            1e-6);
         free(expected);
         image_free(&in);
         image_free(&out);
@@ -189,7 +207,9 @@ static void fixed_resolution_ignores_the_shape_of_the_picture(void **state)
     tar_text(&t, "a.txt", "x");
     tar_end(&t);
     tar_write(&t, file("fixed.tar"));
-    open_reader(&r, "fixed.tar", (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16", "vision.img_w=16", NULL });
+    open_reader(&r, "fixed.tar",
+                (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16",
+                                       "vision.img_w=16", NULL });
     read_one(&r, 0);
     assert_int_equal(r.pictures.tile_size[0][0], 16);
     assert_int_equal(r.pictures.tile_size[0][1], 16);
@@ -209,7 +229,7 @@ static void long_text_is_cut_without_end_of_document(void **state)
     text[sizeof text - 1] = '\0';
     tar_text(&t, "a.txt", text);
     text[63] = '\0';
-    tar_text(&t, "b.txt", text);                      /* fits exactly with its end of document */
+    tar_text(&t, "b.txt", text); /* fits exactly with its end of document */
     tar_end(&t);
     tar_write(&t, file("long.tar"));
     open_reader(&r, "long.tar", NULL);
@@ -229,7 +249,7 @@ static void pictures_shrink_before_text_is_cut(void **state)
     char text[64];
     memset(text, 'w', 30);
     text[30] = '\0';
-    tar_png(&t, "a.0.png", 64, 64, 1);                /* 64 tokens alone */
+    tar_png(&t, "a.0.png", 64, 64, 1); /* 64 tokens alone */
     tar_png(&t, "a.1.png", 32, 32, 2);
     tar_text(&t, "a.txt", text);
     tar_end(&t);
@@ -240,7 +260,7 @@ static void pictures_shrink_before_text_is_cut(void **state)
     assert_int_equal(r.pictures.tiles, 2);
     assert_in_range(r.pictures.rows, 8, 64 - 33 - 4);
     assert_true(r.pictures.rows_per_sample[0] == r.text.image_rows_per_sample[0]);
-    assert_int_equal(r.text.loss_tokens, 30);         /* the whole caption and its end are there */
+    assert_int_equal(r.text.loss_tokens, 30); /* the whole caption and its end are there */
     assert_int_equal(r.text.input_ids[r.pictures.rows + 30], BYTE_END);
     close_reader(&r);
 }
@@ -252,31 +272,41 @@ static void a_cut_never_leaves_a_part_of_a_picture(void **state)
     char json[512], text[64];
     memset(text, 'w', 61);
     text[61] = '\0';
-    snprintf(json, sizeof json, "{\"texts\": [\"%s\", null, \"tail\"], \"images\": [null, \"png\", null]}", text);
+    snprintf(json, sizeof json,
+             "{\"texts\": [\"%s\", null, \"tail\"], \"images\": [null, \"png\", null]}", text);
     tar_text(&t, "a.json", json);
-    tar_png(&t, "a.png", 16, 16, 1);                  /* at least 4 tokens in fixed resolution, 3 places are left */
+    /* at least 4 tokens in fixed resolution, 3 places are left */
+    tar_png(&t, "a.png", 16, 16, 1);
     tar_end(&t);
     tar_write(&t, file("run.tar"));
-    open_reader(&r, "run.tar", (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16", "vision.img_w=16", NULL });
+    open_reader(&r, "run.tar",
+                (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16",
+                                       "vision.img_w=16", NULL });
     read_one(&r, 0);
     assert_int_equal(r.text.image_rows, 0);
-    assert_int_equal(r.pictures.tiles, 0);            /* a picture that was cut is not shown to the encoder */
+    /* a picture that was cut is not shown to the encoder */
+    assert_int_equal(r.pictures.tiles, 0);
     assert_int_equal(r.text.loss_tokens, 60);
     assert_int_equal(r.text.input_ids[61], BYTE_PAD);
     close_reader(&r);
-    open_reader(&r, "run.tar", NULL);                 /* dynamic: one token is enough, and the tail goes on */
+    /* dynamic: one token is enough, and the tail goes on */
+    open_reader(&r, "run.tar", NULL);
     read_one(&r, 0);
     assert_int_equal(r.text.image_rows, 1);
     assert_int_equal(r.text.input_ids[61], BYTE_IMAGE);
     assert_int_equal(r.text.input_ids[63], BYTE_FIRST + 'a');
     close_reader(&r);
-    text[58] = '\0';                                  /* the first picture fits, the second does not */
-    snprintf(json, sizeof json, "{\"texts\": [\"%s\", null, null], \"images\": [null, \"png\", \"png\"]}", text);
+    /* the first picture fits, the second does not */
+    text[58] = '\0';
+    snprintf(json, sizeof json,
+             "{\"texts\": [\"%s\", null, null], \"images\": [null, \"png\", \"png\"]}", text);
     tar_text(&t, "a.json", json);
     tar_png(&t, "a.png", 16, 16, 1);
     tar_end(&t);
     tar_write(&t, file("run2.tar"));
-    open_reader(&r, "run2.tar", (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16", "vision.img_w=16", NULL });
+    open_reader(&r, "run2.tar",
+                (const char *const[]){ "vision.dynamic_resolution=F", "vision.img_h=16",
+                                       "vision.img_w=16", NULL });
     read_one(&r, 0);
     assert_int_equal(r.text.image_rows, 4);
     assert_int_equal(r.pictures.tiles, 1);
@@ -290,7 +320,7 @@ static void limits_bound_every_sample(void **state)
     struct tar t = { 0 };
     struct reader r;
     char name[32];
-    for (int i = 0; i < 80; i++) {                    /* 80 pictures of one token, S = 64 */
+    for (int i = 0; i < 80; i++) { /* 80 pictures of one token, S = 64 */
         snprintf(name, sizeof name, "a.%d.png", i);
         tar_png(&t, name, 8, 8, (unsigned)i);
     }
@@ -303,9 +333,9 @@ static void limits_bound_every_sample(void **state)
     open_reader(&r, "limits.tar", NULL);
     assert_int_equal(r.data.limits.max_patches_per_sample, 256);
     assert_int_equal(r.data.limits.max_tiles_per_sample, 64);
-    read_one(&r, 0);                                  /* a has nothing to learn from: skipped */
+    read_one(&r, 0); /* a has nothing to learn from: skipped */
     expect_row(&r, "ok$", "xx");
-    assert_int_equal(r.data.bad_samples, 1);          /* once: the second call replays the first */
+    assert_int_equal(r.data.bad_samples, 1); /* once: the second call replays the first */
     read_one(&r, 1);
     assert_true(r.pictures.patches <= 256);
     assert_true(r.text.image_rows >= 30);
@@ -345,22 +375,28 @@ static void the_image_id_comes_from_the_tokenizer_by_string(void **state)
     one_text("ids.tar");
     good_shard_deck(&deck, 1, 1, "ids.tar", (const char *const[]){ "data.image_token_id=7", NULL });
     init_fails(&deck, EXIT_DECK, "data.image_token_id = 7", "'<image>' is 2");
-    good_shard_deck(&deck, 1, 1, "ids.tar", (const char *const[]){ plain, "data.image_token_id=77", NULL });
+    good_shard_deck(&deck, 1, 1, "ids.tar",
+                    (const char *const[]){ plain, "data.image_token_id=77", NULL });
     init_fails(&deck, EXIT_DECK, "data.image_token_id = 77", "is a word");
-    open_reader(&r, "ids.tar", (const char *const[]){ plain, "data.image_token_id=3", NULL });   /* a reserved id */
+    /* a reserved id */
+    open_reader(&r, "ids.tar", (const char *const[]){ plain, "data.image_token_id=3", NULL });
     read_one(&r, 0);
     assert_int_equal(r.text.input_ids[0], 3);
     close_reader(&r);
-    open_reader(&r, "ids.tar", (const char *const[]){ plain, "language.preset=custom", "language.hybrid_layer_pattern=*-",
-                                                      "language.hidden_size=64", "language.num_attention_heads=4",
-                                                      "language.vocab_size=300", "language.seq_length=64", NULL });
+    open_reader(&r, "ids.tar",
+                (const char *const[]){ plain, "language.preset=custom",
+                                       "language.hybrid_layer_pattern=*-",
+                                       "language.hidden_size=64", "language.num_attention_heads=4",
+                                       "language.vocab_size=300", "language.seq_length=64", NULL });
     read_one(&r, 0);
-    assert_int_equal(r.text.input_ids[0], 261);       /* the first id behind the vocabulary */
+    assert_int_equal(r.text.input_ids[0], 261); /* the first id behind the vocabulary */
     close_reader(&r);
-    good_shard_deck(&deck, 1, 1, "ids.tar",
-                    (const char *const[]){ plain, "language.preset=custom", "language.hybrid_layer_pattern=*-",
-                                           "language.hidden_size=64", "language.num_attention_heads=4", "language.vocab_size=261",
-                                           "language.make_vocab_size_divisible_by=1", "language.seq_length=64", NULL });
+    good_shard_deck(
+        &deck, 1, 1, "ids.tar",
+        (const char *const[]){ plain, "language.preset=custom", "language.hybrid_layer_pattern=*-",
+                               "language.hidden_size=64", "language.num_attention_heads=4",
+                               "language.vocab_size=261", "language.make_vocab_size_divisible_by=1",
+                               "language.seq_length=64", NULL });
     init_fails(&deck, EXIT_DECK, "data.image_token_id", "name a reserved id");
     free(plain);
 }
@@ -370,17 +406,22 @@ static void tokenizer_and_vocabulary_must_fit(void **state)
     struct deck deck;
     struct errors errors;
     one_text("fit.tar");
-    good_shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "language.vocab_size=260", NULL });
+    good_shard_deck(&deck, 1, 1, "fit.tar",
+                    (const char *const[]){ "language.vocab_size=260", NULL });
     init_fails(&deck, EXIT_DECK, "language.vocab_size = 260", "ids up to 260");
-    good_shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "data.end_of_document=<eod>", NULL });
+    good_shard_deck(&deck, 1, 1, "fit.tar",
+                    (const char *const[]){ "data.end_of_document=<eod>", NULL });
     init_fails(&deck, EXIT_DECK, "data.end_of_document = '<eod>'", "no such token");
-    good_shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "data.tokenizer=/no/such/tokenizer.json", NULL });
+    good_shard_deck(&deck, 1, 1, "fit.tar",
+                    (const char *const[]){ "data.tokenizer=/no/such/tokenizer.json", NULL });
     init_fails(&deck, EXIT_DATA, "data.tokenizer = '/no/such/tokenizer.json'", "");
-    good_shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "data.tokenizer=data/no/such", NULL });
+    good_shard_deck(&deck, 1, 1, "fit.tar",
+                    (const char *const[]){ "data.tokenizer=data/no/such", NULL });
     init_fails(&deck, EXIT_DATA, "data.tokenizer = 'data/no/such'", "make data");
     good_shard_deck(&deck, 1, 1, "nothing.tar", NULL);
     init_fails(&deck, EXIT_DATA, "data.train_data_path", "No such file");
-    shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "data.pad_token_id=2", NULL }, &errors);
+    shard_deck(&deck, 1, 1, "fit.tar", (const char *const[]){ "data.pad_token_id=2", NULL },
+               &errors);
     if (errors.count == 0)
         init_fails(&deck, EXIT_DECK, "data.pad_token_id = 2", "'<image>'");
     errors_free(&errors);
@@ -401,9 +442,10 @@ static void language_only_refuses_data_with_pictures(void **state)
     struct deck deck;
     struct errors errors = { 0 };
     one_text("lonly.tar");
-    char *text = xasprintf("&run train_iters = 1 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n&topology layout = 'language_only' /\n"
-                           "&data dataset_provider = 'webdataset' train_data_path = '%s' tokenizer = '%s' /\n",
-                           file("lonly.tar"), file("tokenizer.json"));
+    char *text = xasprintf(
+        "&run train_iters = 1 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n&topology layout = 'language_only' /\n"
+        "&data dataset_provider = 'webdataset' train_data_path = '%s' tokenizer = '%s' /\n",
+        file("lonly.tar"), file("tokenizer.json"));
     deck_read(&deck, "test.nml", text, strlen(text), 0, NULL, &errors);
     deck_resolve(&deck, 1, &errors);
     assert_int_equal(errors.count, 0);
@@ -445,9 +487,14 @@ static void check_data_counts_samples_and_bad_ones(void **state)
     good_shard_deck(&deck, 1, 1, "broken", NULL);
     assert_int_equal(data_check(&deck, f), EXIT_OK);
     const char *text = captured(f);
-    static const char *const expected[] = { "samples found          31 in 2 shards", "good                   28", "broken                 3",
-                                            "broken: 0.tar:k03: ", "broken: 0.tar:k08: part json", "pictures               10",
-                                            "without picture        18", "valid_data_path = " };
+    static const char *const expected[] = { "samples found          31 in 2 shards",
+                                            "good                   28",
+                                            "broken                 3",
+                                            "broken: 0.tar:k03: ",
+                                            "broken: 0.tar:k08: part json",
+                                            "pictures               10",
+                                            "without picture        18",
+                                            "valid_data_path = " };
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
         if (!strstr(text, expected[i]))
             fail_msg("'%s' is not in: %s", expected[i], text);
@@ -492,7 +539,10 @@ static void show_sample_writes_the_picture_of_the_model_and_the_tokens(void **st
     FILE *f = tmpfile();
     assert_int_equal(data_show_sample(&deck, 1, file("shown"), f), EXIT_OK);
     const char *text = captured(f);
-    static const char *const expected[] = { "show.tar:a", "30 x 21 as stored", "<image> (picture 0", "'r'", "'\\x1b'", "'</s>'", "5 with a label" };
+    static const char *const expected[] = {
+        "show.tar:a", "30 x 21 as stored", "<image> (picture 0", "'r'", "'\\x1b'",
+        "'</s>'",     "5 with a label"
+    };
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
         if (!strstr(text, expected[i]))
             fail_msg("'%s' is not in: %s", expected[i], text);

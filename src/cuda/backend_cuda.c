@@ -1,7 +1,9 @@
-/* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables are checked member by member.
+/* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables are
+ * checked member by member.
  *
- * One process drives one GPU. Compute runs on the stream the training loop makes. Copies from the host pass through pinned memory
- * (staging.c) and return at once; copies to the host do so too when they go to memory of alloc_host.
+ * One process drives one GPU. Compute runs on the stream the training loop makes. Copies from the
+ * host pass through pinned memory (staging.c) and return at once; copies to the host do so too when
+ * they go to memory of alloc_host.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +16,12 @@
 #include "cuda_sizes.h"
 #include "cuda_util.h"
 
-enum { COMPUTE_CAPABILITY = 90, NCCL_OLDEST = 22000, CUBLASLT_OLDEST = 130000, CUDNN_OLDEST = 91900 };
+enum {
+    COMPUTE_CAPABILITY = 90,
+    NCCL_OLDEST = 22000,
+    CUBLASLT_OLDEST = 130000,
+    CUDNN_OLDEST = 91900
+};
 
 size_t cudnnGetVersion(void);
 
@@ -30,26 +37,33 @@ bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size
     cudaDriverGetVersion(&driver);
     if (status != cudaSuccess || n == 0) {
         snprintf(why, why_size, "no GPU can be used: %s (driver's CUDA %d.%d, this binary's %d.%d)",
-                 status == cudaSuccess ? "none is visible" : cudaGetErrorString(status), driver / 1000, driver % 1000 / 10,
-                 CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+                 status == cudaSuccess ? "none is visible" : cudaGetErrorString(status),
+                 driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+                 CUDART_VERSION % 1000 / 10);
         return false;
     }
     if (node_size > n) {
-        snprintf(why, why_size, "%d ranks on this host but %d visible GPU%s: one rank needs one GPU", node_size, n,
+        snprintf(why, why_size,
+                 "%d ranks on this host but %d visible GPU%s: one rank needs one GPU", node_size, n,
                  n == 1 ? "" : "s");
         return false;
     }
     CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, node_rank));
     CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, node_rank));
     if (10 * major + minor != COMPUTE_CAPABILITY) {
-        snprintf(why, why_size, "GPU %d has compute capability %d.%d; this binary's kernels are for 9.0 (H100, H200)",
-                 node_rank, major, minor);
+        snprintf(
+            why, why_size,
+            "GPU %d has compute capability %d.%d; this binary's kernels are for 9.0 (H100, H200)",
+            node_rank, major, minor);
         return false;
     }
-    if (ncclGetVersion(&nccl) != ncclSuccess || nccl < NCCL_OLDEST || cublasLtGetVersion() < CUBLASLT_OLDEST
-        || cudnnGetVersion() < CUDNN_OLDEST) {
-        snprintf(why, why_size, "libraries are too old: NCCL %d (needs %d), cuBLASLt %zu (needs %d), cuDNN %zu (needs %d)", nccl,
-                 NCCL_OLDEST, cublasLtGetVersion(), CUBLASLT_OLDEST, cudnnGetVersion(), CUDNN_OLDEST);
+    if (ncclGetVersion(&nccl) != ncclSuccess || nccl < NCCL_OLDEST ||
+        cublasLtGetVersion() < CUBLASLT_OLDEST || cudnnGetVersion() < CUDNN_OLDEST) {
+        snprintf(
+            why, why_size,
+            "libraries are too old: NCCL %d (needs %d), cuBLASLt %zu (needs %d), cuDNN %zu (needs %d)",
+            nccl, NCCL_OLDEST, cublasLtGetVersion(), CUBLASLT_OLDEST, cudnnGetVersion(),
+            CUDNN_OLDEST);
         return false;
     }
     CHECK_CUDA(cudaSetDevice(node_rank));
@@ -65,7 +79,8 @@ static void *cuda_alloc(size_t bytes)
     if (status == cudaErrorMemoryAllocation) {
         size_t available = 0, total = 0;
         cudaMemGetInfo(&available, &total);
-        FATAL(EXIT_ENVIRONMENT, "out of GPU memory: %zu bytes wanted, %zu of %zu are free", bytes, available, total);
+        FATAL(EXIT_ENVIRONMENT, "out of GPU memory: %zu bytes wanted, %zu of %zu are free", bytes,
+              available, total);
     }
     CHECK_CUDA(status);
     return p;
@@ -101,9 +116,11 @@ static void cuda_stream_create(struct stream *s, const char *name)
     int device = 0, least, greatest;
     CHECK_CUDA(cudaGetDevice(&device));
     CHECK_CUDA(cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, device));
-    /* Messages and copies get the next free multiprocessors: what overlaps must start before the products beside it end. */
+    /* Messages and copies get the next free multiprocessors: what overlaps must start before the
+     * products beside it end. */
     CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    CHECK_CUDA(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking, strcmp(name, "compute") == 0 ? least : greatest));
+    CHECK_CUDA(cudaStreamCreateWithPriority(&c->stream, cudaStreamNonBlocking,
+                                            strcmp(name, "compute") == 0 ? least : greatest));
     *s = (struct stream){ .name = name, .native = c };
 }
 
@@ -176,21 +193,30 @@ static void cuda_event_sync(const struct event *e)
 }
 
 /* attention_backward is the one that differs between the tables. */
-_Static_assert(1 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT), "CUDA_OPS holds every other operation");
+_Static_assert(1 CUDA_OPS(BACKEND_COUNT) == 0 BACKEND_OPS(BACKEND_COUNT),
+               "CUDA_OPS holds every other operation");
 
-#define COMMON                                                                                                          \
-    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, .release = cuda_release, .memory = cuda_memory,      \
-    .stream_create = cuda_stream_create, .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch,  \
-    .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, .event_destroy = cuda_event_destroy,            \
-    .event_record = cuda_event_record, .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync, .asynchronous = true,  \
-    .event_create_timed = cuda_event_create_timed, .event_seconds = cuda_event_seconds,                                 \
+#define COMMON \
+    .name = "cuda", .acc = DTYPE_F32, .scratch_bytes = CUDA_SCRATCH, .alloc = cuda_alloc, \
+    .release = cuda_release, .memory = cuda_memory, .stream_create = cuda_stream_create, \
+    .stream_destroy = cuda_stream_destroy, .stream_scratch = cuda_stream_scratch, \
+    .stream_sync = cuda_stream_sync, .event_create = cuda_event_create, \
+    .event_destroy = cuda_event_destroy, .event_record = cuda_event_record, \
+    .stream_wait = cuda_stream_wait, .event_sync = cuda_event_sync, .asynchronous = true, \
+    .event_create_timed = cuda_event_create_timed, .event_seconds = cuda_event_seconds, \
     .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .ssd_work = cuda_ssd_work,
 
 #define X(op) .op = cuda_##op,
-const struct backend_ops backend_cuda_bf16 = { COMMON .act = DTYPE_BF16, .attention_work = cuda_attention_work,
-                                               .attention_backward = cuda_attention_backward, CUDA_OPS(X) };
-const struct backend_ops backend_cuda_bf16_any_order = { COMMON .act = DTYPE_BF16, .attention_work = cuda_attention_work_any_order,
-                                                         .attention_backward = cuda_attention_backward_any_order, CUDA_OPS(X) };
-const struct backend_ops backend_cuda_f32 = { COMMON .act = DTYPE_F32, .attention_work = cuda_attention_work,
-                                              .attention_backward = cuda_attention_backward, CUDA_OPS(X) };
+const struct backend_ops backend_cuda_bf16 = { COMMON.act = DTYPE_BF16,
+                                               .attention_work = cuda_attention_work,
+                                               .attention_backward = cuda_attention_backward,
+                                               CUDA_OPS(X) };
+const struct backend_ops backend_cuda_bf16_any_order = {
+    COMMON.act = DTYPE_BF16, .attention_work = cuda_attention_work_any_order,
+    .attention_backward = cuda_attention_backward_any_order, CUDA_OPS(X)
+};
+const struct backend_ops backend_cuda_f32 = { COMMON.act = DTYPE_F32,
+                                              .attention_work = cuda_attention_work,
+                                              .attention_backward = cuda_attention_backward,
+                                              CUDA_OPS(X) };
 #undef X

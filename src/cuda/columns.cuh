@@ -1,5 +1,6 @@
-/* columns.cuh - the second pass of sums over rows. A kernel has left partial sums of fixed sets of rows in scratch; here each
- * column's partial sums are added up in an order that depends on their number alone.
+/* columns.cuh - the second pass of sums over rows. A kernel has left partial sums of fixed sets of
+ * rows in scratch; here each column's partial sums are added up in an order that depends on their
+ * number alone.
  */
 #ifndef MIMO_CUDA_COLUMNS_CUH
 #define MIMO_CUDA_COLUMNS_CUH
@@ -30,10 +31,11 @@ static __global__ void __launch_bounds__(COLUMNS_LANES *COLUMNS_GROUPS)
 }
 
 /* out[c] += sum over i < parts of partial[i*stride + c], c < cols. Local. */
-static inline void columns_finish(cudaStream_t stream, const float *partial, int parts, int64_t stride, int64_t cols, float *out)
+static inline void columns_finish(cudaStream_t stream, const float *partial, int parts,
+                                  int64_t stride, int64_t cols, float *out)
 {
-    columns_finish_kernel<<<blocks_for(cols, COLUMNS_LANES), COLUMNS_LANES * COLUMNS_GROUPS, 0, stream>>>(partial, parts, stride,
-                                                                                                       cols, out);
+    columns_finish_kernel<<<blocks_for(cols, COLUMNS_LANES), COLUMNS_LANES * COLUMNS_GROUPS, 0,
+                            stream>>>(partial, parts, stride, cols, out);
     CHECK_LAUNCH();
 }
 

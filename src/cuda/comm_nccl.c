@@ -1,7 +1,9 @@
-/* comm_nccl.c - the device plane of comm.h over NCCL: everything is enqueued on the stream and returns at once.
+/* comm_nccl.c - the device plane of comm.h over NCCL: everything is enqueued on the stream and
+ * returns at once.
  *
- * Each attached communicator has a ncclComm_t of its own, made from an id that its first rank spreads over MPI. Groups of
- * one rank have none. Sums are taken in NCCL's order, which depends on the group alone: runs of one layout repeat bitwise.
+ * Each attached communicator has a ncclComm_t of its own, made from an id that its first rank
+ * spreads over MPI. Groups of one rank have none. Sums are taken in NCCL's order, which depends on
+ * the group alone: runs of one layout repeat bitwise.
  */
 #include <nccl.h>
 #include <stdlib.h>
@@ -13,8 +15,8 @@
 static void check_nccl(ncclResult_t status, const char *call, const struct comm *c, int line)
 {
     if (status != ncclSuccess)
-        fatal(EXIT_INTERNAL, __FILE__, line, NULL, "%s on %s (%d ranks): %s; %s", call, c->name, c->size, ncclGetErrorString(status),
-              ncclGetLastError(NULL));
+        fatal(EXIT_INTERNAL, __FILE__, line, NULL, "%s on %s (%d ranks): %s; %s", call, c->name,
+              c->size, ncclGetErrorString(status), ncclGetLastError(NULL));
 }
 
 static ncclComm_t handle_of(const struct comm *c)
@@ -74,35 +76,40 @@ static int64_t bytes_of(const struct tensor *t)
     return elements_of(t) * (int64_t)dtype_bytes(t->dtype);
 }
 
-static void nccl_all_reduce(struct comm *c, const struct tensor *buf, enum comm_op op, struct stream *s)
+static void nccl_all_reduce(struct comm *c, const struct tensor *buf, enum comm_op op,
+                            struct stream *s)
 {
     const int64_t n = elements_of(buf);
     if (n == 0)
         return;
-    CHECK_NCCL(ncclAllReduce(buf->data, buf->data, (size_t)n, type_of(buf->dtype), operation_of(op), handle_of(c), cuda_stream_of(s)),
+    CHECK_NCCL(ncclAllReduce(buf->data, buf->data, (size_t)n, type_of(buf->dtype), operation_of(op),
+                             handle_of(c), cuda_stream_of(s)),
                c);
     c->sent_bytes += 2 * bytes_of(buf) / c->size * (c->size - 1);
 }
 
-static void nccl_all_gather(struct comm *c, const struct tensor *send, const struct tensor *recv, struct stream *s)
+static void nccl_all_gather(struct comm *c, const struct tensor *send, const struct tensor *recv,
+                            struct stream *s)
 {
     const int64_t n = elements_of(send);
     ASSERT(send->dtype == recv->dtype && elements_of(recv) == n * c->size);
     if (n == 0)
         return;
-    CHECK_NCCL(ncclAllGather(send->data, recv->data, (size_t)n, type_of(send->dtype), handle_of(c), cuda_stream_of(s)), c);
+    CHECK_NCCL(ncclAllGather(send->data, recv->data, (size_t)n, type_of(send->dtype), handle_of(c),
+                             cuda_stream_of(s)),
+               c);
     c->sent_bytes += bytes_of(send) * (c->size - 1);
 }
 
-static void nccl_reduce_scatter(struct comm *c, const struct tensor *send, const struct tensor *recv, enum comm_op op,
-                                struct stream *s)
+static void nccl_reduce_scatter(struct comm *c, const struct tensor *send,
+                                const struct tensor *recv, enum comm_op op, struct stream *s)
 {
     const int64_t n = elements_of(recv);
     ASSERT(send->dtype == recv->dtype && elements_of(send) == n * c->size);
     if (n == 0)
         return;
-    CHECK_NCCL(ncclReduceScatter(send->data, recv->data, (size_t)n, type_of(send->dtype), operation_of(op), handle_of(c),
-                                 cuda_stream_of(s)),
+    CHECK_NCCL(ncclReduceScatter(send->data, recv->data, (size_t)n, type_of(send->dtype),
+                                 operation_of(op), handle_of(c), cuda_stream_of(s)),
                c);
     c->sent_bytes += bytes_of(recv) * (c->size - 1);
 }
@@ -112,7 +119,9 @@ static void nccl_broadcast(struct comm *c, const struct tensor *buf, int root, s
     const int64_t n = elements_of(buf);
     if (n == 0 || c->size == 1)
         return;
-    CHECK_NCCL(ncclBroadcast(buf->data, buf->data, (size_t)n, type_of(buf->dtype), root, handle_of(c), cuda_stream_of(s)), c);
+    CHECK_NCCL(ncclBroadcast(buf->data, buf->data, (size_t)n, type_of(buf->dtype), root,
+                             handle_of(c), cuda_stream_of(s)),
+               c);
     if (c->rank == root)
         c->sent_bytes += bytes_of(buf);
 }
@@ -123,7 +132,9 @@ static void nccl_send(struct comm *c, const struct tensor *buf, int peer, struct
     ASSERT(peer >= 0 && peer < c->size);
     if (n == 0)
         return;
-    CHECK_NCCL(ncclSend(buf->data, (size_t)n, type_of(buf->dtype), peer, handle_of(c), cuda_stream_of(s)), c);
+    CHECK_NCCL(
+        ncclSend(buf->data, (size_t)n, type_of(buf->dtype), peer, handle_of(c), cuda_stream_of(s)),
+        c);
     c->sent_bytes += bytes_of(buf);
 }
 
@@ -133,7 +144,9 @@ static void nccl_recv(struct comm *c, const struct tensor *buf, int peer, struct
     ASSERT(peer >= 0 && peer < c->size);
     if (n == 0)
         return;
-    CHECK_NCCL(ncclRecv(buf->data, (size_t)n, type_of(buf->dtype), peer, handle_of(c), cuda_stream_of(s)), c);
+    CHECK_NCCL(
+        ncclRecv(buf->data, (size_t)n, type_of(buf->dtype), peer, handle_of(c), cuda_stream_of(s)),
+        c);
 }
 
 static void nccl_group_begin(struct comm *c)
@@ -147,8 +160,8 @@ static void nccl_group_end(struct comm *c, struct stream *s)
 }
 
 /* A rank's own rows are a copy; the rest is one bracket of messages. */
-static void nccl_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows, const struct tensor *recv,
-                              const int64_t *recv_rows, struct stream *s)
+static void nccl_all_to_all_v(struct comm *c, const struct tensor *send, const int64_t *send_rows,
+                              const struct tensor *recv, const int64_t *recv_rows, struct stream *s)
 {
     int64_t out = 0, in = 0;
     elements_of(send);
@@ -157,12 +170,14 @@ static void nccl_all_to_all_v(struct comm *c, const struct tensor *send, const i
     ASSERT(send_rows[c->rank] == recv_rows[c->rank]);
     nccl_group_begin(c);
     for (int r = 0; r < c->size; r++) {
-        const struct tensor to = tensor_row_range(send, out, send_rows[r]), from = tensor_row_range(recv, in, recv_rows[r]);
+        const struct tensor to = tensor_row_range(send, out, send_rows[r]),
+                            from = tensor_row_range(recv, in, recv_rows[r]);
         out += send_rows[r];
         in += recv_rows[r];
         if (r == c->rank) {
             if (tensor_numel(&to) > 0)
-                CHECK_CUDA(cudaMemcpyAsync(from.data, to.data, (size_t)bytes_of(&to), cudaMemcpyDeviceToDevice, cuda_stream_of(s)));
+                CHECK_CUDA(cudaMemcpyAsync(from.data, to.data, (size_t)bytes_of(&to),
+                                           cudaMemcpyDeviceToDevice, cuda_stream_of(s)));
             continue;
         }
         nccl_send(c, &to, r, s);

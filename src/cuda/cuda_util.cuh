@@ -1,7 +1,7 @@
 /* cuda_util.cuh - device helpers of the kernels: BF16 and F32 as one, reductions in a fixed order.
  *
- * Statistics and sums are fp32; a block sums lane by lane in an order that depends on nothing but the shape, so every
- * result repeats bitwise.
+ * Statistics and sums are fp32; a block sums lane by lane in an order that depends on nothing but
+ * the shape, so every result repeats bitwise.
  */
 #ifndef MIMO_CUDA_UTIL_CUH
 #define MIMO_CUDA_UTIL_CUH
@@ -16,11 +16,23 @@ using bf16 = __nv_bfloat16;
 
 enum { WARP = 32 };
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float x)
+{
+    return x;
+}
+__device__ __forceinline__ float to_float(bf16 x)
+{
+    return __bfloat162float(x);
+}
 template <class T> __device__ __forceinline__ T from_float(float x);
-template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ float from_float<float>(float x)
+{
+    return x;
+}
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x)
+{
+    return __float2bfloat16_rn(x);
+}
 
 __device__ __forceinline__ float warp_sum(float x)
 {
@@ -36,8 +48,8 @@ __device__ __forceinline__ float warp_max(float x)
     return x;
 }
 
-/* Sum over a block of at most 1024 threads (a multiple of 32); every thread gets it. `shared` float [32], one per call site
- * or separated by a barrier. */
+/* Sum over a block of at most 1024 threads (a multiple of 32); every thread gets it. `shared` float
+ * [32], one per call site or separated by a barrier. */
 __device__ __forceinline__ float block_sum(float x, float *shared)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -66,15 +78,19 @@ __device__ __forceinline__ float block_max(float x, float *shared)
 template <class T> struct matrix {
     T *p;
     int64_t rows, cols, ld;
-    __device__ __forceinline__ T *row(int64_t r) const { return p + r * ld; }
+    __device__ __forceinline__ T *row(int64_t r) const
+    {
+        return p + r * ld;
+    }
 };
 
 template <class T> static inline matrix<T> as_matrix(in_t t)
 {
-    return matrix<T>{(T *)t->data, tensor_rows(t), tensor_cols(t), t->ld};
+    return matrix<T>{ (T *)t->data, tensor_rows(t), tensor_cols(t), t->ld };
 }
 
-/* Calls f with a value of the tensor's element type: by_type(t, [&](auto zero) { using T = decltype(zero); ... }); */
+/* Calls f with a value of the tensor's element type: by_type(t, [&](auto zero) { using T =
+ * decltype(zero); ... }); */
 template <class F> static inline void by_type(in_t t, F f)
 {
     if (t->dtype == DTYPE_BF16)
@@ -82,7 +98,8 @@ template <class F> static inline void by_type(in_t t, F f)
     else if (t->dtype == DTYPE_F32)
         f(0.0f);
     else
-        fatal(EXIT_INTERNAL, __FILE__, __LINE__, NULL, "no CUDA kernel for %s", dtype_name(t->dtype));
+        fatal(EXIT_INTERNAL, __FILE__, __LINE__, NULL, "no CUDA kernel for %s",
+              dtype_name(t->dtype));
 }
 
 static inline unsigned blocks_for(int64_t n, int64_t per)

@@ -1,16 +1,18 @@
 /* grouped.cu - the experts' products: rows sorted by expert, one weight matrix each.
  *
- * BF16 goes to CUTLASS (grouped_*.cu) when TMA can address it: widths and row strides multiples of 16 bytes, bases aligned. All
- * else (F32, odd widths) takes the plain kernel below, which is there to be right: fp32 products and sums in the order of the
- * inner index. Neither reads the offsets on the host.
+ * BF16 goes to CUTLASS (grouped_*.cu) when TMA can address it: widths and row strides multiples of
+ * 16 bytes, bases aligned. All else (F32, odd widths) takes the plain kernel below, which is there
+ * to be right: fp32 products and sums in the order of the inner index. Neither reads the offsets on
+ * the host.
  */
 #include "grouped.h"
 #include "vector.cuh"
 
 enum { TILE = 64, DEPTH = 16, THREADS = 256, PER_THREAD = 4, LINE = 256 };
-enum { WORKSPACE_PER_SM = 1024 };   /* five descriptors of 128 bytes at most */
+enum { WORKSPACE_PER_SM = 1024 }; /* five descriptors of 128 bytes at most */
 
-/* A product in terms of groups: which extent is the experts' rows, where matrices start and how they are stepped through. */
+/* A product in terms of groups: which extent is the experts' rows, where matrices start and how
+ * they are stepped through. */
 template <class T, class D> struct product {
     const T *a, *b;
     D *c;
@@ -22,8 +24,10 @@ template <class T, class D> struct product {
     bool add;
 };
 
-/* One 64x64 tile of one group. Blocks of y are row tiles of all groups in order where M is the rows, else (z = group) of M. */
-template <class T, class D> static __global__ void __launch_bounds__(THREADS) plain_kernel(product<T, D> p)
+/* One 64x64 tile of one group. Blocks of y are row tiles of all groups in order where M is the
+ * rows, else (z = group) of M. */
+template <class T, class D>
+static __global__ void __launch_bounds__(THREADS) plain_kernel(product<T, D> p)
 {
     __shared__ float as[DEPTH][TILE + 1], bs[DEPTH][TILE + 1];
     int64_t group = blockIdx.z, tile = blockIdx.y;
@@ -37,7 +41,8 @@ template <class T, class D> static __global__ void __launch_bounds__(THREADS) pl
                 return;
         }
     const int64_t first = p.offsets[group], rows = p.offsets[group + 1] - first;
-    const int64_t m = p.m < 0 ? rows : p.m, k = p.k < 0 ? rows : p.k, m0 = tile * TILE, n0 = (int64_t)blockIdx.x * TILE;
+    const int64_t m = p.m < 0 ? rows : p.m, k = p.k < 0 ? rows : p.k, m0 = tile * TILE,
+                  n0 = (int64_t)blockIdx.x * TILE;
     const T *a = p.a + first * p.a_rows, *b = p.b + first * p.b_rows + group * p.b_group;
     D *c = p.c + first * p.c_rows + group * p.c_group;
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
@@ -45,10 +50,16 @@ template <class T, class D> static __global__ void __launch_bounds__(THREADS) pl
     for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
         /* Neighbouring threads read neighbouring elements, whichever way the matrix lies. */
         for (int i = threadIdx.x; i < TILE * DEPTH; i += THREADS) {
-            const int am = p.a_k == 1 ? i / DEPTH : i % TILE, ak = p.a_k == 1 ? i % DEPTH : i / TILE;
-            const int bn = p.b_k == 1 ? i / DEPTH : i % TILE, bk = p.b_k == 1 ? i % DEPTH : i / TILE;
-            as[ak][am] = m0 + am < m && k0 + ak < k ? to_float(a[(m0 + am) * p.a_m + (k0 + ak) * p.a_k]) : 0.0f;
-            bs[bk][bn] = n0 + bn < p.n && k0 + bk < k ? to_float(b[(k0 + bk) * p.b_k + (n0 + bn) * p.b_n]) : 0.0f;
+            const int am = p.a_k == 1 ? i / DEPTH : i % TILE,
+                      ak = p.a_k == 1 ? i % DEPTH : i / TILE;
+            const int bn = p.b_k == 1 ? i / DEPTH : i % TILE,
+                      bk = p.b_k == 1 ? i % DEPTH : i / TILE;
+            as[ak][am] = m0 + am < m && k0 + ak < k
+                             ? to_float(a[(m0 + am) * p.a_m + (k0 + ak) * p.a_k])
+                             : 0.0f;
+            bs[bk][bn] = n0 + bn < p.n && k0 + bk < k
+                             ? to_float(b[(k0 + bk) * p.b_k + (n0 + bn) * p.b_n])
+                             : 0.0f;
         }
         __syncthreads();
         for (int d = 0; d < DEPTH; d++)
@@ -73,7 +84,8 @@ static int64_t tiles_of(int64_t n)
 }
 
 template <class T, class D>
-static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, int64_t max_rows, out_t c)
+static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
+                  int64_t max_rows, out_t c)
 {
     in_t w = mode == BACKEND_GROUPED_TN ? c : b;
     const int64_t experts = w->shape[0], out = w->shape[1], in = w->shape[2];
@@ -83,7 +95,8 @@ static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, i
     p.c = (D *)c->data;
     p.offsets = (const int32_t *)offsets->data;
     p.a_rows = a->ld;
-    int64_t row_tiles = tiles_of(max_rows) + experts;   /* every group may end in a part of a tile */
+    /* every group may end in a part of a tile */
+    int64_t row_tiles = tiles_of(max_rows) + experts;
     if (mode == BACKEND_GROUPED_TN) {
         p.m = out, p.n = in, p.k = -1;
         p.a_m = 1, p.a_k = a->ld;
@@ -106,17 +119,19 @@ static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, i
 
 /* ---- CUTLASS ---- */
 
-/* A matrix of a product: element (0, 0) of group e lies at p + offsets[e] step + e expert, rows are ld elements apart. */
+/* A matrix of a product: element (0, 0) of group e lies at p + offsets[e] step + e expert, rows are
+ * ld elements apart. */
 struct operand {
     char *p;
-    int64_t ld, step, expert;        /* step, expert in bytes; 0: the matrix does not go on by rows, by experts */
+    /* step, expert in bytes; 0: the matrix does not go on by rows, by experts */
+    int64_t ld, step, expert;
 };
 
 struct setup {
     struct grouped g;
     const int32_t *offsets;
     operand a, b, c, d;
-    int m, n, k;                     /* -1: the group's rows */
+    int m, n, k; /* -1: the group's rows */
 };
 
 __device__ __forceinline__ char *place(const operand &o, int64_t first, int e)
@@ -153,7 +168,8 @@ static void *carve(char **at, size_t bytes)
 
 static size_t groups_bytes(const struct stream *s, size_t experts)
 {
-    return (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM + experts * (sizeof(int[3]) + 8 * sizeof(int64_t)) + 10 * LINE;
+    return (size_t)cuda_context_of(s)->sm_count * WORKSPACE_PER_SM +
+           experts * (sizeof(int[3]) + 8 * sizeof(int64_t)) + 10 * LINE;
 }
 
 /* The arrays over groups, at the start of the scratch. */
@@ -182,16 +198,18 @@ static struct grouped carve_groups(const struct stream *s, size_t experts)
 static operand by_rows(in_t t)
 {
     const int64_t ld = tensor_rows(t) > 1 ? t->ld : tensor_cols(t);
-    return operand{(char *)t->data, ld, ld * (int64_t)dtype_bytes(t->dtype), 0};
+    return operand{ (char *)t->data, ld, ld * (int64_t)dtype_bytes(t->dtype), 0 };
 }
 
 static operand by_experts(in_t w)
 {
-    return operand{(char *)w->data, w->shape[2], 0, w->shape[1] * w->shape[2] * (int64_t)dtype_bytes(w->dtype)};
+    return operand{ (char *)w->data, w->shape[2], 0,
+                    w->shape[1] * w->shape[2] * (int64_t)dtype_bytes(w->dtype) };
 }
 
 /* Sizes and addresses of all groups; c has d's shape. */
-static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, in_t c, out_t d)
+static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a, in_t b,
+                             in_t offsets, in_t c, out_t d)
 {
     in_t w = mode == BACKEND_GROUPED_TN ? d : b;
     const int out = (int)w->shape[1], in = (int)w->shape[2];
@@ -203,7 +221,8 @@ static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a
         p.m = out, p.n = in, p.k = -1;
         p.b = by_rows(b), p.c = by_experts(c), p.d = by_experts(d);
     } else {
-        p.m = -1, p.n = mode == BACKEND_GROUPED_NT ? out : in, p.k = mode == BACKEND_GROUPED_NT ? in : out;
+        p.m = -1, p.n = mode == BACKEND_GROUPED_NT ? out : in,
+        p.k = mode == BACKEND_GROUPED_NT ? in : out;
         p.b = by_experts(b), p.c = by_rows(c), p.d = by_rows(d);
     }
     setup_kernel<<<1, 128, 0, cuda_stream_of(s)>>>(p);
@@ -213,10 +232,12 @@ static struct grouped set_up(struct stream *s, enum backend_grouped mode, in_t a
 
 extern "C" [[noreturn]] void cuda_grouped_refused(const struct grouped *g)
 {
-    FATAL(EXIT_INTERNAL, "CUTLASS refuses a grouped GEMM of %d groups: %s", g->groups, cudaGetErrorString(cudaGetLastError()));
+    FATAL(EXIT_INTERNAL, "CUTLASS refuses a grouped GEMM of %d groups: %s", g->groups,
+          cudaGetErrorString(cudaGetLastError()));
 }
 
-static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, out_t c)
+static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
+                       out_t c)
 {
     const struct grouped g = set_up(s, mode, a, b, offsets, c, c);
     if (mode == BACKEND_GROUPED_NT)
@@ -233,20 +254,21 @@ static bool addressable(int64_t out, int64_t in, std::initializer_list<in_t> vie
     return out % CHUNK == 0 && in % CHUNK == 0 && chunks_aligned(views);
 }
 
-extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, int64_t max_rows,
-                                  out_t c)
+extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b,
+                                  in_t offsets, int64_t max_rows, out_t c)
 {
     const bool tn = mode == BACKEND_GROUPED_TN;
     in_t w = tn ? c : b, other = tn ? b : c;
-    ASSERT(w->ndim == 3 && offsets->dtype == DTYPE_I32 && all_dense({w, offsets}));
+    ASSERT(w->ndim == 3 && offsets->dtype == DTYPE_I32 && all_dense({ w, offsets }));
     const int64_t experts = w->shape[0], out = w->shape[1], in = w->shape[2];
-    ASSERT(tensor_numel(offsets) == experts + 1 && a->dtype == b->dtype && c->dtype == (tn ? DTYPE_F32 : a->dtype));
+    ASSERT(tensor_numel(offsets) == experts + 1 && a->dtype == b->dtype &&
+           c->dtype == (tn ? DTYPE_F32 : a->dtype));
     ASSERT(tensor_cols(a) == (mode == BACKEND_GROUPED_NT ? in : out));
     ASSERT(tensor_cols(other) == (mode == BACKEND_GROUPED_NT ? out : in));
     ASSERT(max_rows <= INT32_MAX && out <= INT32_MAX && in <= INT32_MAX);
     if (max_rows == 0 || experts == 0 || out == 0 || in == 0)
         return;
-    if (a->dtype == DTYPE_BF16 && addressable(out, in, {a, b, c}))
+    if (a->dtype == DTYPE_BF16 && addressable(out, in, { a, b, c }))
         by_cutlass(s, mode, a, b, offsets, c);
     else
         by_type(a, [&](auto zero) {
@@ -260,19 +282,25 @@ extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, i
 
 /* ---- with the activation ---- */
 
-extern "C" void cuda_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob, out_t h, out_t y)
+extern "C" void cuda_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t offsets, in_t prob,
+                                         out_t h, out_t y)
 {
     const int64_t rows = tensor_rows(h), experts = w->shape[0], out = w->shape[1], in = w->shape[2];
-    ASSERT(w->ndim == 3 && all_dense({w, offsets}) && tensor_numel(offsets) == experts + 1 && tensor_numel(prob) == rows);
-    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && y->dtype == a->dtype && prob->dtype == DTYPE_F32);
-    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == in && tensor_cols(h) == out && tensor_rows(y) == rows && tensor_cols(y) == out);
-    if (a->dtype != DTYPE_BF16 || !addressable(out, in, {a, w, h, y}) || rows == 0 || out == 0 || in == 0) {
+    ASSERT(w->ndim == 3 && all_dense({ w, offsets }) && tensor_numel(offsets) == experts + 1 &&
+           tensor_numel(prob) == rows);
+    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && y->dtype == a->dtype &&
+           prob->dtype == DTYPE_F32);
+    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == in && tensor_cols(h) == out &&
+           tensor_rows(y) == rows && tensor_cols(y) == out);
+    if (a->dtype != DTYPE_BF16 || !addressable(out, in, { a, w, h, y }) || rows == 0 || out == 0 ||
+        in == 0) {
         cuda_grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, rows, h);
         cuda_expert_act_forward(s, h, prob, y);
         return;
     }
     const struct grouped g = set_up(s, BACKEND_GROUPED_NT, a, w, offsets, y, y);
-    const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, h->data, h->ld, NULL};
+    const struct grouped_act act = { (const int32_t *)offsets->data, (const float *)prob->data,
+                                     h->data, h->ld, NULL };
     cuda_grouped_nt_act(&g, &act);
 }
 
@@ -288,28 +316,32 @@ static __global__ void sum_parts_kernel(const float *partial, int tiles, int64_t
     dprob[r] = sum;
 }
 
-extern "C" void cuda_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t offsets, in_t h, in_t prob, out_t dh,
-                                          out_t dprob, out_t y)
+extern "C" void cuda_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t offsets, in_t h,
+                                          in_t prob, out_t dh, out_t dprob, out_t y)
 {
     const int64_t rows = tensor_rows(h), experts = w->shape[0], out = w->shape[1], in = w->shape[2];
-    ASSERT(w->ndim == 3 && all_dense({w, offsets}) && tensor_numel(offsets) == experts + 1 && tensor_numel(prob) == rows);
-    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && dh->dtype == a->dtype && (y == NULL || y->dtype == a->dtype));
-    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == out && tensor_cols(h) == in && tensor_rows(dh) == rows && tensor_cols(dh) == in);
+    ASSERT(w->ndim == 3 && all_dense({ w, offsets }) && tensor_numel(offsets) == experts + 1 &&
+           tensor_numel(prob) == rows);
+    ASSERT(a->dtype == w->dtype && h->dtype == a->dtype && dh->dtype == a->dtype &&
+           (y == NULL || y->dtype == a->dtype));
+    ASSERT(tensor_rows(a) == rows && tensor_cols(a) == out && tensor_cols(h) == in &&
+           tensor_rows(dh) == rows && tensor_cols(dh) == in);
     ASSERT(dprob->dtype == DTYPE_F32 && tensor_numel(dprob) == rows && prob->dtype == DTYPE_F32);
-    const int64_t tiles = (in + GROUPED_TILE_N - 1) / GROUPED_TILE_N, begin = (int64_t)groups_bytes(s, (size_t)experts);
+    const int64_t tiles = (in + GROUPED_TILE_N - 1) / GROUPED_TILE_N,
+                  begin = (int64_t)groups_bytes(s, (size_t)experts);
     const size_t bytes = (size_t)(begin + rows * tiles * (int64_t)sizeof(float));
-    if (a->dtype != DTYPE_BF16 || !addressable(out, in, {a, w, h, dh, y}) || rows == 0 || out == 0 || in == 0
-        || bytes > cuda_context_of(s)->scratch_bytes) {
+    if (a->dtype != DTYPE_BF16 || !addressable(out, in, { a, w, h, dh, y }) || rows == 0 ||
+        out == 0 || in == 0 || bytes > cuda_context_of(s)->scratch_bytes) {
         cuda_grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, rows, dh);
         cuda_expert_act_backward(s, h, prob, dh, dh, dprob, y);
         return;
     }
     float *partial = (float *)((char *)cuda_scratch(s, bytes) + begin);
     const struct grouped g = set_up(s, BACKEND_GROUPED_NN, a, w, offsets, h, dh);
-    const struct grouped_act act = {(const int32_t *)offsets->data, (const float *)prob->data, y ? y->data : NULL,
-                                    y ? y->ld : 0, partial};
+    const struct grouped_act act = { (const int32_t *)offsets->data, (const float *)prob->data,
+                                     y ? y->data : NULL, y ? y->ld : 0, partial };
     cuda_grouped_nn_act(&g, &act);
-    sum_parts_kernel<<<blocks_for(rows, THREADS), THREADS, 0, cuda_stream_of(s)>>>(partial, (int)tiles, rows,
-                                                                                  (float *)dprob->data);
+    sum_parts_kernel<<<blocks_for(rows, THREADS), THREADS, 0, cuda_stream_of(s)>>>(
+        partial, (int)tiles, rows, (float *)dprob->data);
     CHECK_LAUNCH();
 }

@@ -1,10 +1,12 @@
-/* grouped_act.cuh - epilogues of the experts' products that apply the activation y = relu(h)^2 p (model.md 1.8, step 8): a pass
- * over memory less, for 1.5 % of the product's time forward and 8 % backward, where h is read.
+/* grouped_act.cuh - epilogues of the experts' products that apply the activation y = relu(h)^2 p
+ * (model.md 1.8, step 8): a pass over memory less, for 1.5 % of the product's time forward and 8 %
+ * backward, where h is read.
  *
- * A warpgroup holds a tile of 128x192 sums and visits it in pieces of 64x32: a thread has rows r and r+8, r = 16 (warp) + lane/4,
- * and columns 8j + 2(lane%4) + {0,1}, j = 0..3; element 4j + 2i + c of the piece is row r+8i, column 8j + 2(lane%4) + c. CUTLASS
- * stores what a visit returns; the second matrix of the same shape is stored here, 16 bytes a thread, after the four
- * lanes of a row have exchanged their words.
+ * A warpgroup holds a tile of 128x192 sums and visits it in pieces of 64x32: a thread has rows r
+ * and r+8, r = 16 (warp) + lane/4, and columns 8j + 2(lane%4) + {0,1}, j = 0..3; element 4j + 2i +
+ * c of the piece is row r+8i, column 8j + 2(lane%4) + c. CUTLASS stores what a visit returns; the
+ * second matrix of the same shape is stored here, 16 bytes a thread, after the four lanes of a row
+ * have exchanged their words.
  */
 #ifndef MIMO_CUDA_GROUPED_ACT_CUH
 #define MIMO_CUDA_GROUPED_ACT_CUH
@@ -12,14 +14,17 @@
 #include <cuda_bf16.h>
 #include "grouped_cutlass.cuh"
 
-/* What both directions share: the thread's place, the probabilities of its rows, the second matrix. */
+/* What both directions share: the thread's place, the probabilities of its rows, the second
+ * matrix. */
 struct grouped_act_callbacks : cutlass::epilogue::fusion::detail::EmptyConsumerStoreCallbacks {
     const grouped_act &arg;
-    int first, rows, cols;              /* of the group: row of arg.* where it begins, size */
-    int row, col, tile_n;               /* of the thread in the group, at the tile's first piece; of the tile */
-    float p[2][2];                      /* rows row + 64 m + 8 i */
+    int first, rows, cols; /* of the group: row of arg.* where it begins, size */
+    /* of the thread in the group, at the tile's first piece; of the tile */
+    int row, col, tile_n;
+    float p[2][2]; /* rows row + 64 m + 8 i */
 
-    template <class Args> CUTLASS_DEVICE grouped_act_callbacks(const grouped_act &arg, const Args &args) : arg(arg)
+    template <class Args>
+    CUTLASS_DEVICE grouped_act_callbacks(const grouped_act &arg, const Args &args) : arg(arg)
     {
         auto [m, n, k, group] = args.tile_coord_mnkl;
         const int lane = args.thread_idx % 32, warp = args.thread_idx / 32;
@@ -40,29 +45,33 @@ struct grouped_act_callbacks : cutlass::epilogue::fusion::detail::EmptyConsumerS
             }
     }
 
-    /* Stores the piece's words, word[i][j] = the thread's two columns of row i: lane q of a row gets columns 8q.. whole. */
+    /* Stores the piece's words, word[i][j] = the thread's two columns of row i: lane q of a row
+     * gets columns 8q.. whole. */
     CUTLASS_DEVICE void store(uint32_t (&word)[2][4], int m, int n)
     {
         const unsigned all = 0xffffffffu;
         const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
         for (int i = 0; i < 2; i++) {
             uint32_t(&w)[4] = word[i];
-            const uint32_t a = __shfl_xor_sync(all, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(all, odd ? w[2] : w[3], 1);
+            const uint32_t a = __shfl_xor_sync(all, odd ? w[0] : w[1], 1),
+                           b = __shfl_xor_sync(all, odd ? w[2] : w[3], 1);
             (odd ? w[0] : w[1]) = a;
             (odd ? w[2] : w[3]) = b;
-            const uint32_t c = __shfl_xor_sync(all, high ? w[0] : w[2], 2), d = __shfl_xor_sync(all, high ? w[1] : w[3], 2);
+            const uint32_t c = __shfl_xor_sync(all, high ? w[0] : w[2], 2),
+                           d = __shfl_xor_sync(all, high ? w[1] : w[3], 2);
             (high ? w[0] : w[2]) = c;
             (high ? w[1] : w[3]) = d;
             const int r = row + 64 * m + 8 * i, x = col + 32 * n;
             if (r < rows && x < cols)
-                *(uint4 *)((__nv_bfloat16 *)arg.second + (int64_t)(first + r) * arg.ld + x) = make_uint4(w[0], w[1], w[2], w[3]);
+                *(uint4 *)((__nv_bfloat16 *)arg.second + (int64_t)(first + r) * arg.ld + x) =
+                    make_uint4(w[0], w[1], w[2], w[3]);
         }
     }
 };
 
 CUTLASS_DEVICE float grouped_relu(float x)
 {
-    return x < 0.0f ? 0.0f : x;      /* keeps a NaN */
+    return x < 0.0f ? 0.0f : x; /* keeps a NaN */
 }
 
 CUTLASS_DEVICE uint32_t grouped_word(float low, float high)
@@ -72,27 +81,46 @@ CUTLASS_DEVICE uint32_t grouped_word(float low, float high)
 }
 
 /* What CUTLASS asks of a fusion, beside its callbacks. */
-template <bool reads_c> struct grouped_act_fusion : cutlass::epilogue::fusion::detail::Sm90VisitorImpl<> {
-    struct SharedStorage {};
+template <bool reads_c>
+struct grouped_act_fusion : cutlass::epilogue::fusion::detail::Sm90VisitorImpl<> {
+    struct SharedStorage {
+    };
     using Arguments = grouped_act;
     using Params = grouped_act;
     Params params;
 
-    template <class Shape> static constexpr Params to_underlying_arguments(const Shape &, const Arguments &a, void *) { return a; }
-    template <class Shape> static bool can_implement(const Shape &, const Arguments &) { return true; }
-    template <class Shape> static size_t get_workspace_size(const Shape &, const Arguments &) { return 0; }
     template <class Shape>
-    static cutlass::Status initialize_workspace(const Shape &, const Arguments &, void *, cudaStream_t,
-                                                cutlass::CudaHostAdapter * = nullptr)
+    static constexpr Params to_underlying_arguments(const Shape &, const Arguments &a, void *)
+    {
+        return a;
+    }
+    template <class Shape> static bool can_implement(const Shape &, const Arguments &)
+    {
+        return true;
+    }
+    template <class Shape> static size_t get_workspace_size(const Shape &, const Arguments &)
+    {
+        return 0;
+    }
+    template <class Shape>
+    static cutlass::Status initialize_workspace(const Shape &, const Arguments &, void *,
+                                                cudaStream_t, cutlass::CudaHostAdapter * = nullptr)
     {
         return cutlass::Status::kSuccess;
     }
     CUTLASS_HOST_DEVICE grouped_act_fusion() {}
     CUTLASS_HOST_DEVICE grouped_act_fusion(const Params &p, const SharedStorage &) : params(p) {}
-    CUTLASS_DEVICE bool is_producer_load_needed() const { return reads_c; }
-    CUTLASS_DEVICE bool is_C_load_needed() const { return reads_c; }
+    CUTLASS_DEVICE bool is_producer_load_needed() const
+    {
+        return reads_c;
+    }
+    CUTLASS_DEVICE bool is_C_load_needed() const
+    {
+        return reads_c;
+    }
     template <class... A>
-    CUTLASS_DEVICE auto get_producer_load_callbacks(const cutlass::epilogue::fusion::detail::ProducerLoadArgs<A...> &)
+    CUTLASS_DEVICE auto get_producer_load_callbacks(
+        const cutlass::epilogue::fusion::detail::ProducerLoadArgs<A...> &)
     {
         return cutlass::epilogue::fusion::detail::EmptyProducerLoadCallbacks{};
     }
@@ -105,7 +133,8 @@ struct grouped_act_forward : grouped_act_fusion<false> {
     struct callbacks : grouped_act_callbacks {
         using grouped_act_callbacks::grouped_act_callbacks;
 
-        template <class T, int N> CUTLASS_DEVICE auto visit(const cutlass::Array<T, N> &sum, int, int m, int n)
+        template <class T, int N>
+        CUTLASS_DEVICE auto visit(const cutlass::Array<T, N> &sum, int, int m, int n)
         {
             static_assert(N == 16);
             cutlass::Array<float, N> y;
@@ -127,13 +156,15 @@ struct grouped_act_forward : grouped_act_fusion<false> {
     };
 
     template <bool ReferenceSrc, class... A>
-    CUTLASS_DEVICE auto get_consumer_store_callbacks(const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<A...> &args)
+    CUTLASS_DEVICE auto get_consumer_store_callbacks(
+        const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<A...> &args)
     {
         return callbacks(params, args);
     }
 };
 
-/* C = h, D = dh, second = y; partial[row, tile of columns] = sum of relu(h)^2 dy over the tile's columns. */
+/* C = h, D = dh, second = y; partial[row, tile of columns] = sum of relu(h)^2 dy over the tile's
+ * columns. */
 struct grouped_act_backward : grouped_act_fusion<true> {
     using grouped_act_fusion<true>::grouped_act_fusion;
 
@@ -147,7 +178,8 @@ struct grouped_act_backward : grouped_act_fusion<true> {
         {
         }
 
-        template <class T, int N> CUTLASS_DEVICE auto visit(const cutlass::Array<T, N> &dy, int v, int m, int n)
+        template <class T, int N>
+        CUTLASS_DEVICE auto visit(const cutlass::Array<T, N> &dy, int v, int m, int n)
         {
             static_assert(N == 16);
             using Element = typename Source::value_type;
@@ -160,7 +192,8 @@ struct grouped_act_backward : grouped_act_fusion<true> {
                 float y[2];
                 CUTLASS_PRAGMA_UNROLL
                 for (int c = 0; c < 2; c++) {
-                    const float positive = grouped_relu(float(from[at + c])), slope = positive * dy[at + c];
+                    const float positive = grouped_relu(float(from[at + c])),
+                                slope = positive * dy[at + c];
                     total[m][i] += positive * slope;
                     dh[at + c] = slope * (2.0f * p[m][i]);
                     y[c] = positive * positive * p[m][i];
@@ -188,7 +221,8 @@ struct grouped_act_backward : grouped_act_fusion<true> {
     };
 
     template <bool ReferenceSrc, class... A>
-    CUTLASS_DEVICE auto get_consumer_store_callbacks(const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<A...> &args)
+    CUTLASS_DEVICE auto get_consumer_store_callbacks(
+        const cutlass::epilogue::fusion::detail::ConsumerStoreArgs<A...> &args)
     {
         return callbacks<cute::remove_cvref_t<decltype(args.tCrC)>>(params, args);
     }

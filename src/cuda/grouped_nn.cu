@@ -4,5 +4,5 @@
 extern "C" void cuda_grouped_nn(const struct grouped *g)
 {
     using sum = grouped_sum<void, cutlass::bfloat16_t>;
-    grouped_gemm<grouped_row, grouped_row, void, cutlass::bfloat16_t, sum>::run(g, {1.0f, 0.0f});
+    grouped_gemm<grouped_row, grouped_row, void, cutlass::bfloat16_t, sum>::run(g, { 1.0f, 0.0f });
 }

@@ -1,12 +1,14 @@
-/* loss.cu - cross entropy over vocabulary rows spread on ranks (model.md 1.9). A block has a row of logits; the caller reduces
- * mx (max), se and pl (sum) over its group in between. All sums are fp32 in a fixed order; the total is added up in double.
+/* loss.cu - cross entropy over vocabulary rows spread on ranks (model.md 1.9). A block has a row of
+ * logits; the caller reduces mx (max), se and pl (sum) over its group in between. All sums are fp32
+ * in a fixed order; the total is added up in double.
  */
 #include "vector.cuh"
 
 enum { THREADS = 512 };
 
 /* f(values, their number, first column) for every chunk of a row, thread by thread. */
-template <bool VEC, class T, class F> __device__ __forceinline__ void each_chunk(T *row, int64_t cols, F f)
+template <bool VEC, class T, class F>
+__device__ __forceinline__ void each_chunk(T *row, int64_t cols, F f)
 {
     for (int64_t c = threadIdx.x * (int64_t)CHUNK; c < cols; c += (int64_t)THREADS * CHUNK) {
         float v[CHUNK];
@@ -16,15 +18,17 @@ template <bool VEC, class T, class F> __device__ __forceinline__ void each_chunk
     }
 }
 
-template <bool VEC, class T> static __global__ void __launch_bounds__(THREADS) max_kernel(matrix<const T> logits, float *mx)
+template <bool VEC, class T>
+static __global__ void __launch_bounds__(THREADS) max_kernel(matrix<const T> logits, float *mx)
 {
     __shared__ float shared[WARP];
     float most = -INFINITY;
-    each_chunk<VEC>(logits.row(blockIdx.x), logits.cols, [&](const float (&v)[CHUNK], int n, int64_t) {
+    each_chunk<VEC>(logits.row(blockIdx.x), logits.cols,
+                    [&](const float(&v)[CHUNK], int n, int64_t) {
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            most = i < n ? fmaxf(most, v[i]) : most;
-    });
+                        for (int i = 0; i < CHUNK; i++)
+                            most = i < n ? fmaxf(most, v[i]) : most;
+                    });
     most = block_max(most, shared);
     if (threadIdx.x == 0)
         mx[blockIdx.x] = most;
@@ -32,13 +36,14 @@ template <bool VEC, class T> static __global__ void __launch_bounds__(THREADS) m
 
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    sum_kernel(matrix<const T> logits, const int64_t *labels, int64_t first, const float *mx, float *se, float *pl)
+    sum_kernel(matrix<const T> logits, const int64_t *labels, int64_t first, const float *mx,
+               float *se, float *pl)
 {
     __shared__ float shared[WARP];
     const T *row = logits.row(blockIdx.x);
     const float most = mx[blockIdx.x];
     float sum = 0;
-    each_chunk<VEC>(row, logits.cols, [&](const float (&v)[CHUNK], int n, int64_t) {
+    each_chunk<VEC>(row, logits.cols, [&](const float(&v)[CHUNK], int n, int64_t) {
         float part = 0;
 #pragma unroll
         for (int i = 0; i < CHUNK; i++)
@@ -53,7 +58,9 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) finish_kernel(const float *se, const float *pl, const float *mask, int64_t rows, float *loss, float *total)
+static __global__ void __launch_bounds__(THREADS)
+    finish_kernel(const float *se, const float *pl, const float *mask, int64_t rows, float *loss,
+                  float *total)
 {
     __shared__ double sums[THREADS];
     double sum = 0;
@@ -75,12 +82,13 @@ static __global__ void __launch_bounds__(THREADS) finish_kernel(const float *se,
 
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    backward_kernel(const int64_t *labels, int64_t first, const float *mx, const float *se, const float *mask, matrix<T> logits)
+    backward_kernel(const int64_t *labels, int64_t first, const float *mx, const float *se,
+                    const float *mask, matrix<T> logits)
 {
     T *row = logits.row(blockIdx.x);
     const float keep = mask[blockIdx.x], most = mx[blockIdx.x], scale = keep / se[blockIdx.x];
     const int64_t label = labels[blockIdx.x] - first;
-    each_chunk<VEC>(row, logits.cols, [&](float (&v)[CHUNK], int n, int64_t c) {
+    each_chunk<VEC>(row, logits.cols, [&](float(&v)[CHUNK], int n, int64_t c) {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
             v[i] = keep == 0.0f ? 0.0f : expf(v[i] - most) * scale;
@@ -105,13 +113,15 @@ extern "C" void cuda_loss_max(struct stream *s, in_t logits, out_t mx)
     by_type(logits, [&](auto zero) {
         using T = decltype(zero);
         by_flag(chunks_aligned({ logits }), [&](auto vec) {
-            max_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(as_matrix<const T>(logits), (float *)mx->data);
+            max_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const T>(logits), (float *)mx->data);
         });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se, out_t pl)
+extern "C" void cuda_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx,
+                              out_t se, out_t pl)
 {
     const int64_t rows = tensor_rows(logits);
     check_rows(labels, rows);
@@ -124,24 +134,28 @@ extern "C" void cuda_loss_sum(struct stream *s, in_t logits, in_t labels, int64_
         using T = decltype(zero);
         by_flag(chunks_aligned({ logits }), [&](auto vec) {
             sum_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(logits), (const int64_t *)labels->data, first, (const float *)mx->data, (float *)se->data, (float *)pl->data);
+                as_matrix<const T>(logits), (const int64_t *)labels->data, first,
+                (const float *)mx->data, (float *)se->data, (float *)pl->data);
         });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_loss_finish(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss, out_t total)
+extern "C" void cuda_loss_finish(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss,
+                                 out_t total)
 {
     const int64_t rows = tensor_numel(loss);
     check_rows(se, rows);
     check_rows(pl, rows);
     check_rows(mask, rows);
-    finish_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((const float *)se->data, (const float *)pl->data, (const float *)mask->data, rows,
-                                                       (float *)loss->data, (float *)total->data);
+    finish_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>(
+        (const float *)se->data, (const float *)pl->data, (const float *)mask->data, rows,
+        (float *)loss->data, (float *)total->data);
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_loss_backward(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se, in_t mask, out_t logits)
+extern "C" void cuda_loss_backward(struct stream *s, in_t labels, int64_t first, in_t mx, in_t se,
+                                   in_t mask, out_t logits)
 {
     const int64_t rows = tensor_rows(logits);
     check_rows(labels, rows);
@@ -153,8 +167,10 @@ extern "C" void cuda_loss_backward(struct stream *s, in_t labels, int64_t first,
     by_type(logits, [&](auto zero) {
         using T = decltype(zero);
         by_flag(chunks_aligned({ logits }), [&](auto vec) {
-            backward_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
-                (const int64_t *)labels->data, first, (const float *)mx->data, (const float *)se->data, (const float *)mask->data, as_matrix<T>(logits));
+            backward_kernel<decltype(vec)::value, T>
+                <<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
+                    (const int64_t *)labels->data, first, (const float *)mx->data,
+                    (const float *)se->data, (const float *)mask->data, as_matrix<T>(logits));
         });
     });
     CHECK_LAUNCH();

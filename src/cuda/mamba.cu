@@ -1,8 +1,10 @@
-/* mamba.cu - the short convolution and the gated norm of the Mamba-2 layer (model.md 1.6.2, 1.6.6); the scan is in ssd.cu.
+/* mamba.cu - the short convolution and the gated norm of the Mamba-2 layer (model.md 1.6.2, 1.6.6);
+ * the scan is in ssd.cu.
  *
- * Convolution: a thread walks a run of rows of four channels with the taps' inputs in registers, so each row is read once, a few
- * rows ahead. Backward recomputes v, walks W-1 rows beyond its run for the gradient of its last inputs, and leaves the weights' gradients
- * as one partial sum a run. Gated norm: a warp has one group of one row in registers; the weight's gradient is summed in
+ * Convolution: a thread walks a run of rows of four channels with the taps' inputs in registers, so
+ * each row is read once, a few rows ahead. Backward recomputes v, walks W-1 rows beyond its run for
+ * the gradient of its last inputs, and leaves the weights' gradients as one partial sum a run.
+ * Gated norm: a warp has one group of one row in registers; the weight's gradient is summed in
  * registers over the rows of a warp, then over warps and blocks in their order.
  */
 #include "columns.cuh"
@@ -27,14 +29,20 @@ struct walker {
         int lo = 0, hi = segments - 1;
         while (lo < hi) {
             const int mid = (lo + hi + 1) / 2;
-            if (cu[mid] <= row) lo = mid; else hi = mid - 1;
+            if (cu[mid] <= row)
+                lo = mid;
+            else
+                hi = mid - 1;
         }
         segment = lo;
         start = cu[lo];
         end = cu[lo + 1];
     }
     /* True when all rows before `row` that have not been walked yet lie in this segment. */
-    __device__ bool stays_before(int64_t row) const { return row <= end || segment + 1 >= segments; }
+    __device__ bool stays_before(int64_t row) const
+    {
+        return row <= end || segment + 1 >= segments;
+    }
     /* True when row opens another segment than before. */
     __device__ bool moves(int64_t row)
     {
@@ -51,8 +59,12 @@ struct walker {
 /* Four neighbouring channels as they lie in memory. */
 enum { FOUR = 4 };
 template <class T> struct four;
-template <> struct four<bf16> { uint2 raw; };
-template <> struct four<float> { float4 raw; };
+template <> struct four<bf16> {
+    uint2 raw;
+};
+template <> struct four<float> {
+    float4 raw;
+};
 
 template <bool VEC, class T> __device__ __forceinline__ four<T> read_four(const T *p, int n)
 {
@@ -80,7 +92,8 @@ __device__ __forceinline__ void widen_four(const four<float> &c, float (&v)[FOUR
 /* By an intrinsic: the compiler splits a plain store in two. */
 __device__ __forceinline__ void store_whole(bf16 *p, const float (&v)[FOUR])
 {
-    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]), high = __floats2bfloat162_rn(v[2], v[3]);
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]),
+                         high = __floats2bfloat162_rn(v[2], v[3]);
     __stcg((uint2 *)p, make_uint2(*(const unsigned *)&low, *(const unsigned *)&high));
 }
 
@@ -89,7 +102,8 @@ __device__ __forceinline__ void store_whole(float *p, const float (&v)[FOUR])
     __stcg((float4 *)p, make_float4(v[0], v[1], v[2], v[3]));
 }
 
-template <bool VEC, class T> __device__ __forceinline__ void store_four(T *p, int n, const float (&v)[FOUR])
+template <bool VEC, class T>
+__device__ __forceinline__ void store_four(T *p, int n, const float (&v)[FOUR])
 {
     if (VEC && n == FOUR) {
         store_whole(p, v);
@@ -111,7 +125,9 @@ template <int W> struct taps {
     float k[W][FOUR], bias[FOUR], in[W][FOUR];
     /* The W-1 rows before `first`, zero outside its segment, which begins at `start`. */
     template <bool VEC, class T>
-    __device__ __forceinline__ void begin(const matrix<const T> &x, const T *weight, const T *bias_of, int64_t first, int64_t start, int64_t c, int n)
+    __device__ __forceinline__ void begin(const matrix<const T> &x, const T *weight,
+                                          const T *bias_of, int64_t first, int64_t start, int64_t c,
+                                          int n)
     {
 #pragma unroll
         for (int i = 0; i < FOUR; i++) {
@@ -145,16 +161,18 @@ template <int W> struct taps {
     }
 };
 
-/* A turn of rows is read while the one before it is worked on. Nothing is asked of the rows of a plain turn, which ends before
- * the run and the segment do. */
+/* A turn of rows is read while the one before it is worked on. Nothing is asked of the rows of a
+ * plain turn, which ends before the run and the segment do. */
 template <bool VEC, int W, class T>
 static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 6 : 1)
-    conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<T> y)
+    conv_forward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu,
+                        int segments, int run, matrix<T> y)
 {
     enum { TURN = 2 * W };
     const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * FOUR;
     const int n = four_size(y.cols, c);
-    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < y.rows ? first + run : y.rows;
+    const int64_t first = blockIdx.y * (int64_t)run,
+                  last = first + run < y.rows ? first + run : y.rows;
     if (n == 0)
         return;
     taps<W> a;
@@ -207,17 +225,19 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 6 : 1)
     }
 }
 
-/* Turns of W rows, as forward; row s of a turn's row u has slot u of the rings in and due, row s-(W-1)+w slot (u+1+w) % W.
- * partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
+/* Turns of W rows, as forward; row s of a turn's row u has slot u of the rings in and due, row
+ * s-(W-1)+w slot (u+1+w) % W. partial [runs][C*W + C]: dw as [C,W], then db; NULL when frozen. */
 template <bool VEC, int W, class T>
 static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
-    conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu, int segments, int run, matrix<const T> dy,
-                         matrix<T> dx, float *partial)
+    conv_backward_kernel(matrix<const T> x, const T *weight, const T *bias_of, const int32_t *cu,
+                         int segments, int run, matrix<const T> dy, matrix<T> dx, float *partial)
 {
     const int64_t c = (blockIdx.x * (int64_t)CONV_THREADS + threadIdx.x) * FOUR;
     const int n = four_size(dx.cols, c);
-    const int64_t first = blockIdx.y * (int64_t)run, last = first + run < dx.rows ? first + run : dx.rows;
-    const int64_t known = last + W - 1 < dx.rows ? last + W - 1 : dx.rows;   /* rows from here on have dv = 0 */
+    const int64_t first = blockIdx.y * (int64_t)run,
+                  last = first + run < dx.rows ? first + run : dx.rows;
+    /* rows from here on have dv = 0 */
+    const int64_t known = last + W - 1 < dx.rows ? last + W - 1 : dx.rows;
     if (n == 0)
         return;
     float due[W][FOUR] = {}, dw[W][FOUR] = {}, db[FOUR] = {};
@@ -283,7 +303,9 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
                         if (plain || s - (W - 1) + w >= at.start)
 #pragma unroll
                             for (int i = 0; i < FOUR; i++)
-                                due[(u + 1 + w) % W][i] = (plain && w == W - 1 ? 0.0f : due[(u + 1 + w) % W][i]) + a.k[w][i] * dv[i];
+                                due[(u + 1 + w) % W][i] =
+                                    (plain && w == W - 1 ? 0.0f : due[(u + 1 + w) % W][i]) +
+                                    a.k[w][i] * dv[i];
                 }
                 if (plain || (s - (W - 1) >= first && s - (W - 1) < last))
                     store_four<VEC>(to + u * dx.ld, n, due[(u + 1) % W]);
@@ -301,7 +323,8 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
     if (W == FOUR && VEC && dx.cols % FOUR == 0) {
 #pragma unroll
         for (int i = 0; i < FOUR; i++)
-            __stcg((float4 *)(own + (c + i) * W), make_float4(dw[0][i], dw[1][i], dw[2][i], dw[W - 1][i]));
+            __stcg((float4 *)(own + (c + i) * W),
+                   make_float4(dw[0][i], dw[1][i], dw[2][i], dw[W - 1][i]));
         store_whole(own + dx.cols * W + c, db);
         return;
     }
@@ -315,8 +338,11 @@ static __global__ void __launch_bounds__(CONV_THREADS, sizeof(T) == 2 ? 4 : 1)
         }
 }
 
-/* Any number of taps, one channel a thread, inputs read from memory again and again: for widths no model uses. */
-template <class T> __device__ float conv_at(const matrix<const T> &x, const T *weight, const T *bias, int taps, int64_t r, int64_t start, int64_t c)
+/* Any number of taps, one channel a thread, inputs read from memory again and again: for widths no
+ * model uses. */
+template <class T>
+__device__ float conv_at(const matrix<const T> &x, const T *weight, const T *bias, int taps,
+                         int64_t r, int64_t start, int64_t c)
 {
     float v = to_float(bias[c]);
     for (int w = 0; w < taps; w++)
@@ -325,15 +351,17 @@ template <class T> __device__ float conv_at(const matrix<const T> &x, const T *w
     return v;
 }
 
-template <class T> __device__ float conv_dv(const matrix<const T> &x, const T *weight, const T *bias, int taps, const matrix<const T> &dy, int64_t r,
-                                            int64_t start, int64_t c)
+template <class T>
+__device__ float conv_dv(const matrix<const T> &x, const T *weight, const T *bias, int taps,
+                         const matrix<const T> &dy, int64_t r, int64_t start, int64_t c)
 {
     const float v = conv_at(x, weight, bias, taps, r, start, c), gate = sigmoid<T>(v);
     return to_float(dy.row(r)[c]) * gate * (1 + v * (1 - gate));
 }
 
 template <class T>
-static __global__ void conv_any_forward(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<T> y)
+static __global__ void conv_any_forward(matrix<const T> x, const T *weight, const T *bias, int taps,
+                                        const int32_t *cu, int segments, matrix<T> y)
 {
     const int64_t c = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (c >= y.cols)
@@ -344,7 +372,8 @@ static __global__ void conv_any_forward(matrix<const T> x, const T *weight, cons
 }
 
 template <class T>
-static __global__ void conv_any_dx(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<const T> dy,
+static __global__ void conv_any_dx(matrix<const T> x, const T *weight, const T *bias, int taps,
+                                   const int32_t *cu, int segments, matrix<const T> dy,
                                    matrix<T> dx)
 {
     const int64_t c = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, r = blockIdx.y;
@@ -354,14 +383,16 @@ static __global__ void conv_any_dx(matrix<const T> x, const T *weight, const T *
     float sum = 0;
     for (int w = taps - 1; w >= 0; w--)
         if (r + taps - 1 - w < at.end)
-            sum += to_float(weight[c * taps + w]) * conv_dv(x, weight, bias, taps, dy, r + taps - 1 - w, at.start, c);
+            sum += to_float(weight[c * taps + w]) *
+                   conv_dv(x, weight, bias, taps, dy, r + taps - 1 - w, at.start, c);
     dx.row(r)[c] = from_float<T>(sum);
 }
 
 /* One thread per (channel, tap); tap = taps: the bias. */
 template <class T>
-static __global__ void conv_any_dw(matrix<const T> x, const T *weight, const T *bias, int taps, const int32_t *cu, int segments, matrix<const T> dy,
-                                   float *dw, float *db)
+static __global__ void conv_any_dw(matrix<const T> x, const T *weight, const T *bias, int taps,
+                                   const int32_t *cu, int segments, matrix<const T> dy, float *dw,
+                                   float *db)
 {
     const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, c = i / (taps + 1);
     const int w = (int)(i % (taps + 1));
@@ -388,49 +419,59 @@ enum { FAST_TAPS = 4 };
 static int conv_run(int64_t rows, int64_t cols, size_t scratch)
 {
     int64_t run = 64;
-    while ((rows + run - 1) / run > 65535 || (size_t)((rows + run - 1) / run * cols * (FAST_TAPS + 1)) * sizeof(float) > scratch)
+    while ((rows + run - 1) / run > 65535 ||
+           (size_t)((rows + run - 1) / run * cols * (FAST_TAPS + 1)) * sizeof(float) > scratch)
         run *= 2;
     return (int)run;
 }
 
 static void check_conv(in_t x, in_t w, in_t b, in_t y)
 {
-    ASSERT(tensor_rows(x) == tensor_rows(y) && tensor_cols(x) == tensor_cols(y) && tensor_rows(w) == tensor_cols(y)
-           && tensor_numel(b) == tensor_cols(y) && tensor_cols(w) >= 1 && tensor_cols(w) <= CONV_MAX_TAPS);
+    ASSERT(tensor_rows(x) == tensor_rows(y) && tensor_cols(x) == tensor_cols(y) &&
+           tensor_rows(w) == tensor_cols(y) && tensor_numel(b) == tensor_cols(y) &&
+           tensor_cols(w) >= 1 && tensor_cols(w) <= CONV_MAX_TAPS);
 }
 
-extern "C" void cuda_conv_forward(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, out_t y)
+extern "C" void cuda_conv_forward(struct stream *s, in_t x, in_t w, in_t b, in_t cu,
+                                  int64_t max_len, out_t y)
 {
     const int64_t rows = tensor_rows(y), cols = tensor_cols(y);
     check_conv(x, w, b, y);
     if (rows * cols == 0)
         return;
-    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1, run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
+    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1,
+              run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
     by_type(y, [&](auto zero) {
         using T = decltype(zero);
         if (taps != FAST_TAPS) {
             ASSERT(rows <= 65535);
-            conv_any_forward<T><<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, taps, (const int32_t *)cu->data, segments, as_matrix<T>(y));
+            conv_any_forward<T>
+                <<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, cuda_stream_of(s)>>>(
+                    as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, taps,
+                    (const int32_t *)cu->data, segments, as_matrix<T>(y));
             return;
         }
         const dim3 grid(blocks_for(cols, CONV_THREADS * FOUR), (unsigned)((rows + run - 1) / run));
         by_flag(chunks_aligned({ x, y }), [&](auto vec) {
-            conv_forward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(x), (const T *)w->data, (const T *)b->data, (const int32_t *)cu->data, segments, run, as_matrix<T>(y));
+            conv_forward_kernel<decltype(vec)::value, FAST_TAPS, T>
+                <<<grid, CONV_THREADS, 0, cuda_stream_of(s)>>>(
+                    as_matrix<const T>(x), (const T *)w->data, (const T *)b->data,
+                    (const int32_t *)cu->data, segments, run, as_matrix<T>(y));
         });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, in_t dy, out_t dx, out_t dw, out_t db)
+extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_t cu,
+                                   int64_t max_len, in_t dy, out_t dx, out_t dw, out_t db)
 {
     const int64_t rows = tensor_rows(dx), cols = tensor_cols(dx);
     check_conv(x, w, b, dx);
     ASSERT(tensor_rows(dy) == rows && tensor_cols(dy) == cols && (dw == NULL) == (db == NULL));
     if (rows * cols == 0)
         return;
-    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1, run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
+    const int taps = (int)tensor_cols(w), segments = (int)tensor_numel(cu) - 1,
+              run = conv_run(rows, cols, cuda_context_of(s)->scratch_bytes);
     const int runs = (int)((rows + run - 1) / run);
     const cudaStream_t st = cuda_stream_of(s);
     const int32_t *starts = (const int32_t *)cu->data;
@@ -439,19 +480,24 @@ extern "C" void cuda_conv_backward(struct stream *s, in_t x, in_t w, in_t b, in_
         const T *weight = (const T *)w->data, *bias = (const T *)b->data;
         if (taps != FAST_TAPS) {
             ASSERT(rows <= 65535);
-            conv_any_dx<T><<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, st>>>(as_matrix<const T>(x), weight, bias, taps, starts, segments,
-                                                                                       as_matrix<const T>(dy), as_matrix<T>(dx));
+            conv_any_dx<T><<<dim3(blocks_for(cols, 128), (unsigned)rows), 128, 0, st>>>(
+                as_matrix<const T>(x), weight, bias, taps, starts, segments, as_matrix<const T>(dy),
+                as_matrix<T>(dx));
             CHECK_LAUNCH();
             if (dw)
-                conv_any_dw<T><<<blocks_for(cols * (taps + 1), 128), 128, 0, st>>>(as_matrix<const T>(x), weight, bias, taps, starts, segments,
-                                                                                  as_matrix<const T>(dy), (float *)dw->data, (float *)db->data);
+                conv_any_dw<T><<<blocks_for(cols * (taps + 1), 128), 128, 0, st>>>(
+                    as_matrix<const T>(x), weight, bias, taps, starts, segments,
+                    as_matrix<const T>(dy), (float *)dw->data, (float *)db->data);
             return;
         }
-        float *partial = dw ? (float *)cuda_scratch(s, (size_t)(runs * cols * (FAST_TAPS + 1)) * sizeof(float)) : NULL;
+        float *partial =
+            dw ? (float *)cuda_scratch(s, (size_t)(runs * cols * (FAST_TAPS + 1)) * sizeof(float))
+               : NULL;
         const dim3 grid(blocks_for(cols, CONV_THREADS * FOUR), (unsigned)runs);
         by_flag(chunks_aligned({ x, dy, dx }), [&](auto vec) {
             conv_backward_kernel<decltype(vec)::value, FAST_TAPS, T><<<grid, CONV_THREADS, 0, st>>>(
-                as_matrix<const T>(x), weight, bias, starts, segments, run, as_matrix<const T>(dy), as_matrix<T>(dx), partial);
+                as_matrix<const T>(x), weight, bias, starts, segments, run, as_matrix<const T>(dy),
+                as_matrix<T>(dx), partial);
         });
         CHECK_LAUNCH();
         if (partial) {
@@ -508,7 +554,8 @@ template <bool VEC, int PER, class T> struct group_row {
 
 template <bool VEC, int PER, class T>
 static __global__ void __launch_bounds__(NORM_WARPS *WARP)
-    gated_forward_kernel(matrix<const T> y, matrix<const T> z, const T *w, int groups, float eps, matrix<T> o, matrix<float> rs)
+    gated_forward_kernel(matrix<const T> y, matrix<const T> z, const T *w, int groups, float eps,
+                         matrix<T> o, matrix<float> rs)
 {
     const int64_t task = blockIdx.x * (int64_t)NORM_WARPS + threadIdx.x / WARP, r = task / groups;
     if (r >= o.rows)
@@ -538,21 +585,22 @@ static __global__ void __launch_bounds__(NORM_WARPS *WARP)
         rs.row(r)[g] = scale;
 }
 
-/* Block (b, g): rows b*NORM_WARPS + warp, + gridDim.x*NORM_WARPS, ... of group g; a warp's next row is read while it works on
- * one. partial [blocks][cols] or NULL. */
+/* Block (b, g): rows b*NORM_WARPS + warp, + gridDim.x*NORM_WARPS, ... of group g; a warp's next row
+ * is read while it works on one. partial [blocks][cols] or NULL. */
 template <bool VEC, int PER, class T>
-static __global__ void __launch_bounds__(NORM_WARPS *WARP, PER *sizeof(T) <= 4 ? 2 : 1)
-    gated_backward_kernel(matrix<const T> y, matrix<const T> z, const T *w, matrix<const float> rs, matrix<const T> d_o, matrix<T> dy, matrix<T> dz,
-                          float *partial)
+static __global__ void __launch_bounds__(NORM_WARPS *WARP, PER * sizeof(T) <= 4 ? 2 : 1)
+    gated_backward_kernel(matrix<const T> y, matrix<const T> z, const T *w, matrix<const float> rs,
+                          matrix<const T> d_o, matrix<T> dy, matrix<T> dz, float *partial)
 {
-    extern __shared__ float sums[];   /* [width] */
+    extern __shared__ float sums[]; /* [width] */
     const int groups = gridDim.y, g = blockIdx.y, warp = threadIdx.x / WARP;
     const int64_t width = dy.cols / groups, first = g * width;
     group_row<VEC, PER, T> weight, value, gate, from;
     float dw[PER][CHUNK] = {};
     weight.load(w + first, width);
-    constexpr bool AHEAD = PER <= 2;   /* the registers allow it */
-    const int64_t own = blockIdx.x * (int64_t)NORM_WARPS + warp, step = (int64_t)gridDim.x * NORM_WARPS;
+    constexpr bool AHEAD = PER <= 2; /* the registers allow it */
+    const int64_t own = blockIdx.x * (int64_t)NORM_WARPS + warp,
+                  step = (int64_t)gridDim.x * NORM_WARPS;
     group_raw<VEC, PER, T> next[3];
     float next_scale = 0;
     const auto read = [&](int64_t r) {
@@ -626,14 +674,17 @@ template <class F> static void by_chunks(int64_t width, F f)
     else if (need <= 5)
         f(std::integral_constant<int, 5>());
     else
-        FATAL(EXIT_INTERNAL, "gated norm over groups of %lld columns: at most %d", (long long)width, 5 * WARP * CHUNK);
+        FATAL(EXIT_INTERNAL, "gated norm over groups of %lld columns: at most %d", (long long)width,
+              5 * WARP * CHUNK);
 }
 
 static void check_gated(in_t y, in_t z, in_t w, int groups, in_t rs, in_t o)
 {
     const int64_t rows = tensor_rows(o), cols = tensor_cols(o);
-    ASSERT(groups > 0 && cols % groups == 0 && tensor_numel(w) == cols && tensor_rows(rs) == rows && tensor_cols(rs) == groups);
-    ASSERT(tensor_rows(y) == rows && tensor_cols(y) == cols && tensor_rows(z) == rows && tensor_cols(z) == cols);
+    ASSERT(groups > 0 && cols % groups == 0 && tensor_numel(w) == cols && tensor_rows(rs) == rows &&
+           tensor_cols(rs) == groups);
+    ASSERT(tensor_rows(y) == rows && tensor_cols(y) == cols && tensor_rows(z) == rows &&
+           tensor_cols(z) == cols);
 }
 
 /* A group must start on 16 bytes as well. */
@@ -642,7 +693,8 @@ static bool groups_aligned(std::initializer_list<in_t> views, in_t w, int64_t wi
     return chunks_aligned(views) && chunks_aligned({ w }) && width % CHUNK == 0;
 }
 
-extern "C" void cuda_gated_norm_forward(struct stream *s, in_t y, in_t z, in_t w, int groups, double eps, out_t o, out_t rs)
+extern "C" void cuda_gated_norm_forward(struct stream *s, in_t y, in_t z, in_t w, int groups,
+                                        double eps, out_t o, out_t rs)
 {
     const int64_t rows = tensor_rows(o), width = tensor_cols(o) / groups;
     check_gated(y, z, w, groups, rs, o);
@@ -653,22 +705,27 @@ extern "C" void cuda_gated_norm_forward(struct stream *s, in_t y, in_t z, in_t w
         by_chunks(width, [&](auto per) {
             by_flag(groups_aligned({ y, z, o }, w, width), [&](auto vec) {
                 gated_forward_kernel<decltype(vec)::value, decltype(per)::value, T>
-                    <<<blocks_for(rows * groups, NORM_WARPS), NORM_WARPS * WARP, 0, cuda_stream_of(s)>>>(
-                        as_matrix<const T>(y), as_matrix<const T>(z), (const T *)w->data, groups, (float)eps, as_matrix<T>(o), as_matrix<float>(rs));
+                    <<<blocks_for(rows * groups, NORM_WARPS), NORM_WARPS * WARP, 0,
+                       cuda_stream_of(s)>>>(as_matrix<const T>(y), as_matrix<const T>(z),
+                                            (const T *)w->data, groups, (float)eps, as_matrix<T>(o),
+                                            as_matrix<float>(rs));
             });
         });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_gated_norm_backward(struct stream *s, in_t y, in_t z, in_t w, int groups, in_t rs, in_t do_, out_t dy, out_t dz, out_t dw)
+extern "C" void cuda_gated_norm_backward(struct stream *s, in_t y, in_t z, in_t w, int groups,
+                                         in_t rs, in_t do_, out_t dy, out_t dz, out_t dw)
 {
     const int64_t rows = tensor_rows(dy), cols = tensor_cols(dy), width = cols / groups;
     check_gated(y, z, w, groups, rs, dy);
-    ASSERT(tensor_rows(do_) == rows && tensor_cols(do_) == cols && tensor_rows(dz) == rows && tensor_cols(dz) == cols);
+    ASSERT(tensor_rows(do_) == rows && tensor_cols(do_) == cols && tensor_rows(dz) == rows &&
+           tensor_cols(dz) == cols);
     if (rows * width == 0)
         return;
-    const int64_t most = (rows + NORM_WARPS - 1) / NORM_WARPS, wanted = NORM_BLOCKS / groups > 1 ? NORM_BLOCKS / groups : 1;
+    const int64_t most = (rows + NORM_WARPS - 1) / NORM_WARPS,
+                  wanted = NORM_BLOCKS / groups > 1 ? NORM_BLOCKS / groups : 1;
     const int blocks = (int)(most < wanted ? most : wanted);
     float *partial = dw ? (float *)cuda_scratch(s, (size_t)(blocks * cols) * sizeof(float)) : NULL;
     by_type(dy, [&](auto zero) {
@@ -676,9 +733,11 @@ extern "C" void cuda_gated_norm_backward(struct stream *s, in_t y, in_t z, in_t 
         by_chunks(width, [&](auto per) {
             by_flag(groups_aligned({ y, z, do_, dy, dz }, w, width), [&](auto vec) {
                 gated_backward_kernel<decltype(vec)::value, decltype(per)::value, T>
-                    <<<dim3((unsigned)blocks, (unsigned)groups), NORM_WARPS * WARP, (size_t)width * sizeof(float), cuda_stream_of(s)>>>(
-                        as_matrix<const T>(y), as_matrix<const T>(z), (const T *)w->data, as_matrix<const float>(rs), as_matrix<const T>(do_),
-                        as_matrix<T>(dy), as_matrix<T>(dz), partial);
+                    <<<dim3((unsigned)blocks, (unsigned)groups), NORM_WARPS * WARP,
+                       (size_t)width * sizeof(float), cuda_stream_of(s)>>>(
+                        as_matrix<const T>(y), as_matrix<const T>(z), (const T *)w->data,
+                        as_matrix<const float>(rs), as_matrix<const T>(do_), as_matrix<T>(dy),
+                        as_matrix<T>(dz), partial);
             });
         });
     });

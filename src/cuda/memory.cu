@@ -1,9 +1,10 @@
 /* memory.cu - copies between any places, fills and casts.
  *
- * A copy from the host goes through pinned memory; one to the host is asynchronous when that is pinned, else complete on return.
+ * A copy from the host goes through pinned memory; one to the host is asynchronous when that is
+ * pinned, else complete on return.
  *
- * A cast between host and device goes through the stream's scratch in pieces: the raw bytes cross the bus, the kernel
- * converts. Casts round to nearest even.
+ * A cast between host and device goes through the stream's scratch in pieces: the raw bytes cross
+ * the bus, the kernel converts. Casts round to nearest even.
  */
 #include <string.h>
 #include "cuda_util.cuh"
@@ -23,13 +24,15 @@ static bool dense(in_t t)
     return t->ld == tensor_cols(t) || tensor_rows(t) <= 1;
 }
 
-/* From the host through pinned memory, in pieces: rows of at most a piece, or runs of a dense tensor. False: no staging, or rows too wide. */
+/* From the host through pinned memory, in pieces: rows of at most a piece, or runs of a dense
+ * tensor. False: no staging, or rows too wide. */
 static bool upload(struct stream *s, in_t src, out_t dst)
 {
     struct cuda_context *c = cuda_context_of(s);
     const bool flat = dense(src) && dense(dst);
     const int64_t width = width_of(src), row = flat ? 1 : tensor_cols(src) * width;
-    const int64_t rows = flat ? tensor_numel(src) * width : tensor_rows(src), per = CUDA_STAGING_PIECE / row;
+    const int64_t rows = flat ? tensor_numel(src) * width : tensor_rows(src),
+                  per = CUDA_STAGING_PIECE / row;
     if (!c->staging || per == 0)
         return false;
     for (int64_t first = 0; first < rows; first += per) {
@@ -45,7 +48,8 @@ static bool upload(struct stream *s, in_t src, out_t dst)
         if (to_ld == row)
             CHECK_CUDA(cudaMemcpyAsync(to, pinned, n * row, cudaMemcpyHostToDevice, c->stream));
         else
-            CHECK_CUDA(cudaMemcpy2DAsync(to, to_ld, pinned, row, row, n, cudaMemcpyHostToDevice, c->stream));
+            CHECK_CUDA(cudaMemcpy2DAsync(to, to_ld, pinned, row, row, n, cudaMemcpyHostToDevice,
+                                         c->stream));
         cuda_staged(c);
     }
     return true;
@@ -62,16 +66,20 @@ extern "C" void cuda_copy(struct stream *s, in_t src, out_t dst)
     if (dense(src) && dense(dst))
         CHECK_CUDA(cudaMemcpyAsync(dst->data, src->data, n * width, cudaMemcpyDefault, st));
     else
-        CHECK_CUDA(cudaMemcpy2DAsync(dst->data, dst->ld * width, src->data, src->ld * width, tensor_cols(src) * width,
-                                     tensor_rows(src), cudaMemcpyDefault, st));
-    /* Without staging: from pinned memory a copy only begins here, and its source may be written next. */
+        CHECK_CUDA(cudaMemcpy2DAsync(dst->data, dst->ld * width, src->data, src->ld * width,
+                                     tensor_cols(src) * width, tensor_rows(src), cudaMemcpyDefault,
+                                     st));
+    /* Without staging: from pinned memory a copy only begins here, and its source may be written
+     * next. */
     if (src->place == PLACE_HOST)
         CHECK_CUDA(cudaStreamSynchronize(st));
 }
 
-template <class T> static __global__ void fill_kernel(T *p, int64_t cols, int64_t ld, int64_t n, T value)
+template <class T>
+static __global__ void fill_kernel(T *p, int64_t cols, int64_t ld, int64_t n, T value)
 {
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * blockDim.x)
         p[i / cols * ld + i % cols] = value;
 }
 
@@ -103,18 +111,38 @@ extern "C" void cuda_fill(struct stream *s, out_t t, double value)
     }
 }
 
-__device__ __forceinline__ double widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ double widen(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ double widen(float x)
+{
+    return x;
+}
+__device__ __forceinline__ double widen(double x)
+{
+    return x;
+}
+__device__ __forceinline__ double widen(bf16 x)
+{
+    return __bfloat162float(x);
+}
 template <class D> __device__ __forceinline__ D narrow(double x);
-template <> __device__ __forceinline__ float narrow<float>(double x) { return (float)x; }
-template <> __device__ __forceinline__ double narrow<double>(double x) { return x; }
-template <> __device__ __forceinline__ bf16 narrow<bf16>(double x) { return __double2bfloat16(x); }
+template <> __device__ __forceinline__ float narrow<float>(double x)
+{
+    return (float)x;
+}
+template <> __device__ __forceinline__ double narrow<double>(double x)
+{
+    return x;
+}
+template <> __device__ __forceinline__ bf16 narrow<bf16>(double x)
+{
+    return __double2bfloat16(x);
+}
 
 template <class S, class D>
-static __global__ void cast_kernel(const S *src, int64_t src_ld, D *dst, int64_t dst_ld, int64_t cols, int64_t n)
+static __global__ void cast_kernel(const S *src, int64_t src_ld, D *dst, int64_t dst_ld,
+                                   int64_t cols, int64_t n)
 {
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * blockDim.x) {
         const int64_t r = i / cols, c = i % cols;
         if constexpr (sizeof(S) <= 4 && sizeof(D) <= 4)
             dst[r * dst_ld + c] = from_float<D>(to_float(src[r * src_ld + c]));
@@ -162,18 +190,24 @@ extern "C" void cuda_cast(struct stream *s, in_t src, out_t dst)
         return;
     }
     ASSERT(src->place != dst->place);
-    /* One side is the host: it crosses the bus in its own type, through scratch. A vector is cut into pieces as well. */
+    /* One side is the host: it crosses the bus in its own type, through scratch. A vector is cut
+     * into pieces as well. */
     const bool one = rows == 1;
     const int64_t length = one ? cols : rows, row = one ? 1 : cols;
     in_t host = src->place == PLACE_HOST ? src : dst;
-    const int64_t fit = (int64_t)(cuda_context_of(s)->scratch_bytes / (size_t)(row * width_of(host)));
+    const int64_t fit =
+        (int64_t)(cuda_context_of(s)->scratch_bytes / (size_t)(row * width_of(host)));
     if (fit < 1)
-        FATAL(EXIT_INTERNAL, "cast of rows of %lld elements: too wide for the scratch", (long long)row);
+        FATAL(EXIT_INTERNAL, "cast of rows of %lld elements: too wide for the scratch",
+              (long long)row);
     for (int64_t first = 0; first < length; first += fit) {
         const int64_t n = length - first < fit ? length - first : fit;
-        const struct tensor from = one ? tensor_col_range(src, first, n) : tensor_row_range(src, first, n),
-                            to = one ? tensor_col_range(dst, first, n) : tensor_row_range(dst, first, n);
-        const struct tensor between = tensor_2d(cuda_context_of(s)->scratch, host->dtype, PLACE_DEVICE, one ? 1 : n, one ? n : cols);
+        const struct tensor from = one ? tensor_col_range(src, first, n)
+                                       : tensor_row_range(src, first, n),
+                            to = one ? tensor_col_range(dst, first, n)
+                                     : tensor_row_range(dst, first, n);
+        const struct tensor between = tensor_2d(cuda_context_of(s)->scratch, host->dtype,
+                                                PLACE_DEVICE, one ? 1 : n, one ? n : cols);
         if (src->place == PLACE_HOST) {
             cuda_copy(s, &from, &between);
             cast_on_device(s, &between, &to);
@@ -185,25 +219,29 @@ extern "C" void cuda_cast(struct stream *s, in_t src, out_t dst)
 }
 
 template <class T>
-static __global__ void initialise_kernel(enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride, T *p,
-                                         int64_t cols, int64_t ld, int64_t n)
+static __global__ void initialise_kernel(enum rng_init init, double scale, struct rng_key key,
+                                         uint64_t base, uint64_t stride, T *p, int64_t cols,
+                                         int64_t ld, int64_t n)
 {
-    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * blockDim.x) {
         const int64_t r = i / cols, c = i % cols;
-        p[r * ld + c] = from_float<T>((float)rng_core_initial(init, scale, key, base + (uint64_t)r * stride + (uint64_t)c));
+        p[r * ld + c] = from_float<T>(
+            (float)rng_core_initial(init, scale, key, base + (uint64_t)r * stride + (uint64_t)c));
     }
 }
 
-extern "C" void cuda_initialise(struct stream *s, enum rng_init init, double scale, struct rng_key key, uint64_t base, uint64_t stride,
-                                out_t t)
+extern "C" void cuda_initialise(struct stream *s, enum rng_init init, double scale,
+                                struct rng_key key, uint64_t base, uint64_t stride, out_t t)
 {
     const int64_t n = tensor_numel(t);
     if (n == 0)
         return;
     by_type(t, [&](auto zero) {
         using T = decltype(zero);
-        initialise_kernel<T><<<blocks_for(n, THREADS * PER_THREAD), THREADS, 0, cuda_stream_of(s)>>>(
-            init, scale, key, base, stride, (T *)t->data, tensor_cols(t), t->ld, n);
+        initialise_kernel<T>
+            <<<blocks_for(n, THREADS * PER_THREAD), THREADS, 0, cuda_stream_of(s)>>>(
+                init, scale, key, base, stride, (T *)t->data, tensor_cols(t), t->ld, n);
     });
     CHECK_LAUNCH();
 }

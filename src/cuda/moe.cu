@@ -1,19 +1,22 @@
-/* moe.cu - mixture of experts beside its products: routing, balance, the sort of token copies, the experts' activation.
- * Formulas: model.md 1.8.
+/* moe.cu - mixture of experts beside its products: routing, balance, the sort of token copies, the
+ * experts' activation. Formulas: model.md 1.8.
  *
- * Routing gives a warp to a token: lane l holds experts l, l+32, ... in registers. Top-K takes the largest key K times, the
- * lower index on ties; a NaN counts as the largest key, so that it is chosen and shows. All sums are fp32 in an order that
- * depends on shapes alone; only integers are counted with atomics. The sort is a counting sort of chunks of tokens: one kernel
- * counts, the next finds for its chunk the first row of every expert from all counts and places the copies, so nothing waits
- * for the host or for another block.
+ * Routing gives a warp to a token: lane l holds experts l, l+32, ... in registers. Top-K takes the
+ * largest key K times, the lower index on ties; a NaN counts as the largest key, so that it is
+ * chosen and shows. All sums are fp32 in an order that depends on shapes alone; only integers are
+ * counted with atomics. The sort is a counting sort of chunks of tokens: one kernel counts, the
+ * next finds for its chunk the first row of every expert from all counts and places the copies, so
+ * nothing waits for the host or for another block.
  */
 #include <cub/block/block_scan.cuh>
 #include "vector.cuh"
 
 enum { MAX_EXPERTS = 512, MAX_TOPK = 32, WARPS = 8, THREADS = WARPS * WARP };
-enum { BALANCE_ROWS = 64 };                                       /* rows of a block of the balance */
+/* rows of a block of the balance */
+enum { BALANCE_ROWS = 64 };
 enum { SORT_THREADS = 1024, SORT_TOKENS = 64, SORT_MOST = 512, SORT_CHUNKS = 256 };
-enum { BATCH = 4 };                                               /* chunks in flight per thread and operand */
+/* chunks in flight per thread and operand */
+enum { BATCH = 4 };
 
 /* Calls f(I) with the number of experts a lane holds, as a constant. */
 template <class F> static void by_experts(int64_t experts, F f)
@@ -34,7 +37,7 @@ template <class F> static void by_experts(int64_t experts, F f)
 /* n consecutive elements of a type. */
 static bool is_vector(in_t t, enum dtype dtype, int64_t n)
 {
-    return t->dtype == dtype && tensor_numel(t) == n && all_dense({t});
+    return t->dtype == dtype && tensor_numel(t) == n && all_dense({ t });
 }
 
 static bool is_matrix(in_t t, enum dtype dtype, int64_t rows, int64_t cols)
@@ -51,7 +54,8 @@ __device__ __forceinline__ uint32_t order_of(float key)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-/* Bit i of the result: expert lane + 32 i is among the top-K. order[i] is 0 where there is no expert. */
+/* Bit i of the result: expert lane + 32 i is among the top-K. order[i] is 0 where there is no
+ * expert. */
 template <int I> __device__ __forceinline__ uint32_t choose(const uint32_t (&order)[I], int topk)
 {
     const int lane = threadIdx.x % WARP;
@@ -80,8 +84,8 @@ __device__ __forceinline__ float sigmoid(float x)
 
 template <int I>
 static __global__ void __launch_bounds__(THREADS)
-router_forward_kernel(matrix<const float> logits, const float *bias, float scaling, bool given, int topk, matrix<float> scores,
-                      int32_t *expert, matrix<float> prob)
+    router_forward_kernel(matrix<const float> logits, const float *bias, float scaling, bool given,
+                          int topk, matrix<float> scores, int32_t *expert, matrix<float> prob)
 {
     __shared__ int32_t chosen[WARPS][MAX_TOPK];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -123,36 +127,45 @@ router_forward_kernel(matrix<const float> logits, const float *bias, float scali
     }
 }
 
-extern "C" void cuda_router_forward(struct stream *s, in_t logits, in_t bias, double scaling, bool given, out_t scores,
-                                    out_t expert, out_t prob)
+extern "C" void cuda_router_forward(struct stream *s, in_t logits, in_t bias, double scaling,
+                                    bool given, out_t scores, out_t expert, out_t prob)
 {
-    const int64_t tokens = tensor_rows(logits), experts = tensor_cols(logits), topk = tensor_cols(expert);
-    ASSERT(is_matrix(logits, DTYPE_F32, tokens, experts) && is_matrix(scores, DTYPE_F32, tokens, experts));
+    const int64_t tokens = tensor_rows(logits), experts = tensor_cols(logits),
+                  topk = tensor_cols(expert);
+    ASSERT(is_matrix(logits, DTYPE_F32, tokens, experts) &&
+           is_matrix(scores, DTYPE_F32, tokens, experts));
     ASSERT(is_matrix(prob, DTYPE_F32, tokens, topk) && is_vector(expert, DTYPE_I32, tokens * topk));
-    ASSERT(topk >= 1 && topk <= experts && topk <= MAX_TOPK && (bias == NULL || is_vector(bias, DTYPE_F32, experts)));
+    ASSERT(topk >= 1 && topk <= experts && topk <= MAX_TOPK &&
+           (bias == NULL || is_vector(bias, DTYPE_F32, experts)));
     if (tokens == 0)
         return;
     by_experts(experts, [&](auto per_lane) {
-        router_forward_kernel<per_lane()><<<blocks_for(tokens, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-            as_matrix<const float>(logits), bias ? (const float *)bias->data : NULL, (float)scaling, given, (int)topk,
-            as_matrix<float>(scores), (int32_t *)expert->data, as_matrix<float>(prob));
+        router_forward_kernel<per_lane()>
+            <<<blocks_for(tokens, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const float>(logits), bias ? (const float *)bias->data : NULL,
+                (float)scaling, given, (int)topk, as_matrix<float>(scores), (int32_t *)expert->data,
+                as_matrix<float>(prob));
     });
     CHECK_LAUNCH();
 }
 
 /* Rows [begin, end) here of sequence b. */
-struct span { int64_t begin, end; };
+struct span {
+    int64_t begin, end;
+};
 
-__device__ __forceinline__ span rows_of(int64_t b, int64_t seq_len, int64_t first_row, int64_t tokens)
+__device__ __forceinline__ span rows_of(int64_t b, int64_t seq_len, int64_t first_row,
+                                        int64_t tokens)
 {
     const int64_t begin = b * seq_len - first_row, end = begin + seq_len;
-    return span{begin < 0 ? 0 : begin, end > tokens ? tokens : end};
+    return span{ begin < 0 ? 0 : begin, end > tokens ? tokens : end };
 }
 
 /* Block (c, b): rows c*BALANCE_ROWS.. of sequence b. part_count, part_sum [B, chunks, E]. */
 template <int I>
 static __global__ void __launch_bounds__(THREADS)
-balance_kernel(matrix<const float> scores, int topk, int64_t first_row, int64_t seq_len, int *part_count, float *part_sum)
+    balance_kernel(matrix<const float> scores, int topk, int64_t first_row, int64_t seq_len,
+                   int *part_count, float *part_sum)
 {
     __shared__ int counts[WARPS][I * WARP];
     __shared__ float sums[WARPS][I * WARP];
@@ -204,8 +217,8 @@ balance_kernel(matrix<const float> scores, int topk, int64_t first_row, int64_t 
 
 /* Block (x, b): 32 experts of sequence b, its chunks dealt to the warps. */
 static __global__ void __launch_bounds__(THREADS)
-balance_sum_kernel(const int *part_count, const float *part_sum, int64_t chunks, int64_t experts, int64_t *count,
-                   matrix<float> psum)
+    balance_sum_kernel(const int *part_count, const float *part_sum, int64_t chunks,
+                       int64_t experts, int64_t *count, matrix<float> psum)
 {
     __shared__ int64_t counts[WARPS][WARP];
     __shared__ float sums[WARPS][WARP];
@@ -234,31 +247,38 @@ balance_sum_kernel(const int *part_count, const float *part_sum, int64_t chunks,
     psum.row(b)[e] = x;
 }
 
-extern "C" void cuda_router_balance(struct stream *s, in_t scores, int topk, int64_t first_row, int64_t seq_len, out_t count,
-                                    out_t psum)
+extern "C" void cuda_router_balance(struct stream *s, in_t scores, int topk, int64_t first_row,
+                                    int64_t seq_len, out_t count, out_t psum)
 {
-    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), sequences = tensor_rows(count);
-    ASSERT(is_matrix(scores, DTYPE_F32, tokens, experts) && is_matrix(psum, DTYPE_F32, sequences, experts));
+    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores),
+                  sequences = tensor_rows(count);
+    ASSERT(is_matrix(scores, DTYPE_F32, tokens, experts) &&
+           is_matrix(psum, DTYPE_F32, sequences, experts));
     ASSERT(is_vector(count, DTYPE_I64, sequences * experts));
-    ASSERT(topk >= 1 && topk <= experts && first_row >= 0 && first_row + tokens <= sequences * seq_len && sequences <= 65535);
+    ASSERT(topk >= 1 && topk <= experts && first_row >= 0 &&
+           first_row + tokens <= sequences * seq_len && sequences <= 65535);
     if (sequences == 0)
         return;
-    const int64_t most = tokens < seq_len ? tokens : seq_len, chunks = (most + BALANCE_ROWS - 1) / BALANCE_ROWS;
+    const int64_t most = tokens < seq_len ? tokens : seq_len,
+                  chunks = (most + BALANCE_ROWS - 1) / BALANCE_ROWS;
     const int64_t n = sequences * chunks * experts;
     int *part_count = (int *)cuda_scratch(s, (size_t)n * (sizeof(int) + sizeof(float)));
     float *part_sum = (float *)(part_count + n);
     if (chunks > 0)
         by_experts(experts, [&](auto per_lane) {
-            balance_kernel<per_lane()><<<dim3((unsigned)chunks, (unsigned)sequences), THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const float>(scores), topk, first_row, seq_len, part_count, part_sum);
+            balance_kernel<per_lane()>
+                <<<dim3((unsigned)chunks, (unsigned)sequences), THREADS, 0, cuda_stream_of(s)>>>(
+                    as_matrix<const float>(scores), topk, first_row, seq_len, part_count, part_sum);
         });
-    balance_sum_kernel<<<dim3(blocks_for(experts, WARP), (unsigned)sequences), THREADS, 0, cuda_stream_of(s)>>>(
-        part_count, part_sum, chunks, experts, (int64_t *)count->data, as_matrix<float>(psum));
+    balance_sum_kernel<<<dim3(blocks_for(experts, WARP), (unsigned)sequences), THREADS, 0,
+                         cuda_stream_of(s)>>>(part_count, part_sum, chunks, experts,
+                                              (int64_t *)count->data, as_matrix<float>(psum));
     CHECK_LAUNCH();
 }
 
 static __global__ void __launch_bounds__(THREADS)
-balance_loss_kernel(const int64_t *count, matrix<const float> psum, double factor, float *metric)
+    balance_loss_kernel(const int64_t *count, matrix<const float> psum, double factor,
+                        float *metric)
 {
     __shared__ float shared[WARP];
     float sum = 0.0f;
@@ -269,32 +289,39 @@ balance_loss_kernel(const int64_t *count, matrix<const float> psum, double facto
         *metric = (float)(*metric + sum * factor);
 }
 
-extern "C" void cuda_router_balance_loss(struct stream *s, in_t count, in_t psum, int topk, int64_t seq_len, out_t metric)
+extern "C" void cuda_router_balance_loss(struct stream *s, in_t count, in_t psum, int topk,
+                                         int64_t seq_len, out_t metric)
 {
     const int64_t sequences = tensor_rows(count), experts = tensor_cols(count);
-    ASSERT(is_matrix(psum, DTYPE_F32, sequences, experts) && is_vector(count, DTYPE_I64, sequences * experts));
+    ASSERT(is_matrix(psum, DTYPE_F32, sequences, experts) &&
+           is_vector(count, DTYPE_I64, sequences * experts));
     ASSERT(is_vector(metric, DTYPE_F32, 1));
     if (sequences == 0 || seq_len == 0)
         return;
-    const double length = (double)seq_len, factor = (double)experts / (topk * length * length) / (double)sequences;
-    balance_loss_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((const int64_t *)count->data, as_matrix<const float>(psum), factor,
-                                                             (float *)metric->data);
+    const double length = (double)seq_len,
+                 factor = (double)experts / (topk * length * length) / (double)sequences;
+    balance_loss_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>(
+        (const int64_t *)count->data, as_matrix<const float>(psum), factor, (float *)metric->data);
     CHECK_LAUNCH();
 }
 
-/* ds_k = scaling (g_k - m)/Z over the chosen, ds_e += (ga_e - sum ga a)/Z_all over all; dl = ds s (1-s). */
+/* ds_k = scaling (g_k - m)/Z over the chosen, ds_e += (ga_e - sum ga a)/Z_all over all; dl = ds s
+ * (1-s). */
 template <int I>
 static __global__ void __launch_bounds__(THREADS)
-router_backward_kernel(matrix<const float> scores, const int32_t *expert, int topk, matrix<const float> dprob, float scaling,
-                       const int64_t *count, float factor, int64_t first_row, int64_t seq_len, matrix<float> dlogits)
+    router_backward_kernel(matrix<const float> scores, const int32_t *expert, int topk,
+                           matrix<const float> dprob, float scaling, const int64_t *count,
+                           float factor, int64_t first_row, int64_t seq_len, matrix<float> dlogits)
 {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int64_t t = blockIdx.x * (int64_t)WARPS + warp;
     if (t >= scores.rows)
         return;
     const int chosen = lane < topk ? expert[t * topk + lane] : -1;
-    const float g = lane < topk ? dprob.row(t)[lane] : 0.0f, s = lane < topk ? scores.row(t)[chosen] : 0.0f;
-    const float sum = warp_sum(s) + 1e-20f, mean = warp_sum(g * (s / sum)), part = scaling * (g - mean) / sum;
+    const float g = lane < topk ? dprob.row(t)[lane] : 0.0f,
+                s = lane < topk ? scores.row(t)[chosen] : 0.0f;
+    const float sum = warp_sum(s) + 1e-20f, mean = warp_sum(g * (s / sum)),
+                part = scaling * (g - mean) / sum;
     float score[I], ds[I] = {};
 #pragma unroll
     for (int i = 0; i < I; i++)
@@ -330,12 +357,16 @@ router_backward_kernel(matrix<const float> scores, const int32_t *expert, int to
             dlogits.row(t)[lane + WARP * i] = ds[i] * score[i] * (1.0f - score[i]);
 }
 
-extern "C" void cuda_router_backward(struct stream *s, in_t scores, in_t expert, in_t prob, in_t dprob, double scaling,
-                                     in_t count, double coeff, int64_t first_row, int64_t seq_len, out_t dlogits)
+extern "C" void cuda_router_backward(struct stream *s, in_t scores, in_t expert, in_t prob,
+                                     in_t dprob, double scaling, in_t count, double coeff,
+                                     int64_t first_row, int64_t seq_len, out_t dlogits)
 {
-    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), topk = tensor_cols(expert);
-    ASSERT(is_matrix(scores, DTYPE_F32, tokens, experts) && is_vector(expert, DTYPE_I32, tokens * topk) && topk <= MAX_TOPK);
-    ASSERT(is_matrix(dprob, DTYPE_F32, tokens, topk) && is_matrix(dlogits, DTYPE_F32, tokens, experts));
+    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores),
+                  topk = tensor_cols(expert);
+    ASSERT(is_matrix(scores, DTYPE_F32, tokens, experts) &&
+           is_vector(expert, DTYPE_I32, tokens * topk) && topk <= MAX_TOPK);
+    ASSERT(is_matrix(dprob, DTYPE_F32, tokens, topk) &&
+           is_matrix(dlogits, DTYPE_F32, tokens, experts));
     if (count != NULL) {
         ASSERT(first_row >= 0 && first_row + tokens <= tensor_rows(count) * seq_len);
         ASSERT(is_vector(count, DTYPE_I64, tensor_rows(count) * experts));
@@ -344,10 +375,12 @@ extern "C" void cuda_router_backward(struct stream *s, in_t scores, in_t expert,
         return;
     const double factor = coeff * (double)experts / ((double)topk * (double)seq_len);
     by_experts(experts, [&](auto per_lane) {
-        router_backward_kernel<per_lane()><<<blocks_for(tokens, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-            as_matrix<const float>(scores), (const int32_t *)expert->data, (int)topk, as_matrix<const float>(dprob),
-            (float)scaling, count ? (const int64_t *)count->data : NULL, (float)factor, first_row, seq_len,
-            as_matrix<float>(dlogits));
+        router_backward_kernel<per_lane()>
+            <<<blocks_for(tokens, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                as_matrix<const float>(scores), (const int32_t *)expert->data, (int)topk,
+                as_matrix<const float>(dprob), (float)scaling,
+                count ? (const int64_t *)count->data : NULL, (float)factor, first_row, seq_len,
+                as_matrix<float>(dlogits));
     });
     CHECK_LAUNCH();
 }
@@ -358,12 +391,13 @@ extern "C" void cuda_router_backward(struct stream *s, in_t scores, in_t expert,
 __device__ __forceinline__ span copies_of(int64_t c, int tokens, int topk, int64_t copies)
 {
     const int64_t begin = c * tokens * topk, end = begin + (int64_t)tokens * topk;
-    return span{begin, end > copies ? copies : end};
+    return span{ begin, end > copies ? copies : end };
 }
 
 /* part [chunks, E]: copies of each expert in each chunk of tokens. */
 static __global__ void __launch_bounds__(THREADS)
-sort_count_kernel(const int32_t *expert, int64_t copies, int topk, int tokens, int experts, int *part)
+    sort_count_kernel(const int32_t *expert, int64_t copies, int topk, int tokens, int experts,
+                      int *part)
 {
     __shared__ int count[MAX_EXPERTS];
     for (int e = threadIdx.x; e < experts; e += THREADS)
@@ -380,14 +414,14 @@ sort_count_kernel(const int32_t *expert, int64_t copies, int topk, int tokens, i
 struct sorted {
     int32_t *offsets, *row_token, *token_row;
     float *row_prob;
-    int64_t *tokens_per_expert;      /* NULL: not counted */
+    int64_t *tokens_per_expert; /* NULL: not counted */
 };
 
-/* A token names an expert at most once: its place among the chunk's copies of that expert is the number of earlier tokens that
- * name it, counted in bit sets of 32 tokens. */
+/* A token names an expert at most once: its place among the chunk's copies of that expert is the
+ * number of earlier tokens that name it, counted in bit sets of 32 tokens. */
 static __global__ void __launch_bounds__(SORT_THREADS)
-sort_place_kernel(const int32_t *expert, matrix<const float> prob, int64_t copies, int topk, int tokens, int experts,
-                  const int *part, int64_t chunks, sorted out)
+    sort_place_kernel(const int32_t *expert, matrix<const float> prob, int64_t copies, int topk,
+                      int tokens, int experts, const int *part, int64_t chunks, sorted out)
 {
     using Scan = cub::BlockScan<int, SORT_THREADS>;
     __shared__ typename Scan::TempStorage scan;
@@ -443,8 +477,9 @@ sort_place_kernel(const int32_t *expert, matrix<const float> prob, int64_t copie
     }
 }
 
-extern "C" void cuda_moe_sort(struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token, out_t row_prob,
-                              out_t token_row, out_t tokens_per_expert)
+extern "C" void cuda_moe_sort(struct stream *s, in_t expert, in_t prob, out_t offsets,
+                              out_t row_token, out_t row_prob, out_t token_row,
+                              out_t tokens_per_expert)
 {
     const int64_t tokens = tensor_rows(expert), topk = tensor_cols(expert), copies = tokens * topk;
     const int64_t experts = tensor_numel(offsets) - 1;
@@ -460,17 +495,20 @@ extern "C" void cuda_moe_sort(struct stream *s, in_t expert, in_t prob, out_t of
     const int64_t chunks = (tokens + size - 1) / size;
     int *part = (int *)cuda_scratch(s, (size_t)(chunks * experts) * sizeof *part);
     const int32_t *choice = (const int32_t *)expert->data;
-    const sorted out = {(int32_t *)offsets->data, (int32_t *)row_token->data, (int32_t *)token_row->data,
-                        (float *)row_prob->data, tokens_per_expert ? (int64_t *)tokens_per_expert->data : NULL};
+    const sorted out = { (int32_t *)offsets->data, (int32_t *)row_token->data,
+                         (int32_t *)token_row->data, (float *)row_prob->data,
+                         tokens_per_expert ? (int64_t *)tokens_per_expert->data : NULL };
     if (chunks > 0)
-        sort_count_kernel<<<(unsigned)chunks, THREADS, 0, cuda_stream_of(s)>>>(choice, copies, (int)topk, (int)size,
-                                                                              (int)experts, part);
+        sort_count_kernel<<<(unsigned)chunks, THREADS, 0, cuda_stream_of(s)>>>(
+            choice, copies, (int)topk, (int)size, (int)experts, part);
     sort_place_kernel<<<(unsigned)(chunks > 0 ? chunks : 1), SORT_THREADS, 0, cuda_stream_of(s)>>>(
-        choice, as_matrix<const float>(prob), copies, (int)topk, (int)size, (int)experts, part, chunks, out);
+        choice, as_matrix<const float>(prob), copies, (int)topk, (int)size, (int)experts, part,
+        chunks, out);
     CHECK_LAUNCH();
 }
 
-static __global__ void unsort_kernel(const float *drow, const int32_t *token_row, matrix<float> dprob)
+static __global__ void unsort_kernel(const float *drow, const int32_t *token_row,
+                                     matrix<float> dprob)
 {
     const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (i < dprob.rows * dprob.cols)
@@ -478,7 +516,8 @@ static __global__ void unsort_kernel(const float *drow, const int32_t *token_row
 }
 
 /* One block for each rank and owned expert: its rows lie in one piece on both sides. */
-static __global__ void dispatch_order_kernel(const int32_t *all, int ranks, int stride, int first, int owned, int64_t most, int32_t *offsets,
+static __global__ void dispatch_order_kernel(const int32_t *all, int ranks, int stride, int first,
+                                             int owned, int64_t most, int32_t *offsets,
                                              int32_t *order, int32_t *inverse)
 {
     const int x = blockIdx.x, rank = blockIdx.y;
@@ -502,14 +541,18 @@ static __global__ void dispatch_order_kernel(const int32_t *all, int ranks, int 
     }
 }
 
-extern "C" void cuda_dispatch_order(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse)
+extern "C" void cuda_dispatch_order(struct stream *s, in_t all, int64_t first, out_t offsets,
+                                    out_t order, out_t inverse)
 {
-    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all), owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
-    ASSERT(all->dtype == DTYPE_I32 && all->ld == stride && offsets->dtype == DTYPE_I32 && order->dtype == DTYPE_I32 && inverse->dtype == DTYPE_I32);
-    ASSERT(owned > 0 && ranks > 0 && first >= 0 && first + owned < stride && tensor_numel(inverse) == most);
+    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all),
+                  owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
+    ASSERT(all->dtype == DTYPE_I32 && all->ld == stride && offsets->dtype == DTYPE_I32 &&
+           order->dtype == DTYPE_I32 && inverse->dtype == DTYPE_I32);
+    ASSERT(owned > 0 && ranks > 0 && first >= 0 && first + owned < stride &&
+           tensor_numel(inverse) == most);
     dispatch_order_kernel<<<dim3((unsigned)owned, (unsigned)ranks), 256, 0, cuda_stream_of(s)>>>(
-        (const int32_t *)all->data, (int)ranks, (int)stride, (int)first, (int)owned, most, (int32_t *)offsets->data, (int32_t *)order->data,
-        (int32_t *)inverse->data);
+        (const int32_t *)all->data, (int)ranks, (int)stride, (int)first, (int)owned, most,
+        (int32_t *)offsets->data, (int32_t *)order->data, (int32_t *)inverse->data);
     CHECK_LAUNCH();
 }
 
@@ -520,9 +563,8 @@ extern "C" void cuda_moe_unsort_prob(struct stream *s, in_t drow, in_t token_row
     ASSERT(is_matrix(dprob, DTYPE_F32, tokens, topk));
     if (n == 0)
         return;
-    unsort_kernel<<<blocks_for(n, THREADS), THREADS, 0, cuda_stream_of(s)>>>((const float *)drow->data,
-                                                                            (const int32_t *)token_row->data,
-                                                                            as_matrix<float>(dprob));
+    unsort_kernel<<<blocks_for(n, THREADS), THREADS, 0, cuda_stream_of(s)>>>(
+        (const float *)drow->data, (const int32_t *)token_row->data, as_matrix<float>(dprob));
     CHECK_LAUNCH();
 }
 
@@ -542,7 +584,7 @@ __device__ __forceinline__ int64_t chunk_column(int64_t at, int b)
 
 template <class T, bool VEC>
 static __global__ void __launch_bounds__(THREADS)
-expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
+    expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
 {
     const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP;
     if (r >= h.rows)
@@ -554,7 +596,8 @@ expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
         float x[BATCH][CHUNK];
 #pragma unroll
         for (int b = 0; b < BATCH; b++)
-            load_chunk<VEC>(from + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)), x[b]);
+            load_chunk<VEC>(from + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)),
+                            x[b]);
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
 #pragma unroll
@@ -562,7 +605,8 @@ expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
                 const float positive = relu(x[b][i]);
                 x[b][i] = positive * positive * p;
             }
-            store_chunk<VEC>(to + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)), x[b]);
+            store_chunk<VEC>(to + chunk_column(at, b), chunk_size(h.cols, chunk_column(at, b)),
+                             x[b]);
         }
     }
 }
@@ -570,7 +614,8 @@ expert_act_forward_kernel(matrix<const T> h, const float *prob, matrix<T> y)
 /* dh may be dy: a thread writes only what it has read. y.p NULL: not wanted. */
 template <class T, bool VEC>
 static __global__ void __launch_bounds__(THREADS)
-expert_act_backward_kernel(matrix<const T> h, const float *prob, matrix<const T> dy, matrix<T> dh, float *dprob, matrix<T> y)
+    expert_act_backward_kernel(matrix<const T> h, const float *prob, matrix<const T> dy,
+                               matrix<T> dh, float *dprob, matrix<T> y)
 {
     const int64_t r = blockIdx.x * (int64_t)WARPS + threadIdx.x / WARP;
     if (r >= h.rows)
@@ -612,16 +657,18 @@ extern "C" void cuda_expert_act_forward(struct stream *s, in_t h, in_t prob, out
     if (rows * cols == 0)
         return;
     by_type(h, [&](auto zero) {
-        by_flag(chunks_aligned({h, y}), [&](auto aligned) {
+        by_flag(chunks_aligned({ h, y }), [&](auto aligned) {
             using T = decltype(zero);
-            expert_act_forward_kernel<T, aligned()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(h), (const float *)prob->data, as_matrix<T>(y));
+            expert_act_forward_kernel<T, aligned()>
+                <<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                    as_matrix<const T>(h), (const float *)prob->data, as_matrix<T>(y));
         });
     });
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_expert_act_backward(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob, out_t y)
+extern "C" void cuda_expert_act_backward(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh,
+                                         out_t dprob, out_t y)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
     ASSERT(is_vector(prob, DTYPE_F32, rows) && is_vector(dprob, DTYPE_F32, rows));
@@ -630,11 +677,12 @@ extern "C" void cuda_expert_act_backward(struct stream *s, in_t h, in_t prob, in
     if (rows == 0)
         return;
     by_type(h, [&](auto zero) {
-        by_flag(chunks_aligned({h, dy, dh, y}), [&](auto aligned) {
+        by_flag(chunks_aligned({ h, dy, dh, y }), [&](auto aligned) {
             using T = decltype(zero);
-            expert_act_backward_kernel<T, aligned()><<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(h), (const float *)prob->data, as_matrix<const T>(dy), as_matrix<T>(dh),
-                (float *)dprob->data, y ? as_matrix<T>(y) : matrix<T>{});
+            expert_act_backward_kernel<T, aligned()>
+                <<<blocks_for(rows, WARPS), THREADS, 0, cuda_stream_of(s)>>>(
+                    as_matrix<const T>(h), (const float *)prob->data, as_matrix<const T>(dy),
+                    as_matrix<T>(dh), (float *)dprob->data, y ? as_matrix<T>(y) : matrix<T>{});
         });
     });
     CHECK_LAUNCH();

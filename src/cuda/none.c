@@ -3,10 +3,12 @@
 #include "backend.h"
 #include "comm.h"
 
-const struct backend_ops backend_cuda_bf16 = { .name = "cuda" }, backend_cuda_f32 = { .name = "cuda" },
+const struct backend_ops backend_cuda_bf16 = { .name = "cuda" },
+                         backend_cuda_f32 = { .name = "cuda" },
                          backend_cuda_bf16_any_order = { .name = "cuda" };
 static void nothing(struct stream *s) {}
-const struct comm_ops comm_nccl = { .name = "nccl", .drain = nothing };   /* a model that is only sized drains its streams */
+/* a model that is only sized drains its streams */
+const struct comm_ops comm_nccl = { .name = "nccl", .drain = nothing };
 
 const char *backend_cuda_missing(void)
 {

@@ -1,13 +1,16 @@
-/* optim.cu - gradient statistics, AdamW (parallel.md 7.3) and the experts' bias (model.md 1.8). One pass over memory each. */
+/* optim.cu - gradient statistics, AdamW (parallel.md 7.3) and the experts' bias (model.md 1.8). One
+ * pass over memory each. */
 #include "vector.cuh"
 
 enum { THREADS = 256, BLOCKS = 1056 };
 
 /* A matrix as blocks walk it: chunk i of all chunks, row by row. */
-template <bool VEC, class F> __device__ __forceinline__ void each_chunk(const matrix<const float> &x, F f)
+template <bool VEC, class F>
+__device__ __forceinline__ void each_chunk(const matrix<const float> &x, F f)
 {
     const int64_t per_row = (x.cols + CHUNK - 1) / CHUNK, n = x.rows * per_row;
-    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * THREADS) {
         const int64_t r = i / per_row, c = i % per_row * CHUNK;
         float v[CHUNK];
         load_chunk<VEC>(x.row(r) + c, chunk_size(x.cols, c), v);
@@ -28,11 +31,13 @@ __device__ __forceinline__ double block_total(double x, double *shared)
     return shared[0];
 }
 
-template <bool VEC> static __global__ void __launch_bounds__(THREADS) squares_kernel(matrix<const float> x, double *partial)
+template <bool VEC>
+static __global__ void __launch_bounds__(THREADS)
+    squares_kernel(matrix<const float> x, double *partial)
 {
     __shared__ double shared[THREADS];
     double sum = 0;
-    each_chunk<VEC>(x, [&](const float (&v)[CHUNK], int n) {
+    each_chunk<VEC>(x, [&](const float(&v)[CHUNK], int n) {
         float part = 0;
 #pragma unroll
         for (int i = 0; i < CHUNK; i++)
@@ -44,7 +49,8 @@ template <bool VEC> static __global__ void __launch_bounds__(THREADS) squares_ke
         partial[blockIdx.x] = sum;
 }
 
-static __global__ void __launch_bounds__(THREADS) squares_finish(const double *partial, int n, float *total)
+static __global__ void __launch_bounds__(THREADS)
+    squares_finish(const double *partial, int n, float *total)
 {
     __shared__ double shared[THREADS];
     double sum = 0;
@@ -56,10 +62,12 @@ static __global__ void __launch_bounds__(THREADS) squares_finish(const double *p
 }
 
 /* Whole numbers may be added in any order. */
-template <bool VEC> static __global__ void __launch_bounds__(THREADS) zeros_kernel(matrix<const float> x, unsigned long long *total)
+template <bool VEC>
+static __global__ void __launch_bounds__(THREADS)
+    zeros_kernel(matrix<const float> x, unsigned long long *total)
 {
     unsigned count = 0;
-    each_chunk<VEC>(x, [&](const float (&v)[CHUNK], int n) {
+    each_chunk<VEC>(x, [&](const float(&v)[CHUNK], int n) {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++)
             count += i < n && v[i] == 0.0f;
@@ -94,10 +102,12 @@ extern "C" void cuda_sum_squares(struct stream *s, in_t x, out_t total)
     const unsigned blocks = blocks_of(n, BLOCKS);
     double *partial = (double *)cuda_scratch(s, blocks * sizeof(double));
     by_flag(chunks_aligned({ x }), [&](auto vec) {
-        squares_kernel<decltype(vec)::value><<<blocks, THREADS, 0, cuda_stream_of(s)>>>(flat<const float>(x), partial);
+        squares_kernel<decltype(vec)::value>
+            <<<blocks, THREADS, 0, cuda_stream_of(s)>>>(flat<const float>(x), partial);
     });
     CHECK_LAUNCH();
-    squares_finish<<<1, THREADS, 0, cuda_stream_of(s)>>>(partial, (int)blocks, (float *)total->data);
+    squares_finish<<<1, THREADS, 0, cuda_stream_of(s)>>>(partial, (int)blocks,
+                                                         (float *)total->data);
     CHECK_LAUNCH();
 }
 
@@ -108,13 +118,15 @@ extern "C" void cuda_count_zeros(struct stream *s, in_t x, out_t total)
     if (n == 0)
         return;
     by_flag(chunks_aligned({ x }), [&](auto vec) {
-        zeros_kernel<decltype(vec)::value><<<blocks_of(n, BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(flat<const float>(x), (unsigned long long *)total->data);
+        zeros_kernel<decltype(vec)::value><<<blocks_of(n, BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(
+            flat<const float>(x), (unsigned long long *)total->data);
     });
     CHECK_LAUNCH();
 }
 
 /* One thread adds, in ascending order: the same bits as on the host. The others fetch. */
-static __global__ void __launch_bounds__(THREADS) sum_wide_kernel(const float *x, int64_t n, double *total)
+static __global__ void __launch_bounds__(THREADS)
+    sum_wide_kernel(const float *x, int64_t n, double *total)
 {
     __shared__ float piece[THREADS];
     double sum = 0;
@@ -134,16 +146,20 @@ static __global__ void __launch_bounds__(THREADS) sum_wide_kernel(const float *x
 extern "C" void cuda_sum_wide(struct stream *s, in_t x, out_t total)
 {
     ASSERT(x->dtype == DTYPE_F32 && total->dtype == DTYPE_F64 && all_dense({ x }));
-    sum_wide_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((const float *)x->data, tensor_numel(x), (double *)total->data);
+    sum_wide_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((const float *)x->data, tensor_numel(x),
+                                                          (double *)total->data);
     CHECK_LAUNCH();
 }
 
 enum { MOST_MODULES = 8 };
-struct module_factors { double v[MOST_MODULES]; };
+struct module_factors {
+    double v[MOST_MODULES];
+};
 
 /* One thread; every operation is rounded by itself, as the reference's is. */
-static __global__ void decide_kernel(const double *rows, int64_t ranks, int modules, double tokens, module_factors factor, double clip,
-                                     double threshold, double *out)
+static __global__ void decide_kernel(const double *rows, int64_t ranks, int modules, double tokens,
+                                     module_factors factor, double clip, double threshold,
+                                     double *out)
 {
     const int64_t n = modules + 1;
     double loss = 0, norm = 0, scale = 1;
@@ -174,31 +190,38 @@ static __global__ void decide_kernel(const double *rows, int64_t ranks, int modu
     out[modules + 2] = bad;
 }
 
-extern "C" void cuda_decide_update(struct stream *s, in_t numbers, double tokens, const double *factor, double clip, double threshold,
+extern "C" void cuda_decide_update(struct stream *s, in_t numbers, double tokens,
+                                   const double *factor, double clip, double threshold,
                                    out_t result)
 {
     const int modules = (int)tensor_cols(numbers) - 1;
     module_factors f;
-    ASSERT(numbers->dtype == DTYPE_F64 && all_dense({ numbers }) && modules > 0 && modules <= MOST_MODULES);
+    ASSERT(numbers->dtype == DTYPE_F64 && all_dense({ numbers }) && modules > 0 &&
+           modules <= MOST_MODULES);
     ASSERT(result->dtype == DTYPE_F64 && tensor_numel(result) == modules + 3);
     for (int i = 0; i < modules; i++)
         f.v[i] = factor[i];
-    decide_kernel<<<1, 1, 0, cuda_stream_of(s)>>>((const double *)numbers->data, tensor_rows(numbers), modules, tokens, f, clip, threshold,
-                                                  (double *)result->data);
+    decide_kernel<<<1, 1, 0, cuda_stream_of(s)>>>((const double *)numbers->data,
+                                                  tensor_rows(numbers), modules, tokens, f, clip,
+                                                  threshold, (double *)result->data);
     CHECK_LAUNCH();
 }
 
-struct adam { float lr, b1, c1, b2, c2, correct1, correct2, eps, wd; };
+struct adam {
+    float lr, b1, c1, b2, c2, correct1, correct2, eps, wd;
+};
 
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(adam o, const double *wide_factor, matrix<const float> grad, matrix<float> master, matrix<float> m, matrix<float> v, matrix<T> param)
+    adamw_kernel(adam o, const double *wide_factor, matrix<const float> grad, matrix<float> master,
+                 matrix<float> m, matrix<float> v, matrix<T> param)
 {
     const int64_t per_row = (grad.cols + CHUNK - 1) / CHUNK, n = grad.rows * per_row;
     const float factor = (float)*wide_factor;
     if (factor < 0)
         return;
-    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS) {
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * THREADS) {
         const int64_t r = i / per_row, c = i % per_row * CHUNK;
         const int size = chunk_size(grad.cols, c);
         float g[CHUNK], p[CHUNK], first[CHUNK], second[CHUNK];
@@ -211,7 +234,8 @@ static __global__ void __launch_bounds__(THREADS)
             const float x = g[j] * factor;
             first[j] = o.b1 * first[j] + o.c1 * x;
             second[j] = o.b2 * second[j] + o.c2 * x * x;
-            p[j] -= o.lr * (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
+            p[j] -= o.lr *
+                    (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
         }
         store_chunk<VEC>(master.row(r) + c, size, p);
         store_chunk<VEC>(m.row(r) + c, size, first);
@@ -220,26 +244,38 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1, double beta2, double eps, double wd, int64_t step,
-                           out_t master, out_t m, out_t v, out_t param)
+extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1,
+                           double beta2, double eps, double wd, int64_t step, out_t master, out_t m,
+                           out_t v, out_t param)
 {
     const int64_t n = tensor_numel(grad);
-    ASSERT(factor->dtype == DTYPE_F64 && step >= 1 && tensor_numel(master) == n && tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
+    ASSERT(factor->dtype == DTYPE_F64 && step >= 1 && tensor_numel(master) == n &&
+           tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
     if (n == 0)
         return;
-    const adam o = { (float)lr, (float)beta1, (float)(1 - beta1), (float)beta2, (float)(1 - beta2),
-                     (float)(1 / (1 - pow(beta1, (double)step))), (float)(1 / (1 - pow(beta2, (double)step))), (float)eps, (float)wd };
+    const adam o = { (float)lr,
+                     (float)beta1,
+                     (float)(1 - beta1),
+                     (float)beta2,
+                     (float)(1 - beta2),
+                     (float)(1 / (1 - pow(beta1, (double)step))),
+                     (float)(1 / (1 - pow(beta2, (double)step))),
+                     (float)eps,
+                     (float)wd };
     by_type(param, [&](auto zero) {
         using T = decltype(zero);
         by_flag(chunks_aligned({ grad, master, m, v, param }), [&](auto vec) {
-            adamw_kernel<decltype(vec)::value, T><<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(o, (const double *)factor->data, flat<const float>(grad), flat<float>(master), flat<float>(m),
-                                                                        flat<float>(v), flat<T>(param));
+            adamw_kernel<decltype(vec)::value, T>
+                <<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(
+                    o, (const double *)factor->data, flat<const float>(grad), flat<float>(master),
+                    flat<float>(m), flat<float>(v), flat<T>(param));
         });
     });
     CHECK_LAUNCH();
 }
 
-static __global__ void __launch_bounds__(THREADS) bias_kernel(float rate, int experts, float *bias, int64_t *count)
+static __global__ void __launch_bounds__(THREADS)
+    bias_kernel(float rate, int experts, float *bias, int64_t *count)
 {
     __shared__ long long sums[THREADS];
     long long sum = 0;
@@ -262,7 +298,9 @@ static __global__ void __launch_bounds__(THREADS) bias_kernel(float rate, int ex
 
 extern "C" void cuda_expert_bias_update(struct stream *s, double rate, out_t bias, out_t count)
 {
-    ASSERT(bias->dtype == DTYPE_F32 && count->dtype == DTYPE_I64 && tensor_numel(bias) == tensor_numel(count));
-    bias_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((float)rate, (int)tensor_numel(bias), (float *)bias->data, (int64_t *)count->data);
+    ASSERT(bias->dtype == DTYPE_F32 && count->dtype == DTYPE_I64 &&
+           tensor_numel(bias) == tensor_numel(count));
+    bias_kernel<<<1, THREADS, 0, cuda_stream_of(s)>>>((float)rate, (int)tensor_numel(bias),
+                                                      (float *)bias->data, (int64_t *)count->data);
     CHECK_LAUNCH();
 }

@@ -1,14 +1,20 @@
-/* scatter.cuh - rows added up by where they go, in a fixed order: (destination, source) pairs are sorted by destination, stably,
- * and one block adds up each run of equal destinations.
+/* scatter.cuh - rows added up by where they go, in a fixed order: (destination, source) pairs are
+ * sorted by destination, stably, and one block adds up each run of equal destinations.
  */
 #ifndef MIMO_CUDA_SCATTER_CUH
 #define MIMO_CUDA_SCATTER_CUH
 
 #include "vector.cuh"
 
-enum { SCATTER_WARPS = 8, SCATTER_SHORT = 16, SCATTER_ROUNDS = 4, SCATTER_COLS = WARP * CHUNK * SCATTER_ROUNDS };
+enum {
+    SCATTER_WARPS = 8,
+    SCATTER_SHORT = 16,
+    SCATTER_ROUNDS = 4,
+    SCATTER_COLS = WARP * CHUNK * SCATTER_ROUNDS
+};
 
-/* n pairs, destination < bound, sorted by destination; sources of one destination keep their order. Memory of scatter_bytes(). */
+/* n pairs, destination < bound, sorted by destination; sources of one destination keep their order.
+ * Memory of scatter_bytes(). */
 struct scatter_pairs {
     int *key, *source, *key_sorted, *source_sorted;
     void *work;
@@ -19,14 +25,16 @@ struct scatter_pairs {
 struct scatter_pairs scatter_memory(struct stream *s, int64_t n);
 void scatter_sort(struct stream *s, const struct scatter_pairs *pairs, int64_t n, int64_t bound);
 
-/* What a run adds: to.row(key) (NULL: nowhere) += sum over its pairs of weight * row. `from` says which:
+/* What a run adds: to.row(key) (NULL: nowhere) += sum over its pairs of weight * row. `from` says
+ * which:
  *     float *to(int key);  const T *row(int source);  float weight(int source);
- * A run of at most SCATTER_SHORT pairs is added up by one warp, in order. Of a longer one warp w takes pairs w, w+8, ... and the
- * warps' sums are added in order; the block does that to which the first position in the run that is a multiple of
- * SCATTER_SHORT belongs. */
+ * A run of at most SCATTER_SHORT pairs is added up by one warp, in order. Of a longer one warp w
+ * takes pairs w, w+8, ... and the warps' sums are added in order; the block does that to which the
+ * first position in the run that is a multiple of SCATTER_SHORT belongs. */
 template <bool VEC, class T, class F>
-__device__ __forceinline__ void scatter_sum(const int *source, int64_t first, int64_t end, int step, int64_t start, int64_t cols,
-                                            const F &from, float (&sum)[SCATTER_ROUNDS][CHUNK])
+__device__ __forceinline__ void scatter_sum(const int *source, int64_t first, int64_t end, int step,
+                                            int64_t start, int64_t cols, const F &from,
+                                            float (&sum)[SCATTER_ROUNDS][CHUNK])
 {
 #pragma unroll 2
     for (int64_t i = first; i < end; i += step) {
@@ -45,7 +53,8 @@ __device__ __forceinline__ void scatter_sum(const int *source, int64_t first, in
 }
 
 template <bool VEC>
-__device__ __forceinline__ void scatter_store(float *to, int64_t start, int64_t cols, const float (&sum)[SCATTER_ROUNDS][CHUNK])
+__device__ __forceinline__ void scatter_store(float *to, int64_t start, int64_t cols,
+                                              const float (&sum)[SCATTER_ROUNDS][CHUNK])
 {
 #pragma unroll
     for (int k = 0; k < SCATTER_ROUNDS; k++) {
@@ -66,11 +75,13 @@ static __global__ void __launch_bounds__(SCATTER_WARPS *WARP)
 {
     __shared__ float sums[SCATTER_WARPS][SCATTER_ROUNDS][CHUNK][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int64_t base = blockIdx.x * (int64_t)SCATTER_SHORT, start = blockIdx.y * (int64_t)SCATTER_COLS + lane * CHUNK;
+    const int64_t base = blockIdx.x * (int64_t)SCATTER_SHORT,
+                  start = blockIdx.y * (int64_t)SCATTER_COLS + lane * CHUNK;
     for (int64_t i = base + warp; i < base + SCATTER_SHORT && i < n; i += SCATTER_WARPS) {
         const int own = key[i];
         float *to = from.to(own), sum[SCATTER_ROUNDS][CHUNK] = {};
-        if (!to || (i > 0 && key[i - 1] == own) || (i + SCATTER_SHORT < n && key[i + SCATTER_SHORT] == own))
+        if (!to || (i > 0 && key[i - 1] == own) ||
+            (i + SCATTER_SHORT < n && key[i + SCATTER_SHORT] == own))
             continue;
         int64_t end = i + 1;
         while (end < n && key[end] == own)
@@ -116,11 +127,13 @@ static __global__ void __launch_bounds__(SCATTER_WARPS *WARP)
 }
 
 template <bool VEC, class T, class F>
-static void scatter_add(struct stream *s, const struct scatter_pairs *pairs, int64_t n, int64_t cols, F from)
+static void scatter_add(struct stream *s, const struct scatter_pairs *pairs, int64_t n,
+                        int64_t cols, F from)
 {
-    const dim3 grid(blocks_for(n, SCATTER_SHORT), (unsigned)((cols + SCATTER_COLS - 1) / SCATTER_COLS));
-    scatter_add_kernel<VEC, T><<<grid, SCATTER_WARPS * WARP, 0, cuda_stream_of(s)>>>(pairs->key_sorted, pairs->source_sorted, n,
-                                                                                     cols, from);
+    const dim3 grid(blocks_for(n, SCATTER_SHORT),
+                    (unsigned)((cols + SCATTER_COLS - 1) / SCATTER_COLS));
+    scatter_add_kernel<VEC, T><<<grid, SCATTER_WARPS * WARP, 0, cuda_stream_of(s)>>>(
+        pairs->key_sorted, pairs->source_sorted, n, cols, from);
     CHECK_LAUNCH();
 }
 

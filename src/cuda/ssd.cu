@@ -1,30 +1,42 @@
 /* ssd.cu - the selective state space scan in chunks (model.md 1.6.5), forward and backward.
  *
  *   rates      del and its sums; a warp per chunk and head
- *   states     what each chunk adds to the state, then one thread per element of the state walks the chunks
+ *   states     what each chunk adds to the state, then one thread per element of the state walks
+ *              the chunks
  *   output     inside a chunk every row looks back at the rows before it and at the entering state
  *   backward   the same for the adjoint, chunks in reverse; then the gradients row by row
  *
- * All but rates and the last step exist on tensor cores (ssd_mma.cu) for the widths that models use, and here in plain loops
- * in fp32 for everything else: one block per row, sums in a fixed order.
+ * All but rates and the last step exist on tensor cores (ssd_mma.cu) for the widths that models
+ * use, and here in plain loops in fp32 for everything else: one block per row, sums in a fixed
+ * order.
  */
 #include "columns.cuh"
 #include "cuda_sizes.h"
 #include "ssd.h"
 
-enum { THREADS = 128, LISTERS = 256, FINISH_HEADS = 16, AHEAD = 8, MMA_WIDTH = 64, MMA_STATE = 128, MMA_CHUNK = 128 };
+enum {
+    THREADS = 128,
+    LISTERS = 256,
+    FINISH_HEADS = 16,
+    AHEAD = 8,
+    MMA_WIDTH = 64,
+    MMA_STATE = 128,
+    MMA_CHUNK = 128
+};
 
 static constexpr double LOG2_E = 1.4426950408889634;
 
 /* ---- chunks and rates ---- */
 
 /* One block; segments in turns of its threads, so that each finds its first chunk by a scan. */
-static __global__ void __launch_bounds__(LISTERS) list_chunks(const int32_t *cu, int segments, int chunk, ssd_chunk *out, int *count)
+static __global__ void __launch_bounds__(LISTERS)
+    list_chunks(const int32_t *cu, int segments, int chunk, ssd_chunk *out, int *count)
 {
     __shared__ int ends[LISTERS];
     int before = 0;
     for (int base = 0; base < segments; base += LISTERS) {
-        const int s = base + threadIdx.x, start = s < segments ? cu[s] : 0, end = s < segments ? cu[s + 1] : 0;
+        const int s = base + threadIdx.x, start = s < segments ? cu[s] : 0,
+                  end = s < segments ? cu[s + 1] : 0;
         const int own = (end - start + chunk - 1) / chunk;
         ends[threadIdx.x] = own;
         __syncthreads();
@@ -36,7 +48,8 @@ static __global__ void __launch_bounds__(LISTERS) list_chunks(const int32_t *cu,
         }
         int at = before + ends[threadIdx.x] - own;
         for (int first = start; first < end; first += chunk, at++)
-            out[at] = ssd_chunk{ first, end - first < chunk ? end - first : chunk, first == start, first + chunk >= end };
+            out[at] = ssd_chunk{ first, end - first < chunk ? end - first : chunk, first == start,
+                                 first + chunk >= end };
         before += ends[LISTERS - 1];
         __syncthreads();
     }
@@ -69,7 +82,8 @@ __device__ __forceinline__ double sum_lanes(double x)
 /* A warp per chunk and head, lanes along the rows. */
 template <class T> static __global__ void rates_kernel(ssd_args<T> a)
 {
-    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, c = i / a.heads, h = i % a.heads, lane = threadIdx.x % WARP;
+    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, c = i / a.heads,
+              h = i % a.heads, lane = threadIdx.x % WARP;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
@@ -78,7 +92,10 @@ template <class T> static __global__ void rates_kernel(ssd_args<T> a)
     double before = 0;
     for (int base = 0; base < a.chunk; base += WARP) {
         const int r = base + lane;
-        const float v = r < k.rows ? to_float(a.dt.row(k.first + r)[h]) + bias : 0.0f, del = r >= k.rows ? 0.0f : v > 20.0f ? v : log1pf(expf(v));
+        const float v = r < k.rows ? to_float(a.dt.row(k.first + r)[h]) + bias : 0.0f,
+                    del = r >= k.rows ? 0.0f
+                          : v > 20.0f ? v
+                                      : log1pf(expf(v));
         const double sum = before + inclusive_scan((double)del * rate * LOG2_E);
         if (r < a.chunk) {
             a.del[at + r] = del;
@@ -111,16 +128,19 @@ template <class T> static __global__ void states_kernel(ssd_args<T> a, bool adjo
     float sum = 0;
     for (int r = 0; r < k.rows; r++) {
         const int64_t row = k.first + r;
-        sum += scale[r] * (adjoint ? to_float(a.gy(row, h)[p]) * to_float(a.c(row, g)[n]) : to_float(a.x(row, h)[p]) * to_float(a.b(row, g)[n]));
+        sum += scale[r] * (adjoint ? to_float(a.gy(row, h)[p]) * to_float(a.c(row, g)[n])
+                                   : to_float(a.x(row, h)[p]) * to_float(a.b(row, g)[n]));
     }
     (adjoint ? a.adjoint : a.entering)[a.state_at(c, h) + i] = sum;
 }
 
-/* In place: a chunk's own part becomes the state before it; for the adjoint the gradient of the state behind it. Eight chunks
- * are read before the first of them is written, or each would wait for memory in turn. */
+/* In place: a chunk's own part becomes the state before it; for the adjoint the gradient of the
+ * state behind it. Eight chunks are read before the first of them is written, or each would wait
+ * for memory in turn. */
 template <class T> static __global__ void pass_kernel(ssd_args<T> a, bool adjoint)
 {
-    const int64_t size = (int64_t)a.width * a.state, i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+    const int64_t size = (int64_t)a.width * a.state,
+                  i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
     if (i >= a.heads * size)
         return;
     const int h = (int)(i / size), n = *a.count;
@@ -247,7 +267,8 @@ template <class T> static __global__ void backward_row_kernel(ssd_args<T> a)
     const float *cs = a.cs + at, *del = a.del + at;
     float sum = 0, carried = 0;
     for (int j = threadIdx.x; j <= i; j += blockDim.x)
-        sum += dot(a.c(row, g), a.b(k.first + j, g), a.state) * exp2f(cs[i] - cs[j]) * del[j] * dot(a.gy(row, h), a.x(k.first + j, h), a.width);
+        sum += dot(a.c(row, g), a.b(k.first + j, g), a.state) * exp2f(cs[i] - cs[j]) * del[j] *
+               dot(a.gy(row, h), a.x(k.first + j, h), a.width);
     const float *state = a.entering + a.state_at(c, h);
     for (int p = threadIdx.x; p < a.width; p += blockDim.x) {
         float z = 0;
@@ -276,7 +297,8 @@ template <class T> static __global__ void skip_kernel(ssd_args<T> a, int most)
 template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool for_c)
 {
     extern __shared__ float mix[];
-    const int c = blockIdx.x / a.chunk, r = blockIdx.x % a.chunk, g = blockIdx.y, per = a.heads / a.groups;
+    const int c = blockIdx.x / a.chunk, r = blockIdx.x % a.chunk, g = blockIdx.y,
+              per = a.heads / a.groups;
     if (c >= *a.count || r >= a.chunks[c].rows)
         return;
     const ssd_chunk k = a.chunks[c];
@@ -287,7 +309,8 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
         float sum = 0;
         for (int h = g * per; h < (g + 1) * per; h++) {
             const int64_t at = a.rates_at(c, h);
-            sum += exp2f(a.cs[at + i] - a.cs[at + j]) * a.del[at + j] * dot(a.gy(k.first + i, h), a.x(k.first + j, h), a.width);
+            sum += exp2f(a.cs[at + i] - a.cs[at + j]) * a.del[at + j] *
+                   dot(a.gy(k.first + i, h), a.x(k.first + j, h), a.width);
         }
         mix[o] = sum;
     }
@@ -311,11 +334,15 @@ template <class T> static __global__ void backward_bc_kernel(ssd_args<T> a, bool
 
 /* ---- from dcs and e to dt and the parameters ---- */
 
-/* A block per chunk and sixteen heads, a warp each, lanes along the rows in reverse: R_j = sum of dcs from j on. */
-template <class T> static __global__ void __launch_bounds__(FINISH_HEADS *WARP) finish_kernel(ssd_args<T> a, int most)
+/* A block per chunk and sixteen heads, a warp each, lanes along the rows in reverse: R_j = sum of
+ * dcs from j on. */
+template <class T>
+static __global__ void __launch_bounds__(FINISH_HEADS *WARP) finish_kernel(ssd_args<T> a, int most)
 {
-    __shared__ float turn[WARP][FINISH_HEADS + 1];   /* ddt of 32 rows on its way to rows of memory */
-    const int c = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, h0 = blockIdx.y * FINISH_HEADS, h = h0 + warp;
+    /* ddt of 32 rows on its way to rows of memory */
+    __shared__ float turn[WARP][FINISH_HEADS + 1];
+    const int c = blockIdx.x, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP,
+              h0 = blockIdx.y * FINISH_HEADS, h = h0 + warp;
     const bool real = h < a.heads;
     double bias_sum = 0, rate_sum = 0;
     if (c < *a.count) {
@@ -334,7 +361,8 @@ template <class T> static __global__ void __launch_bounds__(FINISH_HEADS *WARP) 
             const double sum = later + inclusive_scan(mine ? (double)a.row[at] : 0.0);
             double d = 0;
             if (mine) {
-                const float v = to_float(a.dt.row(k.first + r)[h]) + bias, slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
+                const float v = to_float(a.dt.row(k.first + r)[h]) + bias,
+                            slope = v > 20.0f ? 1.0f : 1.0f / (1.0f + expf(-v));
                 d = (rate * sum + a.e[at]) * slope;
                 bias_sum += d;
                 rate_sum += a.del[at] * sum;
@@ -342,9 +370,11 @@ template <class T> static __global__ void __launch_bounds__(FINISH_HEADS *WARP) 
             turn[lane][warp] = (float)d;
             later = __shfl_sync(0xffffffffu, sum, WARP - 1);
             __syncthreads();
-            const int back = base - (int)threadIdx.x / FINISH_HEADS, head = h0 + (int)threadIdx.x % FINISH_HEADS;
+            const int back = base - (int)threadIdx.x / FINISH_HEADS,
+                      head = h0 + (int)threadIdx.x % FINISH_HEADS;
             if (back >= 0 && head < a.heads)
-                a.ddt.row(k.first + back)[head] = from_float<T>(turn[threadIdx.x / FINISH_HEADS][threadIdx.x % FINISH_HEADS]);
+                a.ddt.row(k.first + back)[head] =
+                    from_float<T>(turn[threadIdx.x / FINISH_HEADS][threadIdx.x % FINISH_HEADS]);
             __syncthreads();
         }
         bias_sum = sum_lanes(bias_sum);
@@ -369,8 +399,9 @@ static float *carve(float **at, int64_t n)
 }
 
 template <class T>
-static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int heads, int head_dim, int groups,
-                             int state, int chunk, in_t work, int *most)
+static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log,
+                             in_t d_skip, in_t cu, int heads, int head_dim, int groups, int state,
+                             int chunk, in_t work, int *most)
 {
     const int64_t tokens = tensor_rows(xbc), segments = tensor_numel(cu) - 1;
     *most = (int)(tokens / chunk + (segments < tokens ? segments : tokens));
@@ -386,7 +417,8 @@ static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, 
     a.state = state;
     a.chunk = chunk;
     float *at = (float *)work->data;
-    const int64_t states = (int64_t)*most * heads * head_dim * state, rows = (int64_t)*most * heads * chunk;
+    const int64_t states = (int64_t)*most * heads * head_dim * state,
+                  rows = (int64_t)*most * heads * chunk;
     a.entering = carve(&at, states);
     a.adjoint = carve(&at, states);
     a.del = carve(&at, rows);
@@ -401,9 +433,11 @@ static ssd_args<T> arguments(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, 
     a.chunks = (const ssd_chunk *)carve(&at, 4 * (int64_t)*most);
     a.count = (const int *)carve(&at, 1);
     ASSERT(at - (float *)work->data <= tensor_numel(work) && heads % groups == 0);
-    list_chunks<<<1, LISTERS, 0, cuda_stream_of(s)>>>((const int32_t *)cu->data, (int)segments, chunk, (ssd_chunk *)a.chunks, (int *)a.count);
+    list_chunks<<<1, LISTERS, 0, cuda_stream_of(s)>>>((const int32_t *)cu->data, (int)segments,
+                                                      chunk, (ssd_chunk *)a.chunks, (int *)a.count);
     CHECK_LAUNCH();
-    rates_kernel<T><<<blocks_for((int64_t)*most * heads, THREADS / WARP), THREADS, 0, cuda_stream_of(s)>>>(a);
+    rates_kernel<T>
+        <<<blocks_for((int64_t)*most * heads, THREADS / WARP), THREADS, 0, cuda_stream_of(s)>>>(a);
     CHECK_LAUNCH();
     return a;
 }
@@ -416,14 +450,18 @@ static bool on_16_bytes(const void *p, int64_t ld)
 /* Whether the whole operation runs on tensor cores. Forward has no dy and dxbc, backward no y. */
 template <class T> static bool fits_mma(const ssd_args<T> &a)
 {
-    return sizeof(T) == 2 && a.width == MMA_WIDTH && a.state == MMA_STATE && a.chunk == MMA_CHUNK && on_16_bytes(a.xbc.p, a.xbc.ld)
-           && on_16_bytes(a.y.p, a.y.ld) && on_16_bytes(a.dy.p, a.dy.ld) && on_16_bytes(a.dxbc.p, a.dxbc.ld);
+    return sizeof(T) == 2 && a.width == MMA_WIDTH && a.state == MMA_STATE && a.chunk == MMA_CHUNK &&
+           on_16_bytes(a.xbc.p, a.xbc.ld) && on_16_bytes(a.y.p, a.y.ld) &&
+           on_16_bytes(a.dy.p, a.dy.ld) && on_16_bytes(a.dxbc.p, a.dxbc.ld);
 }
 
-template <class T> static void pass_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
+template <class T>
+static void pass_states(const ssd_args<T> &a, int most, bool adjoint, cudaStream_t st)
 {
     const int64_t size = (int64_t)a.width * a.state;
-    states_kernel<T><<<dim3(blocks_for(size, THREADS), (unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(a, adjoint);
+    states_kernel<T>
+        <<<dim3(blocks_for(size, THREADS), (unsigned)most, (unsigned)a.heads), THREADS, 0, st>>>(
+            a, adjoint);
     CHECK_LAUNCH();
     pass_kernel<T><<<blocks_for(a.heads * size, THREADS), THREADS, 0, st>>>(a, adjoint);
     CHECK_LAUNCH();
@@ -438,7 +476,8 @@ template <class T> static void output(const ssd_args<T> &a, int most, cudaStream
             return;
         }
     pass_states(a, most, false, st);
-    output_kernel<T><<<dim3((unsigned)(most * a.chunk), (unsigned)a.heads), THREADS, a.chunk * sizeof(float), st>>>(a);
+    output_kernel<T><<<dim3((unsigned)(most * a.chunk), (unsigned)a.heads), THREADS,
+                       a.chunk * sizeof(float), st>>>(a);
     CHECK_LAUNCH();
 }
 
@@ -450,7 +489,8 @@ template <class T> static void gradients(const ssd_args<T> &a, int most, cudaStr
             ssd_mma_backward(a, most, st);
             return;
         }
-    const dim3 rows((unsigned)(most * a.chunk), (unsigned)a.heads), groups((unsigned)(most * a.chunk), (unsigned)a.groups);
+    const dim3 rows((unsigned)(most * a.chunk), (unsigned)a.heads),
+        groups((unsigned)(most * a.chunk), (unsigned)a.groups);
     const size_t shared = a.chunk * sizeof(float);
     pass_states(a, most, false, st);
     pass_states(a, most, true, st);
@@ -468,23 +508,26 @@ template <class T> static void gradients(const ssd_args<T> &a, int most, cudaStr
     CHECK_LAUNCH();
 }
 
-extern "C" void cuda_ssd_forward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len, int heads,
-                                 int head_dim, int groups, int state, int chunk, in_t work, out_t y)
+extern "C" void cuda_ssd_forward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log,
+                                 in_t d_skip, in_t cu, int64_t max_len, int heads, int head_dim,
+                                 int groups, int state, int chunk, in_t work, out_t y)
 {
     if (tensor_rows(xbc) == 0)
         return;
     by_type(xbc, [&](auto zero) {
         using T = decltype(zero);
         int most;
-        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
+        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim,
+                                     groups, state, chunk, work, &most);
         a.y = as_matrix<T>(y);
         output(a, most, cuda_stream_of(s));
     });
 }
 
-extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len, int heads,
-                                  int head_dim, int groups, int state, int chunk, in_t dy, in_t work, out_t dxbc, out_t ddt, out_t ddt_bias,
-                                  out_t da_log, out_t dd_skip)
+extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log,
+                                  in_t d_skip, in_t cu, int64_t max_len, int heads, int head_dim,
+                                  int groups, int state, int chunk, in_t dy, in_t work, out_t dxbc,
+                                  out_t ddt, out_t ddt_bias, out_t da_log, out_t dd_skip)
 {
     if (tensor_rows(xbc) == 0)
         return;
@@ -492,16 +535,20 @@ extern "C" void cuda_ssd_backward(struct stream *s, in_t xbc, in_t dt, in_t dt_b
     by_type(xbc, [&](auto zero) {
         using T = decltype(zero);
         int most;
-        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim, groups, state, chunk, work, &most);
+        ssd_args<T> a = arguments<T>(s, xbc, dt, dt_bias, a_log, d_skip, cu, heads, head_dim,
+                                     groups, state, chunk, work, &most);
         a.dy = as_matrix<const T>(dy);
         a.dxbc = as_matrix<T>(dxbc);
         a.ddt = as_matrix<T>(ddt);
         gradients(a, most, st);
-        finish_kernel<T><<<dim3((unsigned)most, blocks_for(heads, FINISH_HEADS)), FINISH_HEADS * WARP, 0, st>>>(a, most);
+        finish_kernel<T>
+            <<<dim3((unsigned)most, blocks_for(heads, FINISH_HEADS)), FINISH_HEADS * WARP, 0, st>>>(
+                a, most);
         CHECK_LAUNCH();
         out_t to[3] = { ddt_bias, da_log, dd_skip };
         for (int i = 0; i < 3; i++)
             if (to[i])
-                columns_finish(st, a.sums + (int64_t)i * most * heads, most, heads, heads, (float *)to[i]->data);
+                columns_finish(st, a.sums + (int64_t)i * most * heads, most, heads, heads,
+                               (float *)to[i]->data);
     });
 }

@@ -1,24 +1,38 @@
-/* ssd_mma.cu - the scan on tensor cores: bf16, P = 64, N = 128, chunks of 128 rows (model.md 1.6.5).
+/* ssd_mma.cu - the scan on tensor cores: bf16, P = 64, N = 128, chunks of 128 rows (model.md
+ * 1.6.5).
  *
- *   walk    a block per head and 64 columns of the state goes through all chunks with the state in registers and leaves what
- *           enters each of them; the adjoint goes the other way. Chunks arrive three deep.
- *   rows    a block per chunk and group has C.B of its group in registers for all the group's heads: y, or dx and the sums
- *           over decays.
+ *   walk    a block per head and 64 columns of the state goes through all chunks with the state in
+ *           registers and leaves what enters each of them; the adjoint goes the other way. Chunks
+ *           arrive three deep.
+ *   rows    a block per chunk and group has C.B of its group in registers for all the group's
+ *           heads: y, or dx and the sums over decays.
  *   bc      a block per chunk and group: dB and dC, summed over the heads in registers.
  *
- * A warp has sixteen rows of a chunk, so what enters a second product, (C.B) L del or (C.B) L, never leaves its registers;
- * tiles beyond the diagonal are left out, and warps i and 7-i share a scheduler. What enters a product is rounded to bf16
- * as the model's reference does: also tail del x, carry gy and the states, which are passed on in fp32. Row sums
- * and column sums of W are those of the same fp32 numbers: they all but cancel where decay is strong. Rows beyond a short
- * chunk's end are zeros.
+ * A warp has sixteen rows of a chunk, so what enters a second product, (C.B) L del or (C.B) L,
+ * never leaves its registers; tiles beyond the diagonal are left out, and warps i and 7-i share a
+ * scheduler. What enters a product is rounded to bf16 as the model's reference does: also tail del
+ * x, carry gy and the states, which are passed on in fp32. Row sums and column sums of W are those
+ * of the same fp32 numbers: they all but cancel where decay is strong. Rows beyond a short chunk's
+ * end are zeros.
  */
 #include "ssd.h"
 #include "tiles.cuh"
 
-enum { Q = 128, P = 64, N = 128, PAD = 8, LD_N = N + PAD, LD_P = P + PAD, TILE = 16, TILES = Q / TILE };
+enum {
+    Q = 128,
+    P = 64,
+    N = 128,
+    PAD = 8,
+    LD_N = N + PAD,
+    LD_P = P + PAD,
+    TILE = 16,
+    TILES = Q / TILE
+};
 
-/* Rows of COLS elements, zero from row `rows` on. Nothing is read for those, whatever their address. */
-template <int COLS, int THREADS> __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
+/* Rows of COLS elements, zero from row `rows` on. Nothing is read for those, whatever their
+ * address. */
+template <int COLS, int THREADS>
+__device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
 {
     enum { PIECES = COLS / 8, STEP = THREADS / PIECES };
     const int row = threadIdx.x / PIECES, c = threadIdx.x % PIECES * 8;
@@ -50,30 +64,49 @@ __device__ __forceinline__ void copy_rates(float *to, const float *from, int fir
 }
 
 /* This form keeps states in bf16, where the other has them in fp32. */
-__device__ __forceinline__ bf16 *stored(float *states) { return (bf16 *)states; }
+__device__ __forceinline__ bf16 *stored(float *states)
+{
+    return (bf16 *)states;
+}
 
 /* The same in all lanes, and the compiler knows. */
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0); }
+__device__ __forceinline__ int warp_index()
+{
+    return __shfl_sync(0xffffffffu, threadIdx.x / WARP, 0);
+}
 
-__device__ __forceinline__ float pair_dot(unsigned pair, float low, float high) { return low_half(pair) * low + high_half(pair) * high; }
+__device__ __forceinline__ float pair_dot(unsigned pair, float low, float high)
+{
+    return low_half(pair) * low + high_half(pair) * high;
+}
 
 /* ---- states ---- */
 
-enum { WALK_COLS = 64, WALK_LD = WALK_COLS + PAD, WALK_THREADS = 256, WALK_STAGES = 3, WALK_NT = WALK_COLS / 2 / 8,
-       WALK_PIECES = Q * P / 8 / WALK_THREADS };
+enum {
+    WALK_COLS = 64,
+    WALK_LD = WALK_COLS + PAD,
+    WALK_THREADS = 256,
+    WALK_STAGES = 3,
+    WALK_NT = WALK_COLS / 2 / 8,
+    WALK_PIECES = Q * P / 8 / WALK_THREADS
+};
 
 struct walk_stage {
     bf16 left[Q * LD_P], right[Q * WALK_LD];
 };
 
 /* x and B, or gy and C. */
-__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k, int h, int g, int n0, bool adjoint)
+__device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a,
+                                           const ssd_chunk &k, int h, int g, int n0, bool adjoint)
 {
-    copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld, k.rows);
-    copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
+    copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h),
+                               adjoint ? a.dy.ld : a.xbc.ld, k.rows);
+    copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0,
+                                       a.xbc.ld, k.rows);
 }
 
-/* What a thread needs of a chunk's rates: the factors of the rows of which copy_rows has it copy a piece, and keep. */
+/* What a thread needs of a chunk's rates: the factors of the rows of which copy_rows has it copy a
+ * piece, and keep. */
 struct walk_rates {
     float row[WALK_PIECES], keep;
     __device__ __forceinline__ void read(const ssd_args<bf16> &a, int c, int h, bool adjoint)
@@ -92,7 +125,8 @@ struct walk_rates {
             const int piece = threadIdx.x + i * WALK_THREADS;
             uint4 &v = *(uint4 *)(left + piece / (P / 8) * LD_P + piece % (P / 8) * 8);
             const uint4 w = v;
-            v = make_uint4(scaled(w.x, row[i], row[i]), scaled(w.y, row[i], row[i]), scaled(w.z, row[i], row[i]), scaled(w.w, row[i], row[i]));
+            v = make_uint4(scaled(w.x, row[i], row[i]), scaled(w.y, row[i], row[i]),
+                           scaled(w.z, row[i], row[i]), scaled(w.w, row[i], row[i]));
         }
     }
 };
@@ -102,7 +136,8 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 {
     extern __shared__ __align__(16) char memory[];
     walk_stage *stages = (walk_stage *)memory;
-    const int h = blockIdx.x, group = a.group_of(h), n0 = blockIdx.y * WALK_COLS, warp = warp_index(), lane = threadIdx.x % WARP, count = *a.count;
+    const int h = blockIdx.x, group = a.group_of(h), n0 = blockIdx.y * WALK_COLS,
+              warp = warp_index(), lane = threadIdx.x % WARP, count = *a.count;
     const bool adjoint = blockIdx.z;
     const int p0 = warp % 4 * TILE, own = warp / 4 * (WALK_COLS / 2), g = lane / 4;
     const auto chunk_of = [&](int step) { return adjoint ? count - 1 - step : step; };
@@ -116,8 +151,11 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
             copy_stage(stages[step], a, a.chunks[chunk_of(step)], h, group, n0, adjoint);
         copies_end();
     }
-    /* Of this step whether the state begins anew, of the chunk to copy where it lies: read a step before they are needed. */
-    const auto fresh_at = [&](int step) { return adjoint ? a.chunks[chunk_of(step)].closes : a.chunks[chunk_of(step)].opens; };
+    /* Of this step whether the state begins anew, of the chunk to copy where it lies: read a step
+     * before they are needed. */
+    const auto fresh_at = [&](int step) {
+        return adjoint ? a.chunks[chunk_of(step)].closes : a.chunks[chunk_of(step)].opens;
+    };
     const auto capped = [&](int step) { return step < count ? step : count - 1; };
     int next_fresh = fresh_at(0);
     ssd_chunk coming = a.chunks[chunk_of(capped(WALK_STAGES - 1))];
@@ -135,7 +173,8 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
         next.read(a, chunk_of(capped(step + 1)), h, adjoint);
         next_fresh = fresh_at(capped(step + 1));
         coming = a.chunks[chunk_of(capped(ahead + 1))];
-        bf16 *to = stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
+        bf16 *to =
+            stored(adjoint ? a.adjoint : a.entering) + a.state_at(c, h) + (p0 + g) * N + n0 + own;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             unsigned w[4];
@@ -152,7 +191,8 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 state[i][e] *= rates.keep;
-        const unsigned left = down<LD_P>(s.left) + 2 * p0, right = across<WALK_LD>(s.right) + 2 * own;
+        const unsigned left = down<LD_P>(s.left) + 2 * p0,
+                       right = across<WALK_LD>(s.right) + 2 * own;
 #pragma unroll
         for (int k = 0; k < Q; k += 16) {
             unsigned f[4];
@@ -167,49 +207,76 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 enum { ROWS_THREADS = 256, P_NT = P / 8, NEAR = 5, FAR = (TILES - NEAR) * (TILES - NEAR + 1) / 2 };
 
 struct rows_shared {
-    bf16 own[Q * LD_N];                                                   /* C; backward B */
+    bf16 own[Q * LD_N]; /* C; backward B */
     union {
-        bf16 other[Q * LD_N];                                             /* B; backward C: until their product is there */
+        /* B; backward C: until their product is there */
+        bf16 other[Q * LD_N];
         struct {
-            bf16 state[P * LD_N], values[Q * LD_P];                       /* entering and x; adjoint and gy */
+            /* entering and x; adjoint and gy */
+            bf16 state[P * LD_N], values[Q * LD_P];
         };
     };
-    float cs[2][Q], del[2][Q];                                            /* of this head and the next */
+    /* of this head and the next */
+    float cs[2][Q], del[2][Q];
 };
 
 struct rows_backward_shared {
     bf16 x[Q * LD_P];
-    float4 far[FAR][2][WARP];                                             /* C.B of tiles that registers have no room for */
+    /* C.B of tiles that registers have no room for */
+    float4 far[FAR][2][WARP];
     float row[TILES][Q], e[Q], through[Q], skip[TILES];
 };
 
-/* Forward has room for the x of the next head, in turn; backward reads x and gy of a head at once. */
+/* Forward has room for the x of the next head, in turn; backward reads x and gy of a head at
+ * once. */
 template <bool BACKWARD> struct rows_memory : rows_shared {
     bf16 odd[Q * LD_P];
-    __device__ __forceinline__ bf16 *values_of(int h) { return h % 2 ? odd : values; }
-    __device__ __forceinline__ const bf16 *own_x() const { return NULL; }
+    __device__ __forceinline__ bf16 *values_of(int h)
+    {
+        return h % 2 ? odd : values;
+    }
+    __device__ __forceinline__ const bf16 *own_x() const
+    {
+        return NULL;
+    }
 };
 template <> struct rows_memory<true> : rows_shared, rows_backward_shared {
-    __device__ __forceinline__ bf16 *values_of(int) { return values; }
-    __device__ __forceinline__ const bf16 *own_x() const { return x; }
+    __device__ __forceinline__ bf16 *values_of(int)
+    {
+        return values;
+    }
+    __device__ __forceinline__ const bf16 *own_x() const
+    {
+        return x;
+    }
 };
 
 /* Where far keeps tile's i-th from the diagonal, i >= NEAR. */
-__device__ __forceinline__ int far_slot(int tile, int i) { return tile * (TILES - NEAR) - tile * (tile - 1) / 2 + i - NEAR; }
+__device__ __forceinline__ int far_slot(int tile, int i)
+{
+    return tile * (TILES - NEAR) - tile * (tile - 1) / 2 + i - NEAR;
+}
 
 /* Tiles 0..7 of warps so that each scheduler has two which add up to one row of the triangle. */
-__device__ __forceinline__ int tile_of(int warp) { return warp < TILES / 2 ? warp : TILES - 1 - warp % (TILES / 2); }
-
-template <bool BACKWARD> __device__ __forceinline__ void copy_head(rows_memory<BACKWARD> &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
+__device__ __forceinline__ int tile_of(int warp)
 {
-    copy_rows<P, ROWS_THREADS>(s.values_of(h), BACKWARD ? a.gy(k.first, h) : a.x(k.first, h), BACKWARD ? a.dy.ld : a.xbc.ld, k.rows);
+    return warp < TILES / 2 ? warp : TILES - 1 - warp % (TILES / 2);
+}
+
+template <bool BACKWARD>
+__device__ __forceinline__ void copy_head(rows_memory<BACKWARD> &s, const ssd_args<bf16> &a,
+                                          const ssd_chunk &k, int c, int h)
+{
+    copy_rows<P, ROWS_THREADS>(s.values_of(h), BACKWARD ? a.gy(k.first, h) : a.x(k.first, h),
+                               BACKWARD ? a.dy.ld : a.xbc.ld, k.rows);
     copy_rates(s.cs[h % 2], a.cs + a.rates_at(c, h), 0);
     copy_rates(s.del[h % 2], a.del + a.rates_at(c, h), WARP);
     if constexpr (BACKWARD)
         copy_rows<P, ROWS_THREADS>(s.x, a.x(k.first, h), a.xbc.ld, k.rows);
 }
 
-/* The sums over a tile's sixteen rows of q[0..3], columns 2t, 2t+1, 8+2t, 9+2t of the lane, go to out[16]. */
+/* The sums over a tile's sixteen rows of q[0..3], columns 2t, 2t+1, 8+2t, 9+2t of the lane, go to
+ * out[16]. */
 __device__ __forceinline__ void store_column_sums(const float (&q)[4], float *out)
 {
     const int lane = threadIdx.x % WARP, t = lane % 4;
@@ -222,13 +289,16 @@ __device__ __forceinline__ void store_column_sums(const float (&q)[4], float *ou
         out[(b ? 8 : 0) + 2 * t + c] = u;
 }
 
-/* Forward, rows i, columns j <= i: y_i = sum (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i. Backward, rows j, columns
- * i >= j: dx_j = del_j (sum (C_i.B_j) L_ij gy_i + tail_j Gm B_j) + D gy_j, e, through, D's sum, and W's sums in row. */
-template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<bf16> a, int most)
+/* Forward, rows i, columns j <= i: y_i = sum (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i.
+ * Backward, rows j, columns i >= j: dx_j = del_j (sum (C_i.B_j) L_ij gy_i + tail_j Gm B_j) + D
+ * gy_j, e, through, D's sum, and W's sums in row. */
+template <bool BACKWARD>
+static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<bf16> a, int most)
 {
     extern __shared__ __align__(16) char memory[];
     rows_memory<BACKWARD> &s = *(rows_memory<BACKWARD> *)memory;
-    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(), lane = threadIdx.x % WARP;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(),
+              lane = threadIdx.x % WARP;
     const int tile = tile_of(warp), g = lane / 4, t = lane % 4, r0 = tile * TILE + g;
     if (c >= *a.count)
         return;
@@ -236,8 +306,10 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
     /* From the diagonal on. */
     const int blocks = BACKWARD ? TILES - tile : tile + 1;
     const auto column_of = [&](int i) { return (BACKWARD ? tile + i : tile - i) * TILE; };
-    copy_rows<N, ROWS_THREADS>(s.own, BACKWARD ? a.b(k.first, group) : a.c(k.first, group), a.xbc.ld, k.rows);
-    copy_rows<N, ROWS_THREADS>(s.other, BACKWARD ? a.c(k.first, group) : a.b(k.first, group), a.xbc.ld, k.rows);
+    copy_rows<N, ROWS_THREADS>(s.own, BACKWARD ? a.b(k.first, group) : a.c(k.first, group),
+                               a.xbc.ld, k.rows);
+    copy_rows<N, ROWS_THREADS>(s.other, BACKWARD ? a.c(k.first, group) : a.b(k.first, group),
+                               a.xbc.ld, k.rows);
     copies_end();
     copies_wait<0>();
     __syncthreads();
@@ -262,7 +334,8 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             for (int j = 0; j < 2; j++) {
                 if constexpr (BACKWARD)
                     if (i >= NEAR && i < blocks)
-                        s.far[far_slot(tile, i)][j][lane] = make_float4(cb[i][j][0], cb[i][j][1], cb[i][j][2], cb[i][j][3]);
+                        s.far[far_slot(tile, i)][j][lane] =
+                            make_float4(cb[i][j][0], cb[i][j][1], cb[i][j][2], cb[i][j][3]);
                 if (i < KEPT)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
@@ -305,7 +378,8 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             __syncthreads();
         }
         const float *cs = s.cs[h % 2], *del = s.del[h % 2];
-        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]), scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
+        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]),
+                    scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
         float column0 = 0, column1 = 0, diagonal = 0;
 #pragma unroll
         for (int i = 0; i < P_NT; i++) {
@@ -314,8 +388,10 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             sum[i][2] *= scale1;
             sum[i][3] *= scale1;
             if constexpr (BACKWARD) {
-                column0 += pair_dot(*(const unsigned *)&s.x[r0 * LD_P + 8 * i + 2 * t], sum[i][0], sum[i][1]);
-                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * LD_P + 8 * i + 2 * t], sum[i][2], sum[i][3]);
+                column0 += pair_dot(*(const unsigned *)&s.x[r0 * LD_P + 8 * i + 2 * t], sum[i][0],
+                                    sum[i][1]);
+                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * LD_P + 8 * i + 2 * t],
+                                    sum[i][2], sum[i][3]);
             }
         }
         if constexpr (BACKWARD) {
@@ -325,7 +401,8 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                 s.through[r0 + 8] = through1;
             }
         }
-        const unsigned values = across<LD_P>(head), values_down = down<LD_P>(head), x = across<LD_P>(s.own_x()) + 2 * tile * TILE * LD_P;
+        const unsigned values = across<LD_P>(head), values_down = down<LD_P>(head),
+                       x = across<LD_P>(s.own_x()) + 2 * tile * TILE * LD_P;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             if (i >= blocks)
@@ -364,7 +441,7 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
                     const float2 factor = *(const float2 *)(del + at);
                     v[0] *= factor.x, v[1] *= factor.y, v[2] *= factor.x, v[3] *= factor.y;
                 }
-                if (i == 0)   /* the diagonal */
+                if (i == 0) /* the diagonal */
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         const int row = g + 8 * (e / 2), col = 8 * j + 2 * t + e % 2;
@@ -384,12 +461,15 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
             }
             multiply_row<P_NT / 2>(sum, m, values + 2 * column * LD_P);
             if constexpr (BACKWARD) {
-                if (i == 0)   /* columns of a lane's rows g and g+8: 8j + 2t + e */
-                    diagonal = g / 2 != t ? 0.0f : g % 2 ? gx[0][1] + gx[1][3] : gx[0][0] + gx[1][2];
+                if (i == 0) /* columns of a lane's rows g and g+8: 8j + 2t + e */
+                    diagonal = g / 2 != t ? 0.0f
+                               : g % 2    ? gx[0][1] + gx[1][3]
+                                          : gx[0][0] + gx[1][2];
                 store_column_sums(rows, &s.row[tile][column]);
             }
         }
-        const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[r0] : 1.0f, del1 = BACKWARD ? del[r0 + 8] : 1.0f;
+        const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[r0] : 1.0f,
+                    del1 = BACKWARD ? del[r0 + 8] : 1.0f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = r0 + 8 * half;
@@ -398,7 +478,8 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
 #pragma unroll
             for (int i = 0; i < P_NT; i++) {
                 const unsigned v = *(const unsigned *)&head[row * LD_P + 8 * i + 2 * t];
-                w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v), factor * sum[i][2 * half + 1] + skip * high_half(v));
+                w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v),
+                            factor * sum[i][2 * half + 1] + skip * high_half(v));
             }
             bf16 *to = BACKWARD ? a.dx(k.first + row, h) : a.y.row(k.first + row) + h * P;
             store_row(to, w[0], w[1], w[2], w[3], row < k.rows);
@@ -441,8 +522,14 @@ template <bool BACKWARD> static __global__ void __launch_bounds__(ROWS_THREADS, 
 
 /* ---- dB and dC of a group ---- */
 
-enum { BC_THREADS = 512, BC_WARPS = BC_THREADS / WARP, HALF_N = N / 2, HALF_NT = HALF_N / 8, SQUARES = TILES * (TILES + 1) / 2,
-       SHARE = (SQUARES + BC_WARPS - 1) / BC_WARPS };
+enum {
+    BC_THREADS = 512,
+    BC_WARPS = BC_THREADS / WARP,
+    HALF_N = N / 2,
+    HALF_NT = HALF_N / 8,
+    SQUARES = TILES * (TILES + 1) / 2,
+    SHARE = (SQUARES + BC_WARPS - 1) / BC_WARPS
+};
 
 struct bc_stage {
     bf16 x[Q * LD_P], gy[Q * LD_P], entering[P * LD_N], adjoint[P * LD_N];
@@ -455,10 +542,11 @@ struct bc_shared {
         bc_stage stage[2];
         bf16 mix[Q * LD_N];
     };
-    float carried[2][2][Q], keep[2][BC_WARPS];   /* by parity of the head */
+    float carried[2][2][Q], keep[2][BC_WARPS]; /* by parity of the head */
 };
 
-__device__ __forceinline__ void copy_stage(bc_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k, int c, int h)
+__device__ __forceinline__ void copy_stage(bc_stage &s, const ssd_args<bf16> &a, const ssd_chunk &k,
+                                           int c, int h)
 {
     copy_rows<P, BC_THREADS>(s.x, a.x(k.first, h), a.xbc.ld, k.rows);
     copy_rows<P, BC_THREADS>(s.gy, a.gy(k.first, h), a.dy.ld, k.rows);
@@ -471,8 +559,10 @@ __device__ __forceinline__ void copy_stage(bc_stage &s, const ssd_args<bf16> &a,
     copy_rates(s.push, a.push + at, 3 * WARP);
 }
 
-/* sum += (scale of its row * left) right: left [rows][P] from the tile's first row, right [P][N] from the half's first column. */
-__device__ __forceinline__ void add_scaled(float (&sum)[HALF_NT][4], unsigned left, float scale0, float scale1, unsigned right)
+/* sum += (scale of its row * left) right: left [rows][P] from the tile's first row, right [P][N]
+ * from the half's first column. */
+__device__ __forceinline__ void add_scaled(float (&sum)[HALF_NT][4], unsigned left, float scale0,
+                                           float scale1, unsigned right)
 {
 #pragma unroll
     for (int p = 0; p < P; p += 16) {
@@ -494,13 +584,16 @@ __device__ __forceinline__ float states_dot(const bc_stage &s)
     for (int r = 0; r < P; r += BC_THREADS / (N / 8)) {
         const int at = first + r * LD_N;
         const uint4 u = *(const uint4 *)(s.entering + at), v = *(const uint4 *)(s.adjoint + at);
-        sum += pair_dot(u.x, low_half(v.x), high_half(v.x)) + pair_dot(u.y, low_half(v.y), high_half(v.y))
-               + pair_dot(u.z, low_half(v.z), high_half(v.z)) + pair_dot(u.w, low_half(v.w), high_half(v.w));
+        sum += pair_dot(u.x, low_half(v.x), high_half(v.x)) +
+               pair_dot(u.y, low_half(v.y), high_half(v.y)) +
+               pair_dot(u.z, low_half(v.z), high_half(v.z)) +
+               pair_dot(u.w, low_half(v.w), high_half(v.w));
     }
     return warp_sum(sum);
 }
 
-__device__ __forceinline__ void store_half(const float (&sum)[HALF_NT][4], bf16 *to, int64_t ld, int row, int rows)
+__device__ __forceinline__ void store_half(const float (&sum)[HALF_NT][4], bf16 *to, int64_t ld,
+                                           int row, int rows)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -529,8 +622,10 @@ __device__ __forceinline__ square square_of(int k)
     return square{ r * TILE, (k - r * (r + 1) / 2) * TILE };
 }
 
-/* What the last head's sums have added to row's carried part, and keep <Gm, St>. `before` is the thread's own. */
-__device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<bf16> &a, int c, int h, float &before)
+/* What the last head's sums have added to row's carried part, and keep <Gm, St>. `before` is the
+ * thread's own. */
+__device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<bf16> &a, int c,
+                                            int h, float &before)
 {
     const int r = threadIdx.x, parity = h % 2;
     if (r < Q) {
@@ -545,15 +640,18 @@ __device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<b
     }
 }
 
-/* dB_j = sum_i R_ij C_i + sum over heads of push_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads of carry_i St^T gy_i,
- * R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has sixteen rows of dB and dC, each half the columns; the
- * squares of R's triangle are dealt out to all warps. A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
+/* dB_j = sum_i R_ij C_i + sum over heads of push_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads
+ * of carry_i St^T gy_i, R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has sixteen
+ * rows of dB and dC, each half the columns; the squares of R's triangle are dealt out to all warps.
+ * A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
 static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16> a)
 {
     extern __shared__ __align__(16) char memory[];
     bc_shared &s = *(bc_shared *)memory;
-    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(), lane = threadIdx.x % WARP;
-    const int tile = tile_of(warp % TILES), half = warp / TILES, g = lane / 4, t = lane % 4, r0 = tile * TILE + g, n0 = half * HALF_N;
+    const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(),
+              lane = threadIdx.x % WARP;
+    const int tile = tile_of(warp % TILES), half = warp / TILES, g = lane / 4, t = lane % 4,
+              r0 = tile * TILE + g, n0 = half * HALF_N;
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
@@ -572,13 +670,15 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
         copies_end();
         if (h > start)
             finish_head(s, a, c, h - 1, before);
-        const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P, gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
+        const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P,
+                       gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
             if (warp + i * BC_WARPS >= SQUARES)
                 break;
             const square q = square_of(warp + i * BC_WARPS);
-            const unsigned right = down<LD_P>(in.x) + 2 * q.column * LD_P, left = across<LD_P>(in.gy) + 2 * q.row * LD_P;
+            const unsigned right = down<LD_P>(in.x) + 2 * q.column * LD_P,
+                           left = across<LD_P>(in.gy) + 2 * q.row * LD_P;
             const float cs0 = in.cs[q.row + g], cs1 = in.cs[q.row + g + 8];
             float gx[2][4] = {};
 #pragma unroll
@@ -590,7 +690,8 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const int at = q.column + 8 * j + 2 * t;
-                const float2 there = *(const float2 *)(in.cs + at), del = *(const float2 *)(in.del + at);
+                const float2 there = *(const float2 *)(in.cs + at),
+                             del = *(const float2 *)(in.del + at);
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float l = fast_exp2((e / 2 ? cs1 : cs0) - (e % 2 ? there.y : there.x));
@@ -613,8 +714,10 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
         float dot0 = 0, dot1 = 0;
 #pragma unroll
         for (int i = 0; i < HALF_NT; i++) {
-            dot0 += pair_dot(*(const unsigned *)&s.c[r0 * LD_N + n0 + 8 * i + 2 * t], dc[i][0], dc[i][1]);
-            dot1 += pair_dot(*(const unsigned *)&s.c[(r0 + 8) * LD_N + n0 + 8 * i + 2 * t], dc[i][2], dc[i][3]);
+            dot0 += pair_dot(*(const unsigned *)&s.c[r0 * LD_N + n0 + 8 * i + 2 * t], dc[i][0],
+                             dc[i][1]);
+            dot1 += pair_dot(*(const unsigned *)&s.c[(r0 + 8) * LD_N + n0 + 8 * i + 2 * t],
+                             dc[i][2], dc[i][3]);
         }
         dot0 = row_lanes(dot0);
         dot1 = row_lanes(dot1);
@@ -642,7 +745,8 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
         }
     }
     __syncthreads();
-    const unsigned left = across<LD_N>(s.mix) + 2 * tile * TILE * LD_N, above = down<LD_N>(s.mix) + 2 * tile * TILE;
+    const unsigned left = across<LD_N>(s.mix) + 2 * tile * TILE * LD_N,
+                   above = down<LD_N>(s.mix) + 2 * tile * TILE;
     const unsigned b = across<LD_N>(s.b) + 2 * n0, other = across<LD_N>(s.c) + 2 * n0;
 #pragma unroll 1
     for (int i = 0; i <= tile; i++) {
@@ -664,14 +768,16 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
 
 template <class K> static void allow(K kernel, size_t shared)
 {
-    CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    CHECK_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
 }
 
 void ssd_mma_states(const ssd_args<bf16> &a, bool adjoint, cudaStream_t stream)
 {
     const size_t shared = WALK_STAGES * sizeof(walk_stage);
     allow(walk_kernel, shared);
-    walk_kernel<<<dim3((unsigned)a.heads, N / WALK_COLS, adjoint ? 2 : 1), WALK_THREADS, shared, stream>>>(a);
+    walk_kernel<<<dim3((unsigned)a.heads, N / WALK_COLS, adjoint ? 2 : 1), WALK_THREADS, shared,
+                  stream>>>(a);
     CHECK_LAUNCH();
 }
 
@@ -679,7 +785,8 @@ void ssd_mma_output(const ssd_args<bf16> &a, int most, cudaStream_t stream)
 {
     const size_t shared = sizeof(rows_memory<false>);
     allow(rows_kernel<false>, shared);
-    rows_kernel<false><<<dim3((unsigned)most, (unsigned)a.groups), ROWS_THREADS, shared, stream>>>(a, most);
+    rows_kernel<false>
+        <<<dim3((unsigned)most, (unsigned)a.groups), ROWS_THREADS, shared, stream>>>(a, most);
     CHECK_LAUNCH();
 }
 

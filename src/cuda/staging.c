@@ -1,7 +1,9 @@
-/* staging.c - pinned host memory that copies from the host pass through, so that neither they nor the host wait (cuda_util.h).
+/* staging.c - pinned host memory that copies from the host pass through, so that neither they nor
+ * the host wait (cuda_util.h).
  *
- * Pieces are used in turn; after each copy out of a piece its event is recorded, and a piece that comes round again is waited for. The
- * host thus waits only when it is a whole round ahead of the device.
+ * Pieces are used in turn; after each copy out of a piece its event is recorded, and a piece that
+ * comes round again is waited for. The host thus waits only when it is a whole round ahead of the
+ * device.
  */
 #include <stdlib.h>
 #include "cuda_util.h"
@@ -11,8 +13,8 @@ enum { PIECES = 32 };
 struct cuda_staging {
     char *base;
     cudaEvent_t done[PIECES];
-    int piece;              /* in use */
-    size_t used;            /* bytes of it */
+    int piece;   /* in use */
+    size_t used; /* bytes of it */
 };
 
 void cuda_staging_start(struct cuda_context *c)
@@ -20,7 +22,8 @@ void cuda_staging_start(struct cuda_context *c)
     if (c->staging)
         return;
     c->staging = xcalloc(1, sizeof *c->staging);
-    CHECK_CUDA(cudaHostAlloc((void **)&c->staging->base, (size_t)PIECES * CUDA_STAGING_PIECE, cudaHostAllocDefault));
+    CHECK_CUDA(cudaHostAlloc((void **)&c->staging->base, (size_t)PIECES * CUDA_STAGING_PIECE,
+                             cudaHostAllocDefault));
     for (int i = 0; i < PIECES; i++)
         CHECK_CUDA(cudaEventCreateWithFlags(&c->staging->done[i], cudaEventDisableTiming));
 }

@@ -1,8 +1,10 @@
-/* tiles.cuh - what kernels on tensor cores are made of: 16 x 8 x 16 products of a warp in bf16 with fp32 sums, the loads of
- * their operands from shared memory, and copies into shared memory that run beside them.
+/* tiles.cuh - what kernels on tensor cores are made of: 16 x 8 x 16 products of a warp in bf16 with
+ * fp32 sums, the loads of their operands from shared memory, and copies into shared memory that run
+ * beside them.
  *
- * Lane l of a warp has g = l/4 and t = l%4. A sum v[4] holds row g columns 2t, 2t+1, then row g+8 the same columns; the sums
- * of two neighbouring products are therefore, rounded and packed in pairs, the left operand of the next product.
+ * Lane l of a warp has g = l/4 and t = l%4. A sum v[4] holds row g columns 2t, 2t+1, then row g+8
+ * the same columns; the sums of two neighbouring products are therefore, rounded and packed in
+ * pairs, the left operand of the next product.
  */
 #ifndef MIMO_CUDA_TILES_CUH
 #define MIMO_CUDA_TILES_CUH
@@ -17,7 +19,10 @@ __device__ __forceinline__ unsigned shared_address(const void *p)
 /* Four 8 x 8 matrices, each lane the address of one row of eight. */
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned at)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(at)
+                 : "memory");
 }
 
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned at)
@@ -29,7 +34,8 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
 }
 
 /* d += a b. */
-__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1)
 {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -39,14 +45,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
 /* 16 bytes; zeros unless `real`, the address must be valid anyway. */
 __device__ __forceinline__ void copy_async(void *to, const void *from, bool real)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(real ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(real ? 16 : 0)
+                 : "memory");
 }
 
 /* Ends a group of copies. */
-__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_end()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 /* Until all but the LATEST groups of this thread have arrived. */
-template <int LATEST> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory"); }
+template <int LATEST> __device__ __forceinline__ void copies_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
+}
 
 __device__ __forceinline__ float fast_exp2(float x)
 {
@@ -54,8 +68,14 @@ __device__ __forceinline__ float fast_exp2(float x)
     return x;
 }
 
-__device__ __forceinline__ float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float low_half(unsigned pair)
+{
+    return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high_half(unsigned pair)
+{
+    return __uint_as_float(pair & 0xffff0000u);
+}
 
 __device__ __forceinline__ unsigned pack(float low, float high)
 {
@@ -68,9 +88,10 @@ __device__ __forceinline__ unsigned scaled(unsigned pair, float low, float high)
     return pack(low_half(pair) * low, high_half(pair) * high);
 }
 
-/* A lane's address in a tile of rows of LD elements. A left operand [m][k] takes load_matrices ACROSS, kept as [k][m]
- * load_matrices_transposed DOWN; a right operand [k][n] takes load_matrices_transposed ACROSS, kept as [n][k] load_matrices
- * DOWN. Right operands come in pairs, 16 columns: elements 0, 1 and 2, 3. */
+/* A lane's address in a tile of rows of LD elements. A left operand [m][k] takes load_matrices
+ * ACROSS, kept as [k][m] load_matrices_transposed DOWN; a right operand [k][n] takes
+ * load_matrices_transposed ACROSS, kept as [n][k] load_matrices DOWN. Right operands come in pairs,
+ * 16 columns: elements 0, 1 and 2, 3. */
 template <int LD> __device__ __forceinline__ unsigned across(const bf16 *tile)
 {
     const int lane = threadIdx.x % WARP;
@@ -83,9 +104,11 @@ template <int LD> __device__ __forceinline__ unsigned down(const bf16 *tile)
     return shared_address(tile) + 2 * ((lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8);
 }
 
-/* sum[2*i], sum[2*i+1] += a * columns 16i.. of one step of 16 along k, of a right operand kept [k][n] whose first element's
- * address is `at`. */
-template <int PAIRS, int NT> __device__ __forceinline__ void multiply_row(float (&sum)[NT][4], const unsigned (&a)[4], unsigned at)
+/* sum[2*i], sum[2*i+1] += a * columns 16i.. of one step of 16 along k, of a right operand kept
+ * [k][n] whose first element's address is `at`. */
+template <int PAIRS, int NT>
+__device__ __forceinline__ void multiply_row(float (&sum)[NT][4], const unsigned (&a)[4],
+                                             unsigned at)
 {
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
@@ -97,7 +120,9 @@ template <int PAIRS, int NT> __device__ __forceinline__ void multiply_row(float 
 }
 
 /* The same with the operand kept [n][k] in rows of LD. */
-template <int PAIRS, int LD, int NT> __device__ __forceinline__ void multiply_column(float (&sum)[NT][4], const unsigned (&a)[4], unsigned at)
+template <int PAIRS, int LD, int NT>
+__device__ __forceinline__ void multiply_column(float (&sum)[NT][4], const unsigned (&a)[4],
+                                                unsigned at)
 {
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
@@ -122,8 +147,10 @@ __device__ __forceinline__ void swap_words(unsigned &low, unsigned &high, int la
     (upper ? low : high) = got;
 }
 
-/* A row of 32 rounded sums, each lane's pairs of four neighbouring products in w, goes to memory as 16 bytes a lane. */
-__device__ __forceinline__ void store_row(bf16 *to, unsigned w0, unsigned w1, unsigned w2, unsigned w3, bool real)
+/* A row of 32 rounded sums, each lane's pairs of four neighbouring products in w, goes to memory as
+ * 16 bytes a lane. */
+__device__ __forceinline__ void store_row(bf16 *to, unsigned w0, unsigned w1, unsigned w2,
+                                          unsigned w3, bool real)
 {
     swap_words(w0, w1, 1);
     swap_words(w2, w3, 1);

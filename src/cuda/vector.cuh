@@ -1,8 +1,9 @@
-/* vector.cuh - chunks of eight neighbouring elements: 16 bytes of BF16, 32 of F32. What streams through memory moves in them.
+/* vector.cuh - chunks of eight neighbouring elements: 16 bytes of BF16, 32 of F32. What streams
+ * through memory moves in them.
  *
- * A chunk begins at a multiple of eight columns. Rows may be any number of elements apart and start anywhere, so every kernel
- * exists twice: VEC, where each row starts on 16 bytes, and element by element. The last chunk of a row may be short; what it
- * lacks reads as zero and is not written.
+ * A chunk begins at a multiple of eight columns. Rows may be any number of elements apart and start
+ * anywhere, so every kernel exists twice: VEC, where each row starts on 16 bytes, and element by
+ * element. The last chunk of a row may be short; what it lacks reads as zero and is not written.
  */
 #ifndef MIMO_CUDA_VECTOR_CUH
 #define MIMO_CUDA_VECTOR_CUH
@@ -34,7 +35,8 @@ template <bool VEC> __device__ __forceinline__ chunk<bf16> read_chunk(const bf16
     const unsigned short *bits = (const unsigned short *)p;
 #pragma unroll
     for (int i = 0; i < CHUNK / 2; i++)
-        c.word[i] = (2 * i < n ? bits[2 * i] : 0) | (2 * i + 1 < n ? (unsigned)bits[2 * i + 1] << 16 : 0);
+        c.word[i] =
+            (2 * i < n ? bits[2 * i] : 0) | (2 * i + 1 < n ? (unsigned)bits[2 * i + 1] << 16 : 0);
     return c;
 }
 
@@ -69,12 +71,14 @@ __device__ __forceinline__ void widen_chunk(const chunk<float> &c, float (&v)[CH
         v[i] = c.v[i];
 }
 
-template <bool VEC, class T> __device__ __forceinline__ void load_chunk(const T *p, int n, float (&v)[CHUNK])
+template <bool VEC, class T>
+__device__ __forceinline__ void load_chunk(const T *p, int n, float (&v)[CHUNK])
 {
     widen_chunk(read_chunk<VEC>(p, n), v);
 }
 
-template <bool VEC> __device__ __forceinline__ void store_chunk(bf16 *p, int n, const float (&v)[CHUNK])
+template <bool VEC>
+__device__ __forceinline__ void store_chunk(bf16 *p, int n, const float (&v)[CHUNK])
 {
     if (VEC && n == CHUNK) {
         unsigned word[4];
@@ -92,7 +96,8 @@ template <bool VEC> __device__ __forceinline__ void store_chunk(bf16 *p, int n, 
             p[i] = from_float<bf16>(v[i]);
 }
 
-template <bool VEC> __device__ __forceinline__ void store_chunk(float *p, int n, const float (&v)[CHUNK])
+template <bool VEC>
+__device__ __forceinline__ void store_chunk(float *p, int n, const float (&v)[CHUNK])
 {
     if (VEC && n == CHUNK) {
         *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);

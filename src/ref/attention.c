@@ -15,11 +15,11 @@ enum { TILE = 128 };
 
 /* One query head of one segment: rows are tokens, `ld` apart. */
 struct head {
-    int len;                  /* rows of the segment */
+    int len; /* rows of the segment */
     int d;
     bool causal;
     real scale;
-    const real *q, *k, *v;    /* [len, d] */
+    const real *q, *k, *v; /* [len, d] */
     int ld;
 };
 
@@ -58,8 +58,7 @@ void REF(attention_forward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len
 }
 
 void REF(attention_backward)(struct stream *s, in_t qkv, in_t cu, int64_t max_len, int n, int g,
-                             int d, bool causal, in_t o, in_t lse, in_t do_, in_t work,
-                             out_t dqkv)
+                             int d, bool causal, in_t o, in_t lse, in_t do_, in_t work, out_t dqkv)
 {
     check_arguments(qkv, cu, max_len, n, g, d, o, lse);
     ref_expect(do_, tensor_rows(o), tensor_cols(o));

@@ -98,9 +98,9 @@ static void ref_initialise(struct stream *s, enum rng_init init, double scale, s
 {
     for (int64_t r = 0; r < tensor_rows(t); r++)
         for (int64_t c = 0; c < tensor_cols(t); c++)
-            store(row_of(t, r), t->dtype, c,
-                  (float)rng_initial_at(init, scale, key,
-                                        base + (uint64_t)r * stride + (uint64_t)c));
+            store(
+                row_of(t, r), t->dtype, c,
+                (float)rng_initial_at(init, scale, key, base + (uint64_t)r * stride + (uint64_t)c));
 }
 
 static void ref_cast(struct stream *s, in_t src, out_t dst)
@@ -139,17 +139,20 @@ static void ref_event_record(struct event *e, struct stream *s) {}
 static void ref_stream_wait(struct stream *s, const struct event *e) {}
 static void ref_event_sync(const struct event *e) {}
 
-#define COMMON                                                                                     \
+#define COMMON \
     .name = "ref", .alloc = ref_alloc, .release = ref_release, .copy = ref_copy, .fill = ref_fill, \
-    .cast = ref_cast, .initialise = ref_initialise, .memory = ref_memory, .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy,    \
-    .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, .event_create = ref_event_create,                              \
-    .event_destroy = ref_event_destroy, .event_record = ref_event_record,                          \
-    .stream_wait = ref_stream_wait, .event_sync = ref_event_sync, .alloc_host = ref_alloc, .release_host = ref_release,
+    .cast = ref_cast, .initialise = ref_initialise, .memory = ref_memory, \
+    .stream_create = ref_stream_create, .stream_destroy = ref_stream_destroy, \
+    .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, \
+    .event_create = ref_event_create, .event_destroy = ref_event_destroy, \
+    .event_record = ref_event_record, .stream_wait = ref_stream_wait, \
+    .event_sync = ref_event_sync, .alloc_host = ref_alloc, .release_host = ref_release,
 
 /* clang-format off */
 const struct backend_ops backend_ref_f32 = {
     COMMON
-    .act = DTYPE_F32, .acc = DTYPE_F32, .ssd_work = ref_ssd_work_f32, .attention_work = ref_attention_work_f32,
+    .act = DTYPE_F32, .acc = DTYPE_F32,
+    .ssd_work = ref_ssd_work_f32, .attention_work = ref_attention_work_f32,
 #define X(op) .op = ref_##op##_f32,
     REF_OPS(X)
 #undef X
@@ -157,7 +160,8 @@ const struct backend_ops backend_ref_f32 = {
 
 const struct backend_ops backend_ref_f64 = {
     COMMON
-    .act = DTYPE_F64, .acc = DTYPE_F64, .ssd_work = ref_ssd_work_f64, .attention_work = ref_attention_work_f64,
+    .act = DTYPE_F64, .acc = DTYPE_F64,
+    .ssd_work = ref_ssd_work_f64, .attention_work = ref_attention_work_f64,
 #define X(op) .op = ref_##op##_f64,
     REF_OPS(X)
 #undef X

@@ -1,9 +1,10 @@
-/* mamba.c - the short convolution and the gated norm of the Mamba-2 layer. Formulas: model.md 1.6.2 and 1.6.6; the scan is in
- * ssd.c.
+/* mamba.c - the short convolution and the gated norm of the Mamba-2 layer. Formulas: model.md 1.6.2
+ * and 1.6.6; the scan is in ssd.c.
  *
- * Convolution: v[s] = b + sum_w k[w] x[s-(W-1)+w] inside the segment of s, y = v sg(v): k[W-1] belongs to the current token.
- * Columns are handled REF_COLUMNS at a time, so that the transposed taps and the sums for their gradients fit on the stack.
- * Gated norm: the gate comes first (u = y silu(z)), then the RMS over each of `groups` ranges of columns.
+ * Convolution: v[s] = b + sum_w k[w] x[s-(W-1)+w] inside the segment of s, y = v sg(v): k[W-1]
+ * belongs to the current token. Columns are handled REF_COLUMNS at a time, so that the transposed
+ * taps and the sums for their gradients fit on the stack. Gated norm: the gate comes first (u = y
+ * silu(z)), then the RMS over each of `groups` ranges of columns.
  */
 #include "ssd.h"
 
@@ -13,16 +14,19 @@ enum { CONV_MAX_TAPS = 64 };
 struct taps {
     int64_t taps, n;
     const real *bias;
-    real weight[CONV_MAX_TAPS][REF_COLUMNS];   /* [taps][n] */
+    real weight[CONV_MAX_TAPS][REF_COLUMNS]; /* [taps][n] */
 };
 
 static int64_t check_conv(in_t x, in_t w, in_t b, in_t cu, int64_t max_len, in_t y);
 static void taps_load(struct taps *t, in_t w, in_t b, int64_t first, int64_t n);
-static void convolve(const struct taps *t, const real *restrict x, int64_t ld, int64_t before, real *restrict v);
-static void convolution_dv(const struct taps *t, in_t x, const int32_t *cu, int64_t segments, int64_t column, in_t dy, out_t dv);
-static void convolution_dx(const struct taps *t, const int32_t *cu, int64_t segments, int64_t column, out_t dx);
-static void convolution_dw(const struct taps *t, in_t x, const int32_t *cu, int64_t segments, int64_t column, in_t dv, real *dw,
-                           real *db);
+static void convolve(const struct taps *t, const real *restrict x, int64_t ld, int64_t before,
+                     real *restrict v);
+static void convolution_dv(const struct taps *t, in_t x, const int32_t *cu, int64_t segments,
+                           int64_t column, in_t dy, out_t dv);
+static void convolution_dx(const struct taps *t, const int32_t *cu, int64_t segments,
+                           int64_t column, out_t dx);
+static void convolution_dw(const struct taps *t, in_t x, const int32_t *cu, int64_t segments,
+                           int64_t column, in_t dv, real *dw, real *db);
 static void check_gated(in_t y, in_t z, in_t w, int groups, in_t rs, in_t o);
 
 /* Columns of the block that starts at `first`. */
@@ -48,19 +52,21 @@ void REF(conv_forward)(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_
     }
 }
 
-void REF(conv_backward)(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, in_t dy, out_t dx, out_t dw,
-                        out_t db)
+void REF(conv_backward)(struct stream *s, in_t x, in_t w, in_t b, in_t cu, int64_t max_len, in_t dy,
+                        out_t dx, out_t dw, out_t db)
 {
     int64_t cols = tensor_cols(dx), segments = check_conv(x, w, b, cu, max_len, dx);
     ref_expect(dy, tensor_rows(dx), cols);
     ASSERT((dw == NULL) == (db == NULL));
-    real *dweight = dw != NULL ? ref_vector(dw, tensor_numel(w)) : NULL, *dbias = db != NULL ? ref_vector(db, cols) : NULL;
+    real *dweight = dw != NULL ? ref_vector(dw, tensor_numel(w)) : NULL,
+         *dbias = db != NULL ? ref_vector(db, cols) : NULL;
     struct taps t;
     for (int64_t first = 0; first < cols; first += REF_COLUMNS) {
         taps_load(&t, w, b, first, block_cols(first, cols));
         convolution_dv(&t, x, cu->data, segments, first, dy, dx);
         if (dweight != NULL)
-            convolution_dw(&t, x, cu->data, segments, first, dx, dweight + first * t.taps, dbias + first);
+            convolution_dw(&t, x, cu->data, segments, first, dx, dweight + first * t.taps,
+                           dbias + first);
         convolution_dx(&t, cu->data, segments, first, dx);
     }
 }
@@ -90,7 +96,8 @@ static void taps_load(struct taps *t, in_t w, in_t b, int64_t first, int64_t n)
 }
 
 /* v of the row at x, which has `before` rows of its segment above it. */
-static void convolve(const struct taps *t, const real *restrict x, int64_t ld, int64_t before, real *restrict v)
+static void convolve(const struct taps *t, const real *restrict x, int64_t ld, int64_t before,
+                     real *restrict v)
 {
     const int64_t n = t->n, last = t->taps - 1;
     for (int64_t c = 0; c < n; c++)
@@ -103,7 +110,8 @@ static void convolve(const struct taps *t, const real *restrict x, int64_t ld, i
 }
 
 /* dv = dy sg(v) (1 + v (1-sg(v))) */
-static void convolution_dv(const struct taps *t, in_t x, const int32_t *cu, int64_t segments, int64_t column, in_t dy, out_t dv)
+static void convolution_dv(const struct taps *t, in_t x, const int32_t *cu, int64_t segments,
+                           int64_t column, in_t dy, out_t dv)
 {
     for (int64_t i = 0; i < segments; i++)
         for (int64_t r = cu[i]; r < cu[i + 1]; r++) {
@@ -117,8 +125,10 @@ static void convolution_dv(const struct taps *t, in_t x, const int32_t *cu, int6
         }
 }
 
-/* On entry dx holds dv. Row r becomes sum_w k[w] dv[r+W-1-w]: rows in ascending order still find the dv below them. */
-static void convolution_dx(const struct taps *t, const int32_t *cu, int64_t segments, int64_t column, out_t dx)
+/* On entry dx holds dv. Row r becomes sum_w k[w] dv[r+W-1-w]: rows in ascending order still find
+ * the dv below them. */
+static void convolution_dx(const struct taps *t, const int32_t *cu, int64_t segments,
+                           int64_t column, out_t dx)
 {
     const int64_t last = t->taps - 1;
     for (int64_t i = 0; i < segments; i++)
@@ -135,8 +145,8 @@ static void convolution_dx(const struct taps *t, const int32_t *cu, int64_t segm
 }
 
 /* dw[c][k] += sum_s dv[s] x[s-(W-1)+k], db += sum_s dv[s]. */
-static void convolution_dw(const struct taps *t, in_t x, const int32_t *cu, int64_t segments, int64_t column, in_t dv, real *dw,
-                           real *db)
+static void convolution_dw(const struct taps *t, in_t x, const int32_t *cu, int64_t segments,
+                           int64_t column, in_t dv, real *dw, real *db)
 {
     const int64_t last = t->taps - 1;
     double bias[REF_COLUMNS] = { 0 }, sum[CONV_MAX_TAPS][REF_COLUMNS];
@@ -161,7 +171,8 @@ static void convolution_dw(const struct taps *t, in_t x, const int32_t *cu, int6
     }
 }
 
-void REF(gated_norm_forward)(struct stream *s, in_t y, in_t z, in_t w, int groups, double eps, out_t o, out_t rs)
+void REF(gated_norm_forward)(struct stream *s, in_t y, in_t z, in_t w, int groups, double eps,
+                             out_t o, out_t rs)
 {
     check_gated(y, z, w, groups, rs, o);
     int64_t rows = tensor_rows(o), width = tensor_cols(o) / groups;
@@ -179,9 +190,10 @@ void REF(gated_norm_forward)(struct stream *s, in_t y, in_t z, in_t w, int group
         }
 }
 
-/* dw += sum over rows of do u rs. Until the last loop dy holds sg(z) and dz holds u rs: the exponentials are taken once. */
-void REF(gated_norm_backward)(struct stream *s, in_t y, in_t z, in_t w, int groups, in_t rs, in_t do_, out_t dy, out_t dz,
-                              out_t dw)
+/* dw += sum over rows of do u rs. Until the last loop dy holds sg(z) and dz holds u rs: the
+ * exponentials are taken once. */
+void REF(gated_norm_backward)(struct stream *s, in_t y, in_t z, in_t w, int groups, in_t rs,
+                              in_t do_, out_t dy, out_t dz, out_t dw)
 {
     check_gated(y, z, w, groups, rs, do_);
     int64_t rows = tensor_rows(y), cols = tensor_cols(y), width = cols / groups;
@@ -191,7 +203,8 @@ void REF(gated_norm_backward)(struct stream *s, in_t y, in_t z, in_t w, int grou
     ref_expect(dz, rows, cols);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0, first = 0; g < groups; g++, first += width) {
-            const real *value = ref_row(y, r) + first, *gate = ref_row(z, r) + first, scale = ref_row(rs, r)[g];
+            const real *value = ref_row(y, r) + first, *gate = ref_row(z, r) + first,
+                       scale = ref_row(rs, r)[g];
             real *sigmoid = ref_row(dy, r) + first, *normed = ref_row(dz, r) + first;
             for (int64_t i = 0; i < width; i++) {
                 sigmoid[i] = 1 / (1 + REF_EXP(-gate[i]));
@@ -211,8 +224,10 @@ void REF(gated_norm_backward)(struct stream *s, in_t y, in_t z, in_t w, int grou
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0, first = 0; g < groups; g++, first += width) {
-            const real *value = ref_row(y, r) + first, *gate = ref_row(z, r) + first, *from = ref_row(do_, r) + first;
-            real *to_y = ref_row(dy, r) + first, *to_z = ref_row(dz, r) + first, scale = ref_row(rs, r)[g];
+            const real *value = ref_row(y, r) + first, *gate = ref_row(z, r) + first,
+                       *from = ref_row(do_, r) + first;
+            real *to_y = ref_row(dy, r) + first, *to_z = ref_row(dz, r) + first,
+                 scale = ref_row(rs, r)[g];
             double lane[8] = { 0 };
             int64_t i = 0;
             for (; i + 8 <= width; i += 8)

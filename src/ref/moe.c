@@ -1,21 +1,28 @@
-/* moe.c - mixture of experts: routing, balance, the sort of token copies, the experts' products and their activation.
- * Formulas: model.md 1.8.
+/* moe.c - mixture of experts: routing, balance, the sort of token copies, the experts' products and
+ * their activation. Formulas: model.md 1.8.
  *
- * Top-K of a token = the experts whose (key, index) is not behind that of the K-th best, where a larger key or, for equal keys,
- * a smaller index is better. Finding that bound first needs no list and lets the choice be written in ascending order. A NaN
- * counts as the largest key: it is chosen, and shows in the probabilities.
+ * Top-K of a token = the experts whose (key, index) is not behind that of the K-th best, where a
+ * larger key or, for equal keys, a smaller index is better. Finding that bound first needs no list
+ * and lets the choice be written in ascending order. A NaN counts as the largest key: it is chosen,
+ * and shows in the probabilities.
  */
 #include <string.h>
 #include "ref_row.h"
 
 /* The K-th best expert of a token. */
-struct bound { real key; int64_t index; };
+struct bound {
+    real key;
+    int64_t index;
+};
 
-static struct bound find_bound(const real *score, real divisor, const real *bias, int64_t experts, int64_t topk);
-static double add_balance_gradient(const real *score, const int64_t *count, double factor, int64_t experts, double *total);
+static struct bound find_bound(const real *score, real divisor, const real *bias, int64_t experts,
+                               int64_t topk);
+static double add_balance_gradient(const real *score, const int64_t *count, double factor,
+                                   int64_t experts, double *total);
 static const int32_t *check_offsets(in_t offsets, int64_t experts, int64_t max_rows);
 
-void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets, int64_t max_rows, out_t c)
+void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
+                       int64_t max_rows, out_t c)
 {
     in_t w = mode == BACKEND_GROUPED_TN ? c : b;
     ASSERT(w->ndim == 3);
@@ -38,16 +45,16 @@ void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t
         real *row = ref_row(other, first[e]);
         switch (mode) {
         case BACKEND_GROUPED_NT:
-            REF_GEMM(CblasRowMajor, CblasNoTrans, CblasTrans, rows, n_out, n_in, 1, from, ref_int(a->ld), we, n_in, 0, row,
-                     ref_int(c->ld));
+            REF_GEMM(CblasRowMajor, CblasNoTrans, CblasTrans, rows, n_out, n_in, 1, from,
+                     ref_int(a->ld), we, n_in, 0, row, ref_int(c->ld));
             break;
         case BACKEND_GROUPED_NN:
-            REF_GEMM(CblasRowMajor, CblasNoTrans, CblasNoTrans, rows, n_in, n_out, 1, from, ref_int(a->ld), we, n_in, 0, row,
-                     ref_int(c->ld));
+            REF_GEMM(CblasRowMajor, CblasNoTrans, CblasNoTrans, rows, n_in, n_out, 1, from,
+                     ref_int(a->ld), we, n_in, 0, row, ref_int(c->ld));
             break;
         case BACKEND_GROUPED_TN:
-            REF_GEMM(CblasRowMajor, CblasTrans, CblasNoTrans, n_out, n_in, rows, 1, from, ref_int(a->ld), row, ref_int(b->ld),
-                     1, we, n_in);
+            REF_GEMM(CblasRowMajor, CblasTrans, CblasNoTrans, n_out, n_in, rows, 1, from,
+                     ref_int(a->ld), row, ref_int(b->ld), 1, we, n_in);
             break;
         }
     }
@@ -76,7 +83,8 @@ static bool chosen(struct bound last, real key, int64_t e)
     return key > last.key || (key == last.key && e <= last.index);
 }
 
-static struct bound find_bound(const real *score, real divisor, const real *bias, int64_t experts, int64_t topk)
+static struct bound find_bound(const real *score, real divisor, const real *bias, int64_t experts,
+                               int64_t topk)
 {
     struct bound last = { 0, -1 };
     for (int64_t k = 0; k < topk; k++) {
@@ -93,7 +101,8 @@ static struct bound find_bound(const real *score, real divisor, const real *bias
 }
 
 /* The top-K of score + bias, in ascending order. */
-static void choose(const real *score, const real *bias, int64_t experts, int64_t topk, int32_t *choice)
+static void choose(const real *score, const real *bias, int64_t experts, int64_t topk,
+                   int32_t *choice)
 {
     const struct bound last = find_bound(score, 1, bias, experts, topk);
     int64_t n = 0;
@@ -102,10 +111,11 @@ static void choose(const real *score, const real *bias, int64_t experts, int64_t
             choice[n++] = (int32_t)e;
 }
 
-void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, bool given, out_t scores, out_t expert,
-                         out_t prob)
+void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scaling, bool given,
+                         out_t scores, out_t expert, out_t prob)
 {
-    const int64_t tokens = tensor_rows(logits), experts = tensor_cols(logits), topk = tensor_cols(expert);
+    const int64_t tokens = tensor_rows(logits), experts = tensor_cols(logits),
+                  topk = tensor_cols(expert);
     const real *shift = bias != NULL ? ref_vector(bias, experts) : NULL;
     ref_expect(logits, tokens, experts);
     ref_expect(scores, tokens, experts);
@@ -130,13 +140,16 @@ void REF(router_forward)(struct stream *s, in_t logits, in_t bias, double scalin
     }
 }
 
-void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t first_row, int64_t seq_len, out_t count, out_t psum)
+void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t first_row,
+                         int64_t seq_len, out_t count, out_t psum)
 {
-    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), sequences = tensor_rows(count);
+    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores),
+                  sequences = tensor_rows(count);
     ref_expect(scores, tokens, experts);
     ref_expect(psum, sequences, experts);
     ref_expect_dense(count, DTYPE_I64, sequences * experts);
-    ASSERT(topk >= 1 && topk <= experts && first_row >= 0 && first_row + tokens <= sequences * seq_len);
+    ASSERT(topk >= 1 && topk <= experts && first_row >= 0 &&
+           first_row + tokens <= sequences * seq_len);
     for (int64_t b = 0; b < sequences; b++) {
         int64_t *n = (int64_t *)count->data + b * experts;
         int64_t begin = b * seq_len - first_row, end = begin + seq_len;
@@ -164,7 +177,8 @@ void REF(router_balance)(struct stream *s, in_t scores, int topk, int64_t first_
     }
 }
 
-void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t seq_len, out_t metric)
+void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk, int64_t seq_len,
+                              out_t metric)
 {
     const int64_t sequences = tensor_rows(count), experts = tensor_cols(count);
     real *total = ref_vector(metric, 1);
@@ -173,18 +187,23 @@ void REF(router_balance_loss)(struct stream *s, in_t count, in_t psum, int topk,
     double sum = 0;
     for (int64_t b = 0; b < sequences; b++)
         for (int64_t e = 0; e < experts; e++)
-            sum += (double)ref_row(psum, b)[e] * (double)((const int64_t *)count->data)[b * experts + e];
+            sum += (double)ref_row(psum, b)[e] *
+                   (double)((const int64_t *)count->data)[b * experts + e];
     if (sequences == 0 || seq_len == 0)
         return;
     const double length = (double)seq_len;
-    *total = (real)(*total + sum * (double)experts / ((double)topk * length * length) / (double)sequences);
+    *total = (real)(*total +
+                    sum * (double)experts / ((double)topk * length * length) / (double)sequences);
 }
 
-/* ds_k = scaling (g_k - m)/Z over the chosen, ds_e += (ga_e - sum ga a)/Z_all over all; dl = ds s (1-s). */
-void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob, in_t dprob, double scaling, in_t count,
-                          double coeff, int64_t first_row, int64_t seq_len, out_t dlogits)
+/* ds_k = scaling (g_k - m)/Z over the chosen, ds_e += (ga_e - sum ga a)/Z_all over all; dl = ds s
+ * (1-s). */
+void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob, in_t dprob,
+                          double scaling, in_t count, double coeff, int64_t first_row,
+                          int64_t seq_len, out_t dlogits)
 {
-    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores), topk = tensor_cols(expert);
+    const int64_t tokens = tensor_rows(scores), experts = tensor_cols(scores),
+                  topk = tensor_cols(expert);
     const int32_t *choice = ref_index(expert, tokens * topk);
     ref_expect(scores, tokens, experts);
     ref_expect(prob, tokens, topk);
@@ -197,7 +216,9 @@ void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob,
     const double factor = coeff * (double)experts / ((double)topk * (double)seq_len);
     for (int64_t t = 0; t < tokens; t++, choice += topk) {
         const real *score = ref_row(scores, t), *g = ref_row(dprob, t);
-        const int64_t *n = count != NULL ? (const int64_t *)count->data + (first_row + t) / seq_len * experts : NULL;
+        const int64_t *n = count != NULL
+                               ? (const int64_t *)count->data + (first_row + t) / seq_len * experts
+                               : NULL;
         real *dl = ref_row(dlogits, t);
         double sum = 1e-20, mean = 0, all = 1, balance = 0;
         for (int64_t k = 0; k < topk; k++) {
@@ -218,7 +239,8 @@ void REF(router_backward)(struct stream *s, in_t scores, in_t expert, in_t prob,
 }
 
 /* sum_e ga_e a_e with ga = factor*count; total = the denominator of a. */
-static double add_balance_gradient(const real *score, const int64_t *count, double factor, int64_t experts, double *total)
+static double add_balance_gradient(const real *score, const int64_t *count, double factor,
+                                   int64_t experts, double *total)
 {
     const double all = ref_sum(score, experts) + 1e-20;
     double sum = 0;
@@ -228,8 +250,8 @@ static double add_balance_gradient(const real *score, const int64_t *count, doub
     return sum;
 }
 
-void REF(moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token, out_t row_prob, out_t token_row,
-                   out_t tokens_per_expert)
+void REF(moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_t row_token,
+                   out_t row_prob, out_t token_row, out_t tokens_per_expert)
 {
     const int64_t tokens = tensor_rows(expert), topk = tensor_cols(expert), copies = tokens * topk;
     const int64_t experts = tensor_numel(offsets) - 1;
@@ -253,7 +275,8 @@ void REF(moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_
     }
     for (int64_t e = 0; e < experts; e++)
         first[e + 1] += first[e];
-    /* While rows are handed out first[e] is the next free row of expert e, and in the end that of e+1: shifted back below. */
+    /* While rows are handed out first[e] is the next free row of expert e, and in the end that of
+     * e+1: shifted back below. */
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t k = 0; k < topk; k++) {
             const int32_t to = first[choice[t * topk + k]]++;
@@ -266,9 +289,11 @@ void REF(moe_sort)(struct stream *s, in_t expert, in_t prob, out_t offsets, out_
     first[0] = 0;
 }
 
-void REF(dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order, out_t inverse)
+void REF(dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offsets, out_t order,
+                         out_t inverse)
 {
-    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all), owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
+    const int64_t ranks = tensor_rows(all), stride = tensor_cols(all),
+                  owned = tensor_numel(offsets) - 1, most = tensor_numel(order);
     const int32_t *from = ref_index(all, ranks * stride);
     int32_t *start = offsets->data, *received = order->data, *wanted = inverse->data;
     int64_t at = 0;
@@ -277,7 +302,7 @@ void REF(dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offset
     ref_index(inverse, most);
     ASSERT(first >= 0 && owned >= 0 && first + owned < stride);
     for (int64_t e = first; e < first + owned; e++) {
-        int64_t source = 0;                /* first row that rank r sends here */
+        int64_t source = 0; /* first row that rank r sends here */
         start[e - first] = (int32_t)at;
         for (int64_t r = 0; r < ranks; r++) {
             const int32_t *own = from + r * stride;
@@ -296,7 +321,8 @@ void REF(dispatch_order)(struct stream *s, in_t all, int64_t first, out_t offset
 
 void REF(moe_unsort_prob)(struct stream *s, in_t drow, in_t token_row, out_t dprob)
 {
-    const int64_t tokens = tensor_rows(token_row), topk = tensor_cols(token_row), rows = tensor_numel(drow);
+    const int64_t tokens = tensor_rows(token_row), topk = tensor_cols(token_row),
+                  rows = tensor_numel(drow);
     const int32_t *row = ref_index(token_row, tokens * topk);
     const real *from = ref_vector(drow, rows);
     ref_expect(dprob, tokens, topk);
@@ -329,7 +355,8 @@ void REF(expert_act_forward)(struct stream *s, in_t h, in_t prob, out_t y)
 }
 
 /* dh may be dy: a block of dy is read before it is written. */
-void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob, out_t y)
+void REF(expert_act_backward)(struct stream *s, in_t h, in_t prob, in_t dy, out_t dh, out_t dprob,
+                              out_t y)
 {
     const int64_t rows = tensor_rows(h), cols = tensor_cols(h);
     if (y != NULL)

@@ -37,8 +37,8 @@ void REF(sum_wide)(struct stream *s, in_t x, out_t total)
     *(double *)total->data = sum;
 }
 
-void REF(decide_update)(struct stream *s, in_t numbers, double tokens, const double *factor, double clip,
-                        double threshold, out_t result)
+void REF(decide_update)(struct stream *s, in_t numbers, double tokens, const double *factor,
+                        double clip, double threshold, out_t result)
 {
     const int64_t ranks = tensor_rows(numbers), n = tensor_cols(numbers), modules = n - 1;
     const double *rows = numbers->data;

@@ -1,6 +1,7 @@
-/* ref.h - the reference backend's inner header. Every file of this folder but backend_ref.c is compiled twice, with
- * `real` = float (suffix f32) and `real` = double (suffix f64); REF(name) is the symbol of this compilation. Plain loops,
- * GEMM through CBLAS; sums accumulate in double. No pragmas, no intrinsics. Local, all.
+/* ref.h - the reference backend's inner header. Every file of this folder but backend_ref.c is
+ * compiled twice, with `real` = float (suffix f32) and `real` = double (suffix f64); REF(name) is
+ * the symbol of this compilation. Plain loops, GEMM through CBLAS; sums accumulate in double. No
+ * pragmas, no intrinsics. Local, all.
  */
 #ifndef MIMO_REF_H
 #define MIMO_REF_H
@@ -12,7 +13,8 @@
 #define REF_CAT(a, b) REF_CAT2(a, b)
 #define REF(name) REF_CAT(ref_##name##_, ref_suffix)
 
-/* cblas_sgemm or cblas_dgemm of this compilation: REF_GEMM(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc) */
+/* cblas_sgemm or cblas_dgemm of this compilation: REF_GEMM(order, ta, tb, m, n, k, alpha, a, lda,
+ * b, ldb, beta, c, ldc) */
 #define ref_blas_gemm_f32 cblas_sgemm
 #define ref_blas_gemm_f64 cblas_dgemm
 #define REF_GEMM REF_CAT(ref_blas_gemm_, ref_suffix)
@@ -25,6 +27,7 @@
 REF_OPS(X)
 #undef X
 extern __typeof__(*((struct backend_ops *)0)->ssd_work) ref_ssd_work_f32, ref_ssd_work_f64;
-extern __typeof__(*((struct backend_ops *)0)->attention_work) ref_attention_work_f32, ref_attention_work_f64;
+extern __typeof__(*((struct backend_ops *)0)->attention_work) ref_attention_work_f32,
+    ref_attention_work_f64;
 
 #endif

@@ -1,18 +1,20 @@
 /* ssd.c - the selective state space scan in chunks (model.md 1.6.5), forward and backward.
  *
- * Chunks restart at each segment, so all tokens of a chunk belong to one segment and the state enters a segment as zero: the
- * masks of 1.6.5 vanish and two segments never meet in one matrix product. One (group, segment) after the other:
+ * Chunks restart at each segment, so all tokens of a chunk belong to one segment and the state
+ * enters a segment as zero: the masks of 1.6.5 vanish and two segments never meet in one matrix
+ * product. One (group, segment) after the other:
  *
  *   CB = C B^T [q,q]                                          once per group
  *   M_ij = CB_ij L_ij del_j (i >= j)                          per head
- *   y    = M x + carry (C St^T) + D x                         C St^T for all heads of the group at once: St [heads*P, N]
+ *   y    = M x + carry (C St^T) + D x
+ *        C St^T for all heads of the group at once: St [heads*P, N]
  *   St   = keep St + (tail del x)^T B
  *
- * L_ij = a_{j+1}...a_i comes from L_{i-1,j} by one factor a_i = exp(del_i A) <= 1, in double; carry, tail and keep are such
- * products too. Nothing is ever divided and no exponent is positive. Sums over tokens are in double, matrix products are
- * the BLAS's.
- * Backward first walks the segment forward and keeps the state before each chunk, then walks the chunks backwards with the
- * adjoint state Gm. Scratch: see `scratch_of`; it is large enough for one segment of all tokens.
+ * L_ij = a_{j+1}...a_i comes from L_{i-1,j} by one factor a_i = exp(del_i A) <= 1, in double;
+ * carry, tail and keep are such products too. Nothing is ever divided and no exponent is positive.
+ * Sums over tokens are in double, matrix products are the BLAS's. Backward first walks the segment
+ * forward and keeps the state before each chunk, then walks the chunks backwards with the adjoint
+ * state Gm. Scratch: see `scratch_of`; it is large enough for one segment of all tokens.
  */
 #include <string.h>
 #include "ssd.h"
@@ -20,52 +22,59 @@
 /* The rates of one (group, segment), each [per_group][len]. */
 struct rates {
     double *del, *slope, *decay;
-    double *carry, *tail;         /* products of decays from the start of the chunk to here, and from behind here to its end */
+    /* products of decays from the start of the chunk to here, and from behind here to its end */
+    double *carry, *tail;
 };
 
 /* Letters: q = rows of a chunk at most, w = per_group*P, m = tokens. */
 struct scratch {
-    struct rates rates;           /* [per_group][m] each */
-    double *row, *part, *e, *r;   /* [q] */
-    double *sums;                 /* [per_group][3]: ddt_bias, dA, dD */
-    real *state, *gm;             /* [chunks][w,N] of the longest segment (forward uses one), [w,N] */
-    real *cb, *mix, *gx, *z;      /* [q,q] */
-    real *v, *sc, *xs, *ys;       /* [q,w] */
+    struct rates rates;         /* [per_group][m] each */
+    double *row, *part, *e, *r; /* [q] */
+    double *sums;               /* [per_group][3]: ddt_bias, dA, dD */
+    /* [chunks][w,N] of the longest segment (forward uses one), [w,N] */
+    real *state, *gm;
+    real *cb, *mix, *gx, *z; /* [q,q] */
+    real *v, *sc, *xs, *ys;  /* [q,w] */
 };
 
 /* One chunk of one group. */
 struct chunk {
-    int64_t first, at, q;         /* token, the same within the segment, rows */
-    int64_t len;                  /* of the segment: rows of `rates` lie so far apart */
-    bool opens, closes;           /* the segment */
-    int64_t group, head;          /* head: the group's first */
-    const real *x, *b, *c;        /* [q, w], [q, N], [q, N], rows ld apart */
+    int64_t first, at, q;  /* token, the same within the segment, rows */
+    int64_t len;           /* of the segment: rows of `rates` lie so far apart */
+    bool opens, closes;    /* the segment */
+    int64_t group, head;   /* head: the group's first */
+    const real *x, *b, *c; /* [q, w], [q, N], [q, N], rows ld apart */
 };
 
-static int64_t scratch_of(struct scratch *w, real *base, int64_t tokens, int64_t per_group, int64_t head_dim, int64_t state,
-                          int64_t chunk);
+static int64_t scratch_of(struct scratch *w, real *base, int64_t tokens, int64_t per_group,
+                          int64_t head_dim, int64_t state, int64_t chunk);
 static struct scratch scratch_in(const struct ssd *a, in_t work);
 static struct chunk chunk_of(const struct ssd *a, int64_t group, int64_t segment, int64_t index);
 static int64_t chunks_of(const struct ssd *a, int64_t segment);
 static void find_rates(const struct ssd *a, const struct rates *r, int64_t group, int64_t segment);
-static void forward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k, out_t y);
-static void advance_state(const struct ssd *a, const struct scratch *w, const struct chunk *k, const real *from, real *to);
-static void backward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k, in_t dy, const real *state,
-                           out_t dxbc, out_t ddt);
-static void backward_head(const struct ssd *a, const struct scratch *w, const struct chunk *k, int64_t h, in_t dy,
-                          const real *state, out_t dxbc, out_t ddt);
+static void forward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          out_t y);
+static void advance_state(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          const real *from, real *to);
+static void backward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                           in_t dy, const real *state, out_t dxbc, out_t ddt);
+static void backward_head(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          int64_t h, in_t dy, const real *state, out_t dxbc, out_t ddt);
 
-int64_t REF(ssd_work)(int64_t tokens, int64_t segments, int heads, int head_dim, int groups, int state, int chunk)
+int64_t REF(ssd_work)(int64_t tokens, int64_t segments, int heads, int head_dim, int groups,
+                      int state, int chunk)
 {
     struct scratch w;
     ASSERT(tokens >= 0 && groups > 0 && chunk > 0);
     return scratch_of(&w, NULL, tokens, heads / groups, head_dim, state, chunk);
 }
 
-void REF(ssd_forward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len,
-                      int heads, int head_dim, int groups, int state, int chunk, in_t work, out_t y)
+void REF(ssd_forward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip,
+                      in_t cu, int64_t max_len, int heads, int head_dim, int groups, int state,
+                      int chunk, in_t work, out_t y)
 {
-    const struct ssd a = ssd_arguments(xbc, dt, dt_bias, a_log, d_skip, cu, max_len, heads, head_dim, groups, state, chunk);
+    const struct ssd a = ssd_arguments(xbc, dt, dt_bias, a_log, d_skip, cu, max_len, heads,
+                                       head_dim, groups, state, chunk);
     const struct scratch w = scratch_in(&a, work);
     ref_expect(y, a.tokens, a.heads * head_dim);
     for (int64_t g = 0; g < groups; g++)
@@ -80,11 +89,13 @@ void REF(ssd_forward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_
         }
 }
 
-void REF(ssd_backward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len,
-                       int heads, int head_dim, int groups, int state, int chunk, in_t dy, in_t work, out_t dxbc, out_t ddt,
-                       out_t ddt_bias, out_t da_log, out_t dd_skip)
+void REF(ssd_backward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip,
+                       in_t cu, int64_t max_len, int heads, int head_dim, int groups, int state,
+                       int chunk, in_t dy, in_t work, out_t dxbc, out_t ddt, out_t ddt_bias,
+                       out_t da_log, out_t dd_skip)
 {
-    const struct ssd a = ssd_arguments(xbc, dt, dt_bias, a_log, d_skip, cu, max_len, heads, head_dim, groups, state, chunk);
+    const struct ssd a = ssd_arguments(xbc, dt, dt_bias, a_log, d_skip, cu, max_len, heads,
+                                       head_dim, groups, state, chunk);
     const struct scratch w = scratch_in(&a, work);
     const int64_t size = a.per_group * head_dim * state;
     ref_expect(dy, a.tokens, a.heads * head_dim);
@@ -116,21 +127,39 @@ void REF(ssd_backward)(struct stream *s, in_t xbc, in_t dt, in_t dt_bias, in_t a
     }
 }
 
-/* Lays the scratch out from `base` (NULL: only counts); returns its size in reals. The doubles come first: the base is
- * aligned for them. */
-static int64_t scratch_of(struct scratch *w, real *base, int64_t tokens, int64_t per_group, int64_t head_dim, int64_t state,
-                          int64_t chunk)
+/* Lays the scratch out from `base` (NULL: only counts); returns its size in reals. The doubles come
+ * first: the base is aligned for them. */
+static int64_t scratch_of(struct scratch *w, real *base, int64_t tokens, int64_t per_group,
+                          int64_t head_dim, int64_t state, int64_t chunk)
 {
-    const int64_t wide = sizeof(double) / sizeof(real), q = chunk < tokens ? chunk : tokens, width = per_group * head_dim;
+    const int64_t wide = sizeof(double) / sizeof(real), q = chunk < tokens ? chunk : tokens,
+                  width = per_group * head_dim;
     const int64_t chunks = (tokens + chunk - 1) / chunk;
-    const struct { double **wide; real **narrow; int64_t n; } part[] = {
-        { &w->rates.del, NULL, per_group * tokens }, { &w->rates.slope, NULL, per_group * tokens },
-        { &w->rates.decay, NULL, per_group * tokens }, { &w->rates.carry, NULL, per_group * tokens },
-        { &w->rates.tail, NULL, per_group * tokens }, { &w->row, NULL, q }, { &w->part, NULL, q }, { &w->e, NULL, q },
-        { &w->r, NULL, q }, { &w->sums, NULL, 3 * per_group },
-        { NULL, &w->state, chunks * width * state }, { NULL, &w->gm, width * state },
-        { NULL, &w->cb, q * q }, { NULL, &w->mix, q * q }, { NULL, &w->gx, q * q }, { NULL, &w->z, q * q },
-        { NULL, &w->v, q * width }, { NULL, &w->sc, q * width }, { NULL, &w->xs, q * width }, { NULL, &w->ys, q * width },
+    const struct {
+        double **wide;
+        real **narrow;
+        int64_t n;
+    } part[] = {
+        { &w->rates.del, NULL, per_group * tokens },
+        { &w->rates.slope, NULL, per_group * tokens },
+        { &w->rates.decay, NULL, per_group * tokens },
+        { &w->rates.carry, NULL, per_group * tokens },
+        { &w->rates.tail, NULL, per_group * tokens },
+        { &w->row, NULL, q },
+        { &w->part, NULL, q },
+        { &w->e, NULL, q },
+        { &w->r, NULL, q },
+        { &w->sums, NULL, 3 * per_group },
+        { NULL, &w->state, chunks * width * state },
+        { NULL, &w->gm, width * state },
+        { NULL, &w->cb, q * q },
+        { NULL, &w->mix, q * q },
+        { NULL, &w->gx, q * q },
+        { NULL, &w->z, q * q },
+        { NULL, &w->v, q * width },
+        { NULL, &w->sc, q * width },
+        { NULL, &w->xs, q * width },
+        { NULL, &w->ys, q * width },
     };
     int64_t used = 0;
     for (size_t i = 0; i < sizeof part / sizeof *part; i++) {
@@ -147,7 +176,8 @@ static struct scratch scratch_in(const struct ssd *a, in_t work)
 {
     struct scratch w = { 0 };
     ASSERT(work->dtype == REF_DTYPE && (uintptr_t)work->data % sizeof(double) == 0);
-    ASSERT(tensor_numel(work) >= scratch_of(&w, work->data, a->tokens, a->per_group, a->head_dim, a->state, a->chunk));
+    ASSERT(tensor_numel(work) >=
+           scratch_of(&w, work->data, a->tokens, a->per_group, a->head_dim, a->state, a->chunk));
     return w;
 }
 
@@ -158,21 +188,29 @@ static int64_t chunks_of(const struct ssd *a, int64_t segment)
 
 static struct chunk chunk_of(const struct ssd *a, int64_t group, int64_t segment, int64_t index)
 {
-    const int64_t len = a->cu[segment + 1] - a->cu[segment], at = index * a->chunk, first = a->cu[segment] + at;
+    const int64_t len = a->cu[segment + 1] - a->cu[segment], at = index * a->chunk,
+                  first = a->cu[segment] + at;
     const bool closes = len - at <= a->chunk;
-    return (struct chunk){
-        .first = first, .at = at, .q = closes ? len - at : a->chunk, .len = len, .opens = at == 0, .closes = closes,
-        .group = group, .head = group * a->per_group, .x = a->x + first * a->ld + group * a->per_group * a->head_dim,
-        .b = a->b + first * a->ld + group * a->state, .c = a->c + first * a->ld + group * a->state
-    };
+    return (struct chunk){ .first = first,
+                           .at = at,
+                           .q = closes ? len - at : a->chunk,
+                           .len = len,
+                           .opens = at == 0,
+                           .closes = closes,
+                           .group = group,
+                           .head = group * a->per_group,
+                           .x = a->x + first * a->ld + group * a->per_group * a->head_dim,
+                           .b = a->b + first * a->ld + group * a->state,
+                           .c = a->c + first * a->ld + group * a->state };
 }
 
 /* c [m,n] = op(a) op(b) + beta c */
-static void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda, const real *b, int64_t ldb,
-                    real beta, real *c, int64_t ldc)
+static void product(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
+                    const real *b, int64_t ldb, real beta, real *c, int64_t ldc)
 {
-    REF_GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, ref_int(m), ref_int(n), ref_int(k),
-             1, a, ref_int(lda), b, ref_int(ldb), beta, c, ref_int(ldc));
+    REF_GEMM(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+             ref_int(m), ref_int(n), ref_int(k), 1, a, ref_int(lda), b, ref_int(ldb), beta, c,
+             ref_int(ldc));
 }
 
 static void find_rates(const struct ssd *a, const struct rates *r, int64_t group, int64_t segment)
@@ -189,7 +227,9 @@ static void find_rates(const struct ssd *a, const struct rates *r, int64_t group
             r->carry[o + i] = i % a->chunk == 0 ? rate.decay : rate.decay * r->carry[o + i - 1];
         }
         for (int64_t i = len - 1; i >= 0; i--)
-            r->tail[o + i] = i == len - 1 || (i + 1) % a->chunk == 0 ? 1 : r->decay[o + i + 1] * r->tail[o + i + 1];
+            r->tail[o + i] = i == len - 1 || (i + 1) % a->chunk == 0
+                                 ? 1
+                                 : r->decay[o + i + 1] * r->tail[o + i + 1];
     }
 }
 
@@ -216,7 +256,8 @@ static void mix_of(const struct scratch *w, int64_t q, const double *del, const 
     }
 }
 
-static void forward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k, out_t y)
+static void forward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          out_t y)
 {
     const int64_t q = k->q, n = a->state, width = a->head_dim;
     real *to = ref_row(y, k->first) + k->head * width;
@@ -241,9 +282,10 @@ static void forward_chunk(const struct ssd *a, const struct scratch *w, const st
     }
 }
 
-/* to [q, w], the rows of a chunk times a factor per row and head: `scale`, and `more` unless NULL. */
-static void scale_rows(const struct ssd *a, const struct chunk *k, const real *from, int64_t ld, const double *scale,
-                       const double *more, real *to)
+/* to [q, w], the rows of a chunk times a factor per row and head: `scale`, and `more` unless
+ * NULL. */
+static void scale_rows(const struct ssd *a, const struct chunk *k, const real *from, int64_t ld,
+                       const double *scale, const double *more, real *to)
 {
     for (int64_t i = 0; i < k->q; i++)
         for (int64_t h = 0; h < a->per_group; h++) {
@@ -257,7 +299,8 @@ static void scale_rows(const struct ssd *a, const struct chunk *k, const real *f
 }
 
 /* to = keep from, head by head; may be in place. */
-static void keep_state(const struct ssd *a, const struct scratch *w, const struct chunk *k, const real *from, real *to)
+static void keep_state(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                       const real *from, real *to)
 {
     const int64_t size = a->head_dim * a->state;
     for (int64_t h = 0; h < a->per_group; h++) {
@@ -267,28 +310,33 @@ static void keep_state(const struct ssd *a, const struct scratch *w, const struc
     }
 }
 
-/* The state behind the chunk from the state before it (not read when the chunk opens a segment); may be in place. */
-static void advance_state(const struct ssd *a, const struct scratch *w, const struct chunk *k, const real *from, real *to)
+/* The state behind the chunk from the state before it (not read when the chunk opens a segment);
+ * may be in place. */
+static void advance_state(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          const real *from, real *to)
 {
     const int64_t wide = a->per_group * a->head_dim;
     if (!k->opens)
         keep_state(a, w, k, from, to);
     scale_rows(a, k, k->x, a->ld, w->rates.tail, w->rates.del, w->xs);
-    product(true, false, wide, a->state, k->q, w->xs, wide, k->b, a->ld, k->opens ? 0 : 1, to, a->state);
+    product(true, false, wide, a->state, k->q, w->xs, wide, k->b, a->ld, k->opens ? 0 : 1, to,
+            a->state);
 }
 
-/* One chunk of the adjoint; state: before the chunk. w->gm holds dL/d(state behind the chunk) and becomes that before it. */
-static void backward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k, in_t dy, const real *state,
-                           out_t dxbc, out_t ddt)
+/* One chunk of the adjoint; state: before the chunk. w->gm holds dL/d(state behind the chunk) and
+ * becomes that before it. */
+static void backward_chunk(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                           in_t dy, const real *state, out_t dxbc, out_t ddt)
 {
-    const int64_t q = k->q, n = a->state, wide = a->per_group * a->head_dim, inner = a->heads * a->head_dim;
+    const int64_t q = k->q, n = a->state, wide = a->per_group * a->head_dim,
+                  inner = a->heads * a->head_dim;
     const real *gy = ref_row(dy, k->first) + k->head * a->head_dim;
     real *db = ref_row(dxbc, k->first) + inner + k->group * n, *dc = db + a->groups * n;
     product(false, true, q, q, n, k->c, a->ld, k->b, a->ld, 0, w->cb, q);
     if (!k->closes)
-        product(false, true, q, wide, n, k->b, a->ld, w->gm, n, 0, w->v, wide);           /* Gm B */
+        product(false, true, q, wide, n, k->b, a->ld, w->gm, n, 0, w->v, wide); /* Gm B */
     if (!k->opens)
-        product(false, true, q, wide, n, k->c, a->ld, state, n, 0, w->sc, wide);          /* St C */
+        product(false, true, q, wide, n, k->c, a->ld, state, n, 0, w->sc, wide); /* St C */
     memset(w->z, 0, (size_t)(q * q) * sizeof *w->z);
     for (int64_t h = 0; h < a->per_group; h++)
         backward_head(a, w, k, h, dy, state, dxbc, ddt);
@@ -308,10 +356,12 @@ static void backward_chunk(const struct ssd *a, const struct scratch *w, const s
     }
 }
 
-/* With G_ij = gy_i.x_j: mix = CB L del, z += L del G, e_j = sum over i >= j of CB L G, and with W = mix G (below the diagonal)
- * r_j = sum over k < j <= i of W_ik: every path that runs over the decay of token j. This is R_j of 1.6.5 without its differences
- * of row and column sums, which cancel when del is large. */
-static void mix_backward(const struct scratch *w, int64_t q, const double *restrict del, const double *decay)
+/* With G_ij = gy_i.x_j: mix = CB L del, z += L del G, e_j = sum over i >= j of CB L G, and with W =
+ * mix G (below the diagonal) r_j = sum over k < j <= i of W_ik: every path that runs over the decay
+ * of token j. This is R_j of 1.6.5 without its differences of row and column sums, which cancel
+ * when del is large. */
+static void mix_backward(const struct scratch *w, int64_t q, const double *restrict del,
+                         const double *decay)
 {
     double *restrict e = w->e, *restrict part = w->part, *restrict r = w->r;
     for (int64_t j = 0; j < q; j++)
@@ -338,14 +388,18 @@ static void mix_backward(const struct scratch *w, int64_t q, const double *restr
     }
 }
 
-/* The rest of one head. The paths over the decay of token i also come from the state before the chunk (carry: to i and later),
- * lead to the state behind it (tail: from before i), or do both (keep). */
-static void backward_head(const struct ssd *a, const struct scratch *w, const struct chunk *k, int64_t h, in_t dy,
-                          const real *state, out_t dxbc, out_t ddt)
+/* The rest of one head. The paths over the decay of token i also come from the state before the
+ * chunk (carry: to i and later), lead to the state behind it (tail: from before i), or do both
+ * (keep). */
+static void backward_head(const struct ssd *a, const struct scratch *w, const struct chunk *k,
+                          int64_t h, in_t dy, const real *state, out_t dxbc, out_t ddt)
 {
-    const int64_t q = k->q, width = a->head_dim, wide = a->per_group * width, head = k->head + h, o = h * k->len + k->at;
-    const double *del = w->rates.del + o, *carry = w->rates.carry + o, *tail = w->rates.tail + o, a_head = ssd_a(a, head);
-    const real *x = k->x + h * width, *gy = ref_row(dy, k->first) + head * width, skip = a->d_skip[head];
+    const int64_t q = k->q, width = a->head_dim, wide = a->per_group * width, head = k->head + h,
+                  o = h * k->len + k->at;
+    const double *del = w->rates.del + o, *carry = w->rates.carry + o, *tail = w->rates.tail + o,
+                 a_head = ssd_a(a, head);
+    const real *x = k->x + h * width, *gy = ref_row(dy, k->first) + head * width,
+               skip = a->d_skip[head];
     real *dx = ref_row(dxbc, k->first) + head * width;
     double before = 0, *sums = w->sums + 3 * h;
     product(false, true, q, q, width, gy, dy->ld, x, a->ld, 0, w->gx, q);
@@ -370,7 +424,9 @@ static void backward_head(const struct ssd *a, const struct scratch *w, const st
     product(true, false, q, width, q, w->mix, q, gy, dy->ld, 1, dx, dxbc->ld);
 
     const int64_t size = width * a->state;
-    double after = k->opens || k->closes ? 0 : carry[q - 1] * ref_dot(w->gm + h * size, state + h * size, size);
+    double after = k->opens || k->closes
+                       ? 0
+                       : carry[q - 1] * ref_dot(w->gm + h * size, state + h * size, size);
     for (int64_t i = q - 1; i >= 0; i--) {
         if (!k->opens)
             after += carry[i] * ref_dot(gy + i * dy->ld, w->sc + i * wide + h * width, width);

@@ -1,5 +1,5 @@
-/* ssd.h - what the two forms of the selective state space scan share (model.md 1.6.3): the checked arguments and the rates
- * of a token. ssd_sequential.c is the definition, ssd.c (chunks) what runs.
+/* ssd.h - what the two forms of the selective state space scan share (model.md 1.6.3): the checked
+ * arguments and the rates of a token. ssd_sequential.c is the definition, ssd.c (chunks) what runs.
  */
 #ifndef MIMO_REF_SSD_H
 #define MIMO_REF_SSD_H
@@ -10,11 +10,11 @@
 struct ssd {
     int64_t tokens, segments, heads, head_dim, groups, per_group, state, chunk;
     const int32_t *cu;
-    const real *x, *b, *c;                     /* column ranges of xbc, rows `ld` apart */
+    const real *x, *b, *c; /* column ranges of xbc, rows `ld` apart */
     int64_t ld;
-    const real *dt;                            /* raw, rows `ld_dt` apart */
+    const real *dt; /* raw, rows `ld_dt` apart */
     int64_t ld_dt;
-    const real *dt_bias, *a_log, *d_skip;      /* [heads] */
+    const real *dt_bias, *a_log, *d_skip; /* [heads] */
 };
 
 /* The number of segments of cu [n+1], after checking that they cover `rows` rows in order. */
@@ -30,16 +30,25 @@ static inline int64_t ref_segments(in_t cu, int64_t rows, int64_t max_len)
 
 /* One token of one head. */
 struct ssd_rate {
-    double del, slope;                         /* softplus(dt + bias) and its derivative */
-    double decay;                              /* exp(del A), A = -exp(A_log) */
+    double del, slope; /* softplus(dt + bias) and its derivative */
+    double decay;      /* exp(del A), A = -exp(A_log) */
 };
 
-static inline struct ssd ssd_arguments(in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip, in_t cu, int64_t max_len,
-                                       int heads, int head_dim, int groups, int state, int chunk)
+static inline struct ssd ssd_arguments(in_t xbc, in_t dt, in_t dt_bias, in_t a_log, in_t d_skip,
+                                       in_t cu, int64_t max_len, int heads, int head_dim,
+                                       int groups, int state, int chunk)
 {
-    ASSERT(heads > 0 && head_dim > 0 && groups > 0 && state > 0 && chunk > 0 && heads % groups == 0);
-    struct ssd a = { .tokens = tensor_rows(xbc), .heads = heads, .head_dim = head_dim, .groups = groups,
-                     .per_group = heads / groups, .state = state, .chunk = chunk, .cu = cu->data, .ld = xbc->ld,
+    ASSERT(heads > 0 && head_dim > 0 && groups > 0 && state > 0 && chunk > 0 &&
+           heads % groups == 0);
+    struct ssd a = { .tokens = tensor_rows(xbc),
+                     .heads = heads,
+                     .head_dim = head_dim,
+                     .groups = groups,
+                     .per_group = heads / groups,
+                     .state = state,
+                     .chunk = chunk,
+                     .cu = cu->data,
+                     .ld = xbc->ld,
                      .ld_dt = dt->ld };
     int64_t inner = a.heads * head_dim, shared = a.groups * state;
     ref_expect(xbc, a.tokens, inner + 2 * shared);
@@ -61,7 +70,8 @@ static inline double ssd_a(const struct ssd *a, int64_t head)
     return -exp((double)a->a_log[head]);
 }
 
-static inline struct ssd_rate ssd_rate_of(const struct ssd *a, int64_t token, int64_t head, double a_head)
+static inline struct ssd_rate ssd_rate_of(const struct ssd *a, int64_t token, int64_t head,
+                                          double a_head)
 {
     double v = (double)a->dt[token * a->ld_dt + head] + a->dt_bias[head], e = exp(v);
     struct ssd_rate rate = { .del = v > 20 ? v : log1p(e), .slope = v > 20 ? 1 : e / (1 + e) };

@@ -12,7 +12,8 @@
 #include "cuda_util.h"
 
 enum { GUARD = 256, REPEATS = 25, WARM = 3, SHOWN = 3, ONLY = 16, REPLICAS = 24 };
-/* The L2 cache; what keeps the device busy while calls are queued; cases with less memory are not timed. */
+/* The L2 cache; what keeps the device busy while calls are queued; cases with less memory are not
+ * timed. */
 static const size_t CACHE = (size_t)60 << 20, FILLER = (size_t)1 << 30, TIMED = (size_t)8 << 20;
 
 struct state {
@@ -59,13 +60,14 @@ struct gpu_check *gpu_check_start(int argc, char **argv)
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc && s->only_count < ONLY)
             s->only[s->only_count++] = argv[++i];
         else
-            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--large] [--seed N] [--only WORD]...", argv[i]);
+            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--large] [--seed N] [--only WORD]...",
+                  argv[i]);
     }
     CHECK_CUDA(cudaSetDevice(0));
     CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
     CHECK_CUDA(cudaDriverGetVersion(&driver));
-    printf("# %s: %s, %d SMs, driver's CUDA %d, seed %llu\n", argv[0], device.name, device.multiProcessorCount, driver,
-           (unsigned long long)s->seed);
+    printf("# %s: %s, %d SMs, driver's CUDA %d, seed %llu\n", argv[0], device.name,
+           device.multiProcessorCount, driver, (unsigned long long)s->seed);
     s->stream.name = "compute";
     s->cpu.name = "reference";
     s->stream.native = &s->context;
@@ -161,7 +163,8 @@ void gpu_fail(struct gpu_check *g, const char *format, ...)
 
 /* ---- tensors ---- */
 
-static struct gpu_tensor *make(struct gpu_check *g, enum dtype dtype, int ndim, const int64_t *shape, int pad, bool host)
+static struct gpu_tensor *make(struct gpu_check *g, enum dtype dtype, int ndim,
+                               const int64_t *shape, int pad, bool host)
 {
     struct gpu_tensor *t = xcalloc(1, sizeof *t);
     const size_t width = dtype_bytes(dtype);
@@ -202,7 +205,8 @@ struct gpu_tensor *gpu_matrix(struct gpu_check *g, enum dtype dtype, int64_t row
     return make(g, dtype, 2, (int64_t[]){ rows, cols }, g->pad, true);
 }
 
-struct gpu_tensor *gpu_device_only(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols)
+struct gpu_tensor *gpu_device_only(struct gpu_check *g, enum dtype dtype, int64_t rows,
+                                   int64_t cols)
 {
     return make(g, dtype, 2, (int64_t[]){ rows, cols }, g->pad, false);
 }
@@ -233,7 +237,8 @@ void gpu_normal(struct gpu_check *g, struct gpu_tensor *t, double sigma)
     const float scale = (float)(sigma * 1.7320508 / 65536.0);
     for (int64_t i = 0; i < n; i++) {
         const uint64_t b = gpu_random(g);
-        const int sum = (int)(b & 0xffff) + (int)(b >> 16 & 0xffff) + (int)(b >> 32 & 0xffff) + (int)(b >> 48);
+        const int sum =
+            (int)(b & 0xffff) + (int)(b >> 16 & 0xffff) + (int)(b >> 32 & 0xffff) + (int)(b >> 48);
         p[i] = (float)(sum - 131070) * scale;
     }
     gpu_upload(g, t);
@@ -279,8 +284,8 @@ void gpu_upload(struct gpu_check *g, struct gpu_tensor *t)
         }
         from = narrow;
     }
-    CHECK_CUDA(cudaMemcpy2D(t->dev.data, (size_t)t->dev.ld * width, from, (size_t)cols * width, (size_t)cols * width,
-                            (size_t)rows, cudaMemcpyHostToDevice));
+    CHECK_CUDA(cudaMemcpy2D(t->dev.data, (size_t)t->dev.ld * width, from, (size_t)cols * width,
+                            (size_t)cols * width, (size_t)rows, cudaMemcpyHostToDevice));
     free(narrow);
 }
 
@@ -293,8 +298,8 @@ void gpu_download(struct gpu_check *g, struct gpu_tensor *t)
         return;
     char *raw = xmalloc((size_t)n, width);
     CHECK_CUDA(cudaStreamSynchronize(cuda_stream_of(g->stream)));
-    CHECK_CUDA(cudaMemcpy2D(raw, (size_t)cols * width, t->dev.data, (size_t)t->dev.ld * width, (size_t)cols * width, (size_t)rows,
-                            cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemcpy2D(raw, (size_t)cols * width, t->dev.data, (size_t)t->dev.ld * width,
+                            (size_t)cols * width, (size_t)rows, cudaMemcpyDeviceToHost));
     if (t->dev.dtype == DTYPE_BF16)
         for (int64_t i = 0; i < n; i++)
             ((float *)t->host.data)[i] = bf16_to_float(((const uint16_t *)(const void *)raw)[i]);
@@ -305,13 +310,15 @@ void gpu_download(struct gpu_check *g, struct gpu_tensor *t)
 
 void gpu_repeat(struct gpu_check *g, struct gpu_tensor *t, const struct gpu_tensor *from)
 {
-    const int64_t rows = tensor_rows(&t->dev), cols = tensor_cols(&t->dev), period = tensor_rows(&from->dev);
+    const int64_t rows = tensor_rows(&t->dev), cols = tensor_cols(&t->dev),
+                  period = tensor_rows(&from->dev);
     const size_t width = dtype_bytes(t->dev.dtype), pitch = (size_t)t->dev.ld * width;
     ASSERT(t->dev.dtype == from->dev.dtype && cols == tensor_cols(&from->dev));
     for (int64_t r = 0; r < rows; r += period) {
         const int64_t n = rows - r < period ? rows - r : period;
-        CHECK_CUDA(cudaMemcpy2D((char *)t->dev.data + (size_t)r * pitch, pitch, from->dev.data, (size_t)from->dev.ld * width,
-                                (size_t)cols * width, (size_t)n, cudaMemcpyDeviceToDevice));
+        CHECK_CUDA(cudaMemcpy2D((char *)t->dev.data + (size_t)r * pitch, pitch, from->dev.data,
+                                (size_t)from->dev.ld * width, (size_t)cols * width, (size_t)n,
+                                cudaMemcpyDeviceToDevice));
     }
     t->written = false;
 }
@@ -376,13 +383,16 @@ static void look_at_first(struct gpu_check *g)
         CHECK_CUDA(cudaMemcpy(now, t->memory, t->bytes, cudaMemcpyDeviceToHost));
         if (!t->written) {
             if (memcmp(now, t->got, t->bytes) != 0)
-                gpu_fail(g, "an input of %lld x %lld %s was written to", (long long)tensor_rows(&t->dev),
-                         (long long)tensor_cols(&t->dev), dtype_name(t->dev.dtype));
+                gpu_fail(g, "an input of %lld x %lld %s was written to",
+                         (long long)tensor_rows(&t->dev), (long long)tensor_cols(&t->dev),
+                         dtype_name(t->dev.dtype));
             free(now);
         } else if (padding_touched(t) != INT64_MIN)
-            gpu_fail(g, "byte %lld from the start of an output of %lld x %lld %s was written: outside the view",
-                     (long long)padding_touched(t), (long long)tensor_rows(&t->dev), (long long)tensor_cols(&t->dev),
-                     dtype_name(t->dev.dtype));
+            gpu_fail(
+                g,
+                "byte %lld from the start of an output of %lld x %lld %s was written: outside the view",
+                (long long)padding_touched(t), (long long)tensor_rows(&t->dev),
+                (long long)tensor_cols(&t->dev), dtype_name(t->dev.dtype));
     }
 }
 
@@ -395,9 +405,11 @@ static void look_at_second(struct gpu_check *g)
         CHECK_CUDA(cudaMemcpy(now, t->memory, t->bytes, cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < t->bytes; i++)
             if (now[i] != t->got[i]) {
-                gpu_fail(g, "the second run differs from the first at byte %lld of an output of %lld x %lld %s",
-                         (long long)i - (long long)t->begin, (long long)tensor_rows(&t->dev),
-                         (long long)tensor_cols(&t->dev), dtype_name(t->dev.dtype));
+                gpu_fail(
+                    g,
+                    "the second run differs from the first at byte %lld of an output of %lld x %lld %s",
+                    (long long)i - (long long)t->begin, (long long)tensor_rows(&t->dev),
+                    (long long)tensor_cols(&t->dev), dtype_name(t->dev.dtype));
                 break;
             }
         free(now);
@@ -424,7 +436,8 @@ static void point_at(struct gpu_check *g, int replica)
         t->dev.data = t->replica[replica] + t->begin;
 }
 
-/* Rounds 0 and 1 check; then WARM + REPEATS timed calls, queued behind a fill so that the device never waits for the host. */
+/* Rounds 0 and 1 check; then WARM + REPEATS timed calls, queued behind a fill so that the device
+ * never waits for the host. */
 bool gpu_run_again(struct gpu_check *g)
 {
     struct state *s = state_of(g);
@@ -469,8 +482,10 @@ bool gpu_run_again(struct gpu_check *g)
 
 struct gpu_bound gpu_rounding(enum dtype dtype)
 {
-    /* Half a unit in the last place of bf16 is 2^-8 of the number at most, 1.66e-3 in the root mean square. */
-    return dtype == DTYPE_BF16 ? (struct gpu_bound){ 2e-3, 4e-3 } : (struct gpu_bound){ 1e-6, 1e-5 };
+    /* Half a unit in the last place of bf16 is 2^-8 of the number at most, 1.66e-3 in the root mean
+     * square. */
+    return dtype == DTYPE_BF16 ? (struct gpu_bound){ 2e-3, 4e-3 }
+                               : (struct gpu_bound){ 1e-6, 1e-5 };
 }
 
 struct gpu_bound gpu_summing(enum dtype dtype, int64_t n)
@@ -506,17 +521,19 @@ static void note(struct state *s, const char *name, double error, double bound)
     }
 }
 
-void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name, const int64_t *row, int64_t n,
-                    const struct tensor *want, struct gpu_bound bound)
+void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name, const int64_t *row,
+                    int64_t n, const struct tensor *want, struct gpu_bound bound)
 {
     struct state *s = state_of(g);
     const int64_t cols = tensor_cols(&t->dev), rows = tensor_rows(&t->dev);
     double square = 0, difference = 0, worst = 0;
     int shown = 0;
-    ASSERT(want->dtype == DTYPE_F32 && n == tensor_rows(want) && cols == tensor_cols(want) && t->got);
+    ASSERT(want->dtype == DTYPE_F32 && n == tensor_rows(want) && cols == tensor_cols(want) &&
+           t->got);
     for (int64_t i = 0; i < n; i++)
         for (int64_t c = 0; c < cols; c++) {
-            const double w = ((const float *)want->data)[i * want->ld + c], d = value_at(t, row ? row[i] : i, c) - w;
+            const double w = ((const float *)want->data)[i * want->ld + c],
+                         d = value_at(t, row ? row[i] : i, c) - w;
             square += w * w;
             difference += d * d;
         }
@@ -529,34 +546,40 @@ void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name,
             if (!(e <= worst))
                 worst = e;
             if (!(e <= bound.element) && shown++ < SHOWN)
-                gpu_fail(g, "%s[%lld,%lld]: got %.8g, want %.8g (rms %.3g)", name, (long long)r, (long long)c, v, w, rms);
+                gpu_fail(g, "%s[%lld,%lld]: got %.8g, want %.8g (rms %.3g)", name, (long long)r,
+                         (long long)c, v, w, rms);
         }
     for (int64_t r = 0; row && r < rows; r++)
         for (int64_t c = 0; c < cols; c++)
             if (!isfinite(value_at(t, r, c)) && shown++ < SHOWN)
-                gpu_fail(g, "%s[%lld,%lld]: got %g", name, (long long)r, (long long)c, value_at(t, r, c));
-    /* The bound is on a root mean square; of few numbers, of which one may outweigh the rest, it may be twice as large. */
+                gpu_fail(g, "%s[%lld,%lld]: got %g", name, (long long)r, (long long)c,
+                         value_at(t, r, c));
+    /* The bound is on a root mean square; of few numbers, of which one may outweigh the rest, it
+     * may be twice as large. */
     const double error = difference == 0 ? 0 : sqrt(difference / square),
                  most = bound.frobenius * fmin(2, 1 + 3 / sqrt((double)(n * cols) + 1e-9));
     if (!(error <= most))
-        gpu_fail(g, "%s: relative error %.3g, bound %.3g; largest of an element %.3g", name, error, most, worst);
+        gpu_fail(g, "%s: relative error %.3g, bound %.3g; largest of an element %.3g", name, error,
+                 most, worst);
     note(s, name, error, most);
     note(s, name, worst, bound.element);
 }
 
-void gpu_close_columns(struct gpu_check *g, struct gpu_tensor *t, const char *name, int64_t first, const struct tensor *want,
-                       struct gpu_bound bound)
+void gpu_close_columns(struct gpu_check *g, struct gpu_tensor *t, const char *name, int64_t first,
+                       const struct tensor *want, struct gpu_bound bound)
 {
     double difference = 0, norm = 0;
     for (int64_t r = 0; r < tensor_rows(want); r++)
         for (int64_t c = 0; c < tensor_cols(want); c++) {
-            const double x = value_at(t, r, first + c), y = ((const float *)want->data)[r * want->ld + c];
+            const double x = value_at(t, r, first + c),
+                         y = ((const float *)want->data)[r * want->ld + c];
             difference += (x - y) * (x - y);
             norm += y * y;
         }
     const double error = difference == 0 ? 0 : sqrt(difference / norm);
     if (!(error <= bound.frobenius))
-        gpu_fail(g, "%s: relative error %.3g in columns %lld..., bound %.3g", name, error, (long long)first, bound.frobenius);
+        gpu_fail(g, "%s: relative error %.3g in columns %lld..., bound %.3g", name, error,
+                 (long long)first, bound.frobenius);
     note(state_of(g), name, error, bound.frobenius);
 }
 
@@ -578,8 +601,8 @@ void gpu_equal(struct gpu_check *g, struct gpu_tensor *t, const char *name)
             memcpy(&got, t->got + t->begin + (size_t)(r * t->dev.ld + c) * width, width);
             memcpy(&want, (char *)t->host.data + (size_t)(r * cols + c) * width, width);
             if (got != want && bad++ < SHOWN)
-                gpu_fail(g, "%s[%lld,%lld]: got %lld, want %lld", name, (long long)r, (long long)c, (long long)got,
-                         (long long)want);
+                gpu_fail(g, "%s[%lld,%lld]: got %lld, want %lld", name, (long long)r, (long long)c,
+                         (long long)got, (long long)want);
         }
     if (bad)
         gpu_fail(g, "%s: %lld elements differ", name, (long long)bad);
@@ -607,8 +630,8 @@ void gpu_report(struct gpu_check *g, double bytes, double flops)
         if (flops > 0)
             snprintf(speed + n, sizeof speed - (size_t)n, " %.1f TFLOP/s", flops / us * 1e-6);
     }
-    printf("%s - %s err %.1e bound %.1e%s%s%s\n", s->trouble[0] ? "not ok" : "ok", s->name, s->error, s->bound,
-           s->worst[0] ? " in " : "", s->worst, speed);
+    printf("%s - %s err %.1e bound %.1e%s%s%s\n", s->trouble[0] ? "not ok" : "ok", s->name,
+           s->error, s->bound, s->worst[0] ? " in " : "", s->worst, speed);
     for (char *line = strtok(s->trouble, "\n"); line; line = strtok(NULL, "\n"))
         printf("#   %s\n", line);
     s->failed += s->trouble[0] != '\0';

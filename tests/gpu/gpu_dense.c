@@ -1,4 +1,5 @@
-/* gpu_dense.c - additions, activations, column sums and norms of the CUDA backend against the reference. */
+/* gpu_dense.c - additions, activations, column sums and norms of the CUDA backend against the
+ * reference. */
 #include <stdio.h>
 #include "gpu_check.h"
 
@@ -14,11 +15,14 @@ static double width(enum dtype dtype)
     return (double)dtype_bytes(dtype);
 }
 
-static void add_case(struct gpu_check *g, enum dtype x_type, enum dtype y_type, int64_t rows, int64_t cols)
+static void add_case(struct gpu_check *g, enum dtype x_type, enum dtype y_type, int64_t rows,
+                     int64_t cols)
 {
-    if (!gpu_case(g, "add", "%lldx%lld %s to %s", (long long)rows, (long long)cols, dtype_name(x_type), dtype_name(y_type)))
+    if (!gpu_case(g, "add", "%lldx%lld %s to %s", (long long)rows, (long long)cols,
+                  dtype_name(x_type), dtype_name(y_type)))
         return;
-    struct gpu_tensor *x = gpu_matrix(g, x_type, rows, cols), *y = gpu_matrix(g, y_type, rows, cols);
+    struct gpu_tensor *x = gpu_matrix(g, x_type, rows, cols),
+                      *y = gpu_matrix(g, y_type, rows, cols);
     gpu_normal(g, x, 1);
     gpu_normal(g, y, 1);
     gpu_inout(y);
@@ -30,7 +34,8 @@ static void add_case(struct gpu_check *g, enum dtype x_type, enum dtype y_type, 
 
 static void add_bias_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols)
 {
-    if (!gpu_case(g, "add_bias", "%lldx%lld %s", (long long)rows, (long long)cols, dtype_name(dtype)))
+    if (!gpu_case(g, "add_bias", "%lldx%lld %s", (long long)rows, (long long)cols,
+                  dtype_name(dtype)))
         return;
     struct gpu_tensor *bias = gpu_vector(g, dtype, cols), *y = gpu_matrix(g, dtype, rows, cols);
     gpu_normal(g, bias, 1);
@@ -44,9 +49,11 @@ static void add_bias_case(struct gpu_check *g, enum dtype dtype, int64_t rows, i
 
 static void bias_backward_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols)
 {
-    if (!gpu_case(g, "bias_backward", "%lldx%lld %s", (long long)rows, (long long)cols, dtype_name(dtype)))
+    if (!gpu_case(g, "bias_backward", "%lldx%lld %s", (long long)rows, (long long)cols,
+                  dtype_name(dtype)))
         return;
-    struct gpu_tensor *dy = gpu_matrix(g, dtype, rows, cols), *dbias = gpu_vector(g, DTYPE_F32, cols);
+    struct gpu_tensor *dy = gpu_matrix(g, dtype, rows, cols),
+                      *dbias = gpu_vector(g, DTYPE_F32, cols);
     gpu_normal(g, dy, 1);
     gpu_normal(g, dbias, 1);
     gpu_inout(dbias);
@@ -57,12 +64,14 @@ static void bias_backward_case(struct gpu_check *g, enum dtype dtype, int64_t ro
 }
 
 /* Arguments reach far into both tails; y may be x and dx may be dy. */
-static void activation_case(struct gpu_check *g, enum backend_activation f, bool same, enum dtype dtype, int64_t rows, int64_t cols)
+static void activation_case(struct gpu_check *g, enum backend_activation f, bool same,
+                            enum dtype dtype, int64_t rows, int64_t cols)
 {
     const char *name = f == BACKEND_GELU ? "gelu" : "relu2";
-    if (gpu_case(g, "activation_forward", "%s%s %lldx%lld %s", name, same ? " in place" : "", (long long)rows, (long long)cols,
-                 dtype_name(dtype))) {
-        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *y = same ? x : gpu_matrix(g, dtype, rows, cols);
+    if (gpu_case(g, "activation_forward", "%s%s %lldx%lld %s", name, same ? " in place" : "",
+                 (long long)rows, (long long)cols, dtype_name(dtype))) {
+        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols),
+                          *y = same ? x : gpu_matrix(g, dtype, rows, cols);
         gpu_normal(g, x, 3);
         if (same)
             gpu_inout(x);
@@ -71,9 +80,10 @@ static void activation_case(struct gpu_check *g, enum backend_activation f, bool
         gpu_close(g, y, "y", gpu_rounding(dtype));
         gpu_report(g, volume(rows, cols) * 2 * width(dtype), 0);
     }
-    if (gpu_case(g, "activation_backward", "%s%s %lldx%lld %s", name, same ? " in place" : "", (long long)rows,
-                 (long long)cols, dtype_name(dtype))) {
-        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *dy = gpu_matrix(g, dtype, rows, cols);
+    if (gpu_case(g, "activation_backward", "%s%s %lldx%lld %s", name, same ? " in place" : "",
+                 (long long)rows, (long long)cols, dtype_name(dtype))) {
+        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols),
+                          *dy = gpu_matrix(g, dtype, rows, cols);
         struct gpu_tensor *dx = same ? dy : gpu_matrix(g, dtype, rows, cols);
         gpu_normal(g, x, 3);
         gpu_normal(g, dy, 1);
@@ -86,25 +96,30 @@ static void activation_case(struct gpu_check *g, enum backend_activation f, bool
     }
 }
 
-static void norm_forward_case(struct gpu_check *g, bool layernorm, enum dtype dtype, int64_t rows, int64_t cols)
+static void norm_forward_case(struct gpu_check *g, bool layernorm, enum dtype dtype, int64_t rows,
+                              int64_t cols)
 {
-    if (!gpu_case(g, layernorm ? "layernorm_forward" : "rmsnorm_forward", "%lldx%lld %s", (long long)rows, (long long)cols,
-                  dtype_name(dtype)))
+    if (!gpu_case(g, layernorm ? "layernorm_forward" : "rmsnorm_forward", "%lldx%lld %s",
+                  (long long)rows, (long long)cols, dtype_name(dtype)))
         return;
-    struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *w = gpu_vector(g, dtype, cols), *b = gpu_vector(g, dtype, cols);
+    struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *w = gpu_vector(g, dtype, cols),
+                      *b = gpu_vector(g, dtype, cols);
     struct gpu_tensor *y = gpu_matrix(g, dtype, rows, cols), *mean = gpu_vector(g, DTYPE_F32, rows),
                       *rs = gpu_vector(g, DTYPE_F32, rows);
-    gpu_uniform(g, x, -1, 3);   /* the mean is as large as the spread */
+    gpu_uniform(g, x, -1, 3); /* the mean is as large as the spread */
     gpu_uniform(g, w, 0.5, 1.5);
     gpu_normal(g, b, 1);
-    gpu_run(g) {
+    gpu_run(g)
+    {
         if (layernorm)
-            cuda_layernorm_forward(g->stream, &x->dev, &w->dev, &b->dev, EPS, &y->dev, &mean->dev, &rs->dev);
+            cuda_layernorm_forward(g->stream, &x->dev, &w->dev, &b->dev, EPS, &y->dev, &mean->dev,
+                                   &rs->dev);
         else
             cuda_rmsnorm_forward(g->stream, &x->dev, &w->dev, EPS, &y->dev, &rs->dev);
     }
     if (layernorm) {
-        backend_ref_f32.layernorm_forward(g->cpu, &x->host, &w->host, &b->host, EPS, &y->host, &mean->host, &rs->host);
+        backend_ref_f32.layernorm_forward(g->cpu, &x->host, &w->host, &b->host, EPS, &y->host,
+                                          &mean->host, &rs->host);
         gpu_close(g, mean, "mean", gpu_summing(DTYPE_F32, cols));
     } else
         backend_ref_f32.rmsnorm_forward(g->cpu, &x->host, &w->host, EPS, &y->host, &rs->host);
@@ -114,12 +129,14 @@ static void norm_forward_case(struct gpu_check *g, bool layernorm, enum dtype dt
     gpu_report(g, volume(rows, cols) * 2 * width(dtype), 0);
 }
 
-static void norm_backward_case(struct gpu_check *g, bool layernorm, bool frozen, enum dtype dtype, int64_t rows, int64_t cols)
+static void norm_backward_case(struct gpu_check *g, bool layernorm, bool frozen, enum dtype dtype,
+                               int64_t rows, int64_t cols)
 {
-    if (!gpu_case(g, layernorm ? "layernorm_backward" : "rmsnorm_backward", "%lldx%lld %s%s", (long long)rows, (long long)cols,
-                  dtype_name(dtype), frozen ? " frozen" : ""))
+    if (!gpu_case(g, layernorm ? "layernorm_backward" : "rmsnorm_backward", "%lldx%lld %s%s",
+                  (long long)rows, (long long)cols, dtype_name(dtype), frozen ? " frozen" : ""))
         return;
-    struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *w = gpu_vector(g, dtype, cols), *dy = gpu_matrix(g, dtype, rows, cols);
+    struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *w = gpu_vector(g, dtype, cols),
+                      *dy = gpu_matrix(g, dtype, rows, cols);
     struct gpu_tensor *mean = gpu_vector(g, DTYPE_F32, rows), *rs = gpu_vector(g, DTYPE_F32, rows);
     struct gpu_tensor *dx = gpu_matrix(g, dtype, rows, cols), *dw = gpu_vector(g, DTYPE_F32, cols),
                       *db = gpu_vector(g, DTYPE_F32, cols);
@@ -136,18 +153,22 @@ static void norm_backward_case(struct gpu_check *g, bool layernorm, bool frozen,
         gpu_inout(dw);
     if (!frozen && layernorm)
         gpu_inout(db);
-    gpu_run(g) {
+    gpu_run(g)
+    {
         if (layernorm)
-            cuda_layernorm_backward(g->stream, &x->dev, &w->dev, &mean->dev, &rs->dev, &dy->dev, &dx->dev,
-                                    frozen ? NULL : &dw->dev, frozen ? NULL : &db->dev);
+            cuda_layernorm_backward(g->stream, &x->dev, &w->dev, &mean->dev, &rs->dev, &dy->dev,
+                                    &dx->dev, frozen ? NULL : &dw->dev, frozen ? NULL : &db->dev);
         else
-            cuda_rmsnorm_backward(g->stream, &x->dev, &w->dev, &rs->dev, &dy->dev, &dx->dev, frozen ? NULL : &dw->dev);
+            cuda_rmsnorm_backward(g->stream, &x->dev, &w->dev, &rs->dev, &dy->dev, &dx->dev,
+                                  frozen ? NULL : &dw->dev);
     }
     if (layernorm)
-        backend_ref_f32.layernorm_backward(g->cpu, &x->host, &w->host, &mean->host, &rs->host, &dy->host, &dx->host,
-                                           frozen ? NULL : &dw->host, frozen ? NULL : &db->host);
+        backend_ref_f32.layernorm_backward(g->cpu, &x->host, &w->host, &mean->host, &rs->host,
+                                           &dy->host, &dx->host, frozen ? NULL : &dw->host,
+                                           frozen ? NULL : &db->host);
     else
-        backend_ref_f32.rmsnorm_backward(g->cpu, &x->host, &w->host, &rs->host, &dy->host, &dx->host, frozen ? NULL : &dw->host);
+        backend_ref_f32.rmsnorm_backward(g->cpu, &x->host, &w->host, &rs->host, &dy->host,
+                                         &dx->host, frozen ? NULL : &dw->host);
     gpu_close(g, dx, "dx", gpu_summing(dtype, cols));
     if (!frozen)
         gpu_close(g, dw, "dw", gpu_summing(DTYPE_F32, rows / 64));
@@ -200,9 +221,10 @@ static void production(struct gpu_check *g)
 
 int main(int argc, char **argv)
 {
-    static const int64_t shapes[][2] = { { 1, 1 },     { 0, 8 },   { 5, 0 },    { 3, 5 },      { 7, 8 },     { 64, 64 },
-                                         { 37, 100 },  { 1, 1280 }, { 251, 1283 }, { 600, 256 }, { 33, 2688 }, { 9, 4104 },
-                                         { 11, 9001 }, { 3, 32768 }, { 2000, 3 } };
+    static const int64_t shapes[][2] = { { 1, 1 },      { 0, 8 },     { 5, 0 },     { 3, 5 },
+                                         { 7, 8 },      { 64, 64 },   { 37, 100 },  { 1, 1280 },
+                                         { 251, 1283 }, { 600, 256 }, { 33, 2688 }, { 9, 4104 },
+                                         { 11, 9001 },  { 3, 32768 }, { 2000, 3 } };
     static const int layout[][2] = { { 0, 0 }, { 8, 8 }, { 3, 1 } };
     struct gpu_check *g = gpu_check_start(argc, argv);
     for (size_t l = 0; l < sizeof layout / sizeof *layout; l++) {

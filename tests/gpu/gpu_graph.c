@@ -1,9 +1,11 @@
-/* gpu_graph.c - forward and backward of the language module in a CUDA graph: captured once, replayed for other micro-batches, the same bits.
+/* gpu_graph.c - forward and backward of the language module in a CUDA graph: captured once,
+ * replayed for other micro-batches, the same bits.
  *
  *     gpu_graph [DECK [group.key=value ...]]      default: a tiny text-only model in bf16
  *
- * Two micro-batches by plain calls, twice, then twice by replaying one graph after loading each. Compared bit by bit: all gradients, the loss, the
- * balancing metric, the experts' counts. Then both ways are timed.
+ * Two micro-batches by plain calls, twice, then twice by replaying one graph after loading each.
+ * Compared bit by bit: all gradients, the loss, the balancing metric, the experts' counts. Then
+ * both ways are timed.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,8 +31,9 @@ struct job {
     struct tensor image;
 };
 
-static const char tiny[] = "&run seed = 7 train_iters = 1 backend = 'cuda' /\n&topology layout = 'language_only' /\n"
-                           "&language preset = 'tiny' /\n&batch micro_batch_size = 2 global_batch_size = 4 /\n&lr lr = 1e-3 /\n";
+static const char tiny[] =
+    "&run seed = 7 train_iters = 1 backend = 'cuda' /\n&topology layout = 'language_only' /\n"
+    "&language preset = 'tiny' /\n&batch micro_batch_size = 2 global_batch_size = 4 /\n&lr lr = 1e-3 /\n";
 
 static char *read_file(const char *path, size_t *n)
 {
@@ -52,7 +55,8 @@ static void job_open(struct job *j, int argc, char **argv)
         FATAL(EXIT_ENVIRONMENT, "%s", why);
     if (argc > 1)
         text = read_file(argv[1], &n);
-    deck_read(&j->deck, argc > 1 ? argv[1] : "tiny", text ? text : tiny, n, argc > 2 ? argc - 2 : 0, argv + 2, &e);
+    deck_read(&j->deck, argc > 1 ? argv[1] : "tiny", text ? text : tiny, n, argc > 2 ? argc - 2 : 0,
+              argv + 2, &e);
     deck_resolve(&j->deck, 1, &e);
     if (e.count == 0)
         topology_init(&j->topo, &j->deck, 1, 0, &e);
@@ -143,7 +147,8 @@ static cudaGraphExec_t capture(struct job *j, size_t *nodes)
 {
     cudaGraph_t graph;
     cudaGraphExec_t ready;
-    CHECK_CUDA(cudaStreamBeginCapture(cuda_stream_of(&j->stream), cudaStreamCaptureModeThreadLocal));
+    CHECK_CUDA(
+        cudaStreamBeginCapture(cuda_stream_of(&j->stream), cudaStreamCaptureModeThreadLocal));
     compute(j);
     CHECK_CUDA(cudaStreamEndCapture(cuda_stream_of(&j->stream), &graph));
     CHECK_CUDA(cudaGraphGetNodes(graph, NULL, nodes));
@@ -170,8 +175,10 @@ static void time_it(struct job *j, const char *name, cudaGraphExec_t graph)
     clock_gettime(CLOCK_MONOTONIC, &b);
     j->be->stream_sync(&j->stream);
     CHECK_CUDA(cudaEventElapsedTime(&ms, start, stop));
-    printf("# %s: %.3f ms a micro-batch, %.3f ms of the host\n", name, ms / (REPEATS * MICROBATCHES),
-           1e3 * ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec)) / (REPEATS * MICROBATCHES));
+    printf("# %s: %.3f ms a micro-batch, %.3f ms of the host\n", name,
+           ms / (REPEATS * MICROBATCHES),
+           1e3 * ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec)) /
+               (REPEATS * MICROBATCHES));
     CHECK_CUDA(cudaEventDestroy(start));
     CHECK_CUDA(cudaEventDestroy(stop));
 }
@@ -182,7 +189,8 @@ int main(int argc, char **argv)
     size_t nodes = 0;
     int failed = 0;
     job_open(&j, argc, argv);
-    free(outcome(&j, NULL));               /* plans are made at the first use of a shape, which a capture must not be */
+    /* plans are made at the first use of a shape, which a capture must not be */
+    free(outcome(&j, NULL));
     char *plain = outcome(&j, NULL), *again = outcome(&j, NULL);
     const size_t n = results(&j, NULL);
     const bool repeats = memcmp(plain, again, n) == 0;
@@ -194,7 +202,8 @@ int main(int argc, char **argv)
         size_t first = 0;
         while (first < n && replayed[first] == plain[first])
             first++;
-        printf("%s - replay %d of a graph of %zu nodes", first == n ? "ok" : "not ok", i + 1, nodes);
+        printf("%s - replay %d of a graph of %zu nodes", first == n ? "ok" : "not ok", i + 1,
+               nodes);
         printf(first == n ? "\n" : ", differs from byte %zu on\n", first);
         failed += first != n;
         free(replayed);

@@ -1,6 +1,7 @@
-/* gpu_grouped.c - the experts' products on the GPU against the reference: whole at small sizes, four whole experts at
- * production sizes. With --time each production product is also timed in turn with a dense one of the same arithmetic on a hot
- * card, which is the only fair comparison on a card that power limits.
+/* gpu_grouped.c - the experts' products on the GPU against the reference: whole at small sizes,
+ * four whole experts at production sizes. With --time each production product is also timed in turn
+ * with a dense one of the same arithmetic on a hot card, which is the only fair comparison on a
+ * card that power limits.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -13,10 +14,13 @@
 enum { ROUNDS = 6, LAUNCHES = 6, SAMPLED = 4, WAYS = 4 };
 enum spread { EVEN, RANDOM, HOLES, ONE, SKEWED };
 
-static const char *const mode_name[] = { "NT", "NN", "TN" }, *const spread_name[] = { "even", "random", "holes", "one", "skewed" };
+static const char *const mode_name[] = { "NT", "NN", "TN" }, *const spread_name[] = {
+    "even", "random", "holes", "one", "skewed"
+};
 
 /* offsets of `rows` rows over the experts. */
-static void fill_offsets(struct gpu_check *g, struct gpu_tensor *offsets, int64_t rows, enum spread spread)
+static void fill_offsets(struct gpu_check *g, struct gpu_tensor *offsets, int64_t rows,
+                         enum spread spread)
 {
     const int64_t experts = tensor_numel(&offsets->host) - 1;
     int32_t *at = offsets->host.data;
@@ -28,7 +32,7 @@ static void fill_offsets(struct gpu_check *g, struct gpu_tensor *offsets, int64_
             e = (int64_t)(u % (uint64_t)experts);
         else if (spread == ONE)
             e = experts / 2;
-        else if (spread == SKEWED)   /* three of four rows to an eighth of the experts */
+        else if (spread == SKEWED) /* three of four rows to an eighth of the experts */
             e = (int64_t)(u >> 2) % (u & 3 ? (experts + 7) / 8 : experts);
         if (spread == HOLES)
             e -= e % 3 == 1;
@@ -40,7 +44,8 @@ static void fill_offsets(struct gpu_check *g, struct gpu_tensor *offsets, int64_
 }
 
 /* [E, out, in], dense: weights have no gaps. */
-static struct gpu_tensor *weights(struct gpu_check *g, enum dtype dtype, int64_t experts, int64_t out, int64_t in)
+static struct gpu_tensor *weights(struct gpu_check *g, enum dtype dtype, int64_t experts,
+                                  int64_t out, int64_t in)
 {
     const int pad = g->pad;
     g->pad = 0;
@@ -61,9 +66,10 @@ static void look_behind(struct gpu_check *g, const struct gpu_tensor *c, int64_t
             }
 }
 
-/* Experts' matrices. One that has most of the rows is compared by itself: its numbers are larger than all others', and so are
- * its errors. */
-static void compare_matrices(struct gpu_check *g, struct gpu_tensor *dw, const int32_t *at, int64_t rows)
+/* Experts' matrices. One that has most of the rows is compared by itself: its numbers are larger
+ * than all others', and so are its errors. */
+static void compare_matrices(struct gpu_check *g, struct gpu_tensor *dw, const int32_t *at,
+                             int64_t rows)
 {
     const int64_t experts = dw->host.shape[0], out = dw->host.shape[1], in = dw->host.shape[2];
     int64_t busy = 0, row = 0;
@@ -75,11 +81,12 @@ static void compare_matrices(struct gpu_check *g, struct gpu_tensor *dw, const i
     for (int64_t r = 0; r < out; r++)
         index[r] = busy * out + r;
     gpu_close_rows(g, dw, "dw of the busiest", index, out, &want, gpu_summing(DTYPE_F32, rows));
-    const struct tensor others = tensor_2d(xmalloc((size_t)(experts * out * in) + 1, sizeof(float)), DTYPE_F32, PLACE_HOST,
-                                           (experts - 1) * out, in);
+    const struct tensor others = tensor_2d(xmalloc((size_t)(experts * out * in) + 1, sizeof(float)),
+                                           DTYPE_F32, PLACE_HOST, (experts - 1) * out, in);
     for (int64_t r = 0; r < experts * out; r++)
         if (r / out != busy) {
-            memcpy((float *)others.data + row * in, (const float *)dw->host.data + r * in, (size_t)in * sizeof(float));
+            memcpy((float *)others.data + row * in, (const float *)dw->host.data + r * in,
+                   (size_t)in * sizeof(float));
             index[row++] = r;
         }
     gpu_close_rows(g, dw, "dw", index, row, &others, gpu_summing(DTYPE_F32, rows));
@@ -87,15 +94,18 @@ static void compare_matrices(struct gpu_check *g, struct gpu_tensor *dw, const i
     free(index);
 }
 
-static void product_case(struct gpu_check *g, enum backend_grouped mode, enum dtype dtype, int64_t experts, int64_t rows,
-                         int64_t in, int64_t out, enum spread spread)
+static void product_case(struct gpu_check *g, enum backend_grouped mode, enum dtype dtype,
+                         int64_t experts, int64_t rows, int64_t in, int64_t out, enum spread spread)
 {
-    if (!gpu_case(g, "grouped_gemm", "%s %lld experts %lldx%lld->%lld %s %s", mode_name[mode], (long long)experts,
-                  (long long)rows, (long long)in, (long long)out, spread_name[spread], dtype_name(dtype)))
+    if (!gpu_case(g, "grouped_gemm", "%s %lld experts %lldx%lld->%lld %s %s", mode_name[mode],
+                  (long long)experts, (long long)rows, (long long)in, (long long)out,
+                  spread_name[spread], dtype_name(dtype)))
         return;
     const bool tn = mode == BACKEND_GROUPED_TN;
-    const int64_t spare = 5, a_cols = mode == BACKEND_GROUPED_NT ? in : out, other_cols = mode == BACKEND_GROUPED_NT ? out : in;
-    struct gpu_tensor *a = gpu_matrix(g, dtype, rows + spare, a_cols), *other = gpu_matrix(g, dtype, rows + spare, other_cols);
+    const int64_t spare = 5, a_cols = mode == BACKEND_GROUPED_NT ? in : out,
+                  other_cols = mode == BACKEND_GROUPED_NT ? out : in;
+    struct gpu_tensor *a = gpu_matrix(g, dtype, rows + spare, a_cols),
+                      *other = gpu_matrix(g, dtype, rows + spare, other_cols);
     struct gpu_tensor *w = weights(g, tn ? DTYPE_F32 : dtype, experts, out, in);
     struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1);
     fill_offsets(g, offsets, rows, spread);
@@ -106,74 +116,90 @@ static void product_case(struct gpu_check *g, enum backend_grouped mode, enum dt
         gpu_inout(w);
     }
     struct gpu_tensor *b = tn ? other : w, *c = tn ? w : other;
-    gpu_run(g) cuda_grouped_gemm(g->stream, mode, &a->dev, &b->dev, &offsets->dev, rows + spare, &c->dev);
-    backend_ref_f32.grouped_gemm(g->cpu, mode, &a->host, &b->host, &offsets->host, rows + spare, &c->host);
+    gpu_run(g)
+        cuda_grouped_gemm(g->stream, mode, &a->dev, &b->dev, &offsets->dev, rows + spare, &c->dev);
+    backend_ref_f32.grouped_gemm(g->cpu, mode, &a->host, &b->host, &offsets->host, rows + spare,
+                                 &c->host);
     if (tn) {
         compare_matrices(g, c, offsets->host.data, rows);
     } else {
         const struct tensor want = tensor_first(&c->host, rows);
-        gpu_close_rows(g, c, "c", NULL, rows, &want, gpu_summing(c->dev.dtype, mode == BACKEND_GROUPED_NT ? in : out));
+        gpu_close_rows(g, c, "c", NULL, rows, &want,
+                       gpu_summing(c->dev.dtype, mode == BACKEND_GROUPED_NT ? in : out));
         look_behind(g, c, rows);
     }
     gpu_report(g, 0, 2.0 * (double)rows * (double)in * (double)out);
 }
 
-/* Of products of several random numbers a few large ones make the norm, which then sees single roundings: 2^-8 at most. */
+/* Of products of several random numbers a few large ones make the norm, which then sees single
+ * roundings: 2^-8 at most. */
 static struct gpu_bound act_bound(enum dtype dtype, int64_t elements, int64_t inner)
 {
     struct gpu_bound bound = gpu_summing(dtype, inner);
     /* y = relu(h)^2 p of an h that was rounded, and rounded once more. */
     if (dtype == DTYPE_BF16)
-        bound = elements < 10000 ? (struct gpu_bound){ 1.2e-2, 1.2e-2 } : (struct gpu_bound){ 4e-3, 1.2e-2 };
+        bound = elements < 10000 ? (struct gpu_bound){ 1.2e-2, 1.2e-2 }
+                                 : (struct gpu_bound){ 4e-3, 1.2e-2 };
     else
         bound.element *= 3;
     return bound;
 }
 
-static void act_forward_case(struct gpu_check *g, enum dtype dtype, int64_t experts, int64_t rows, int64_t in, int64_t out,
-                             enum spread spread)
+static void act_forward_case(struct gpu_check *g, enum dtype dtype, int64_t experts, int64_t rows,
+                             int64_t in, int64_t out, enum spread spread)
 {
-    if (!gpu_case(g, "grouped_act_forward", "%lld experts %lldx%lld->%lld %s %s", (long long)experts, (long long)rows,
-                  (long long)in, (long long)out, spread_name[spread], dtype_name(dtype)))
+    if (!gpu_case(g, "grouped_act_forward", "%lld experts %lldx%lld->%lld %s %s",
+                  (long long)experts, (long long)rows, (long long)in, (long long)out,
+                  spread_name[spread], dtype_name(dtype)))
         return;
     struct gpu_tensor *a = gpu_matrix(g, dtype, rows, in), *w = weights(g, dtype, experts, out, in);
     struct gpu_tensor *h = gpu_matrix(g, dtype, rows, out), *y = gpu_matrix(g, dtype, rows, out);
-    struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1), *prob = gpu_vector(g, DTYPE_F32, rows);
+    struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1),
+                      *prob = gpu_vector(g, DTYPE_F32, rows);
     fill_offsets(g, offsets, rows, spread);
     gpu_normal(g, a, 1);
     gpu_normal(g, w, 1);
     gpu_uniform(g, prob, 0, 1);
-    gpu_run(g) cuda_grouped_act_forward(g->stream, &a->dev, &w->dev, &offsets->dev, &prob->dev, &h->dev, &y->dev);
-    backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NT, &a->host, &w->host, &offsets->host, rows, &h->host);
+    gpu_run(g) cuda_grouped_act_forward(g->stream, &a->dev, &w->dev, &offsets->dev, &prob->dev,
+                                        &h->dev, &y->dev);
+    backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NT, &a->host, &w->host, &offsets->host,
+                                 rows, &h->host);
     backend_ref_f32.expert_act_forward(g->cpu, &h->host, &prob->host, &y->host);
     gpu_close(g, h, "h", gpu_summing(dtype, in));
     gpu_close(g, y, "y", act_bound(dtype, rows * out, in));
     gpu_report(g, 0, 2.0 * (double)rows * (double)in * (double)out);
 }
 
-static void act_backward_case(struct gpu_check *g, enum dtype dtype, int64_t experts, int64_t rows, int64_t in, int64_t out,
-                              enum spread spread, bool again)
+static void act_backward_case(struct gpu_check *g, enum dtype dtype, int64_t experts, int64_t rows,
+                              int64_t in, int64_t out, enum spread spread, bool again)
 {
-    if (!gpu_case(g, "grouped_act_backward", "%lld experts %lldx%lld->%lld %s %s%s", (long long)experts, (long long)rows,
-                  (long long)out, (long long)in, spread_name[spread], dtype_name(dtype), again ? " and forward" : ""))
+    if (!gpu_case(g, "grouped_act_backward", "%lld experts %lldx%lld->%lld %s %s%s",
+                  (long long)experts, (long long)rows, (long long)out, (long long)in,
+                  spread_name[spread], dtype_name(dtype), again ? " and forward" : ""))
         return;
-    struct gpu_tensor *a = gpu_matrix(g, dtype, rows, out), *w = weights(g, dtype, experts, out, in);
+    struct gpu_tensor *a = gpu_matrix(g, dtype, rows, out),
+                      *w = weights(g, dtype, experts, out, in);
     struct gpu_tensor *h = gpu_matrix(g, dtype, rows, in), *dh = gpu_matrix(g, dtype, rows, in);
-    struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1), *y = again ? gpu_matrix(g, dtype, rows, in) : NULL;
-    struct gpu_tensor *prob = gpu_vector(g, DTYPE_F32, rows), *dprob = gpu_vector(g, DTYPE_F32, rows);
+    struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1),
+                      *y = again ? gpu_matrix(g, dtype, rows, in) : NULL;
+    struct gpu_tensor *prob = gpu_vector(g, DTYPE_F32, rows),
+                      *dprob = gpu_vector(g, DTYPE_F32, rows);
     fill_offsets(g, offsets, rows, spread);
     gpu_normal(g, a, 1);
     gpu_normal(g, w, 1);
     gpu_normal(g, h, 1);
     gpu_uniform(g, prob, 0, 1);
-    gpu_run(g) cuda_grouped_act_backward(g->stream, &a->dev, &w->dev, &offsets->dev, &h->dev, &prob->dev, &dh->dev, &dprob->dev,
-                                         again ? &y->dev : NULL);
-    backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NN, &a->host, &w->host, &offsets->host, rows, &dh->host);
-    backend_ref_f32.expert_act_backward(g->cpu, &h->host, &prob->host, &dh->host, &dh->host, &dprob->host,
-                                        again ? &y->host : NULL);
+    gpu_run(g) cuda_grouped_act_backward(g->stream, &a->dev, &w->dev, &offsets->dev, &h->dev,
+                                         &prob->dev, &dh->dev, &dprob->dev, again ? &y->dev : NULL);
+    backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NN, &a->host, &w->host, &offsets->host,
+                                 rows, &dh->host);
+    backend_ref_f32.expert_act_backward(g->cpu, &h->host, &prob->host, &dh->host, &dh->host,
+                                        &dprob->host, again ? &y->host : NULL);
     gpu_close(g, dh, "dh", act_bound(dtype, rows * in, out));
     /* Without TMA the product is rounded before it is summed. */
-    gpu_close(g, dprob, "dprob", dtype == DTYPE_BF16 ? (struct gpu_bound){ 4e-3, 1.2e-2 } : gpu_summing(dtype, in + out));
+    gpu_close(g, dprob, "dprob",
+              dtype == DTYPE_BF16 ? (struct gpu_bound){ 4e-3, 1.2e-2 }
+                                  : gpu_summing(dtype, in + out));
     if (again)
         gpu_close(g, y, "y", act_bound(dtype, rows * in, 1));
     gpu_report(g, 0, 2.0 * (double)rows * (double)in * (double)out);
@@ -181,20 +207,24 @@ static void act_backward_case(struct gpu_check *g, enum dtype dtype, int64_t exp
 
 static void small_cases(struct gpu_check *g)
 {
-    static const int64_t shape[][4] = { { 1, 1, 1, 1 },      { 1, 200, 64, 128 },   { 4, 0, 16, 8 },       { 4, 37, 24, 40 },
-                                        { 5, 301, 200, 72 }, { 3, 1009, 251, 127 }, { 16, 2003, 136, 264 }, { 33, 1500, 520, 392 },
-                                        { 128, 777, 64, 48 }, { 300, 4001, 72, 200 } };
+    static const int64_t shape[][4] = { { 1, 1, 1, 1 },         { 1, 200, 64, 128 },
+                                        { 4, 0, 16, 8 },        { 4, 37, 24, 40 },
+                                        { 5, 301, 200, 72 },    { 3, 1009, 251, 127 },
+                                        { 16, 2003, 136, 264 }, { 33, 1500, 520, 392 },
+                                        { 128, 777, 64, 48 },   { 300, 4001, 72, 200 } };
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         for (int mode = BACKEND_GROUPED_NT; mode <= BACKEND_GROUPED_TN; mode++)
             for (int type = 0; type < 2; type++)
                 for (int spread = EVEN; spread <= SKEWED; spread++)
-                    product_case(g, (enum backend_grouped)mode, type ? DTYPE_BF16 : DTYPE_F32, shape[i][0], shape[i][1],
-                                 shape[i][2], shape[i][3], (enum spread)spread);
+                    product_case(g, (enum backend_grouped)mode, type ? DTYPE_BF16 : DTYPE_F32,
+                                 shape[i][0], shape[i][1], shape[i][2], shape[i][3],
+                                 (enum spread)spread);
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         for (int type = 0; type < 2; type++)
             for (int spread = RANDOM; spread <= SKEWED; spread++) {
                 const enum dtype dtype = type ? DTYPE_BF16 : DTYPE_F32;
-                const int64_t e = shape[i][0], rows = shape[i][1], in = shape[i][2], out = shape[i][3];
+                const int64_t e = shape[i][0], rows = shape[i][1], in = shape[i][2],
+                              out = shape[i][3];
                 act_forward_case(g, dtype, e, rows, in, out, (enum spread)spread);
                 act_backward_case(g, dtype, e, rows, in, out, (enum spread)spread, false);
                 act_backward_case(g, dtype, e, rows, in, out, (enum spread)spread, true);
@@ -204,7 +234,8 @@ static void small_cases(struct gpu_check *g)
 /* ---- production ---- */
 
 /* Large matrices repeat a pattern of rows, whose period fits no expert. */
-static struct gpu_tensor *repeated(struct gpu_check *g, int64_t rows, const struct gpu_tensor *pattern)
+static struct gpu_tensor *repeated(struct gpu_check *g, int64_t rows,
+                                   const struct gpu_tensor *pattern)
 {
     struct gpu_tensor *t = gpu_device_only(g, pattern->dev.dtype, rows, tensor_cols(&pattern->dev));
     gpu_repeat(g, t, pattern);
@@ -216,20 +247,22 @@ static void host_rows(const struct gpu_tensor *pattern, int64_t first, const str
 {
     const int64_t cols = tensor_cols(&pattern->host), period = tensor_rows(&pattern->host);
     for (int64_t r = 0; r < tensor_rows(to); r++)
-        memcpy((float *)to->data + r * to->ld, (const float *)pattern->host.data + (first + r) % period * cols,
+        memcpy((float *)to->data + r * to->ld,
+               (const float *)pattern->host.data + (first + r) % period * cols,
                (size_t)cols * sizeof(float));
 }
 
 static struct tensor host_matrix(int64_t rows, int64_t cols)
 {
-    return tensor_2d(xmalloc((size_t)(rows * cols) + 1, sizeof(float)), DTYPE_F32, PLACE_HOST, rows, cols);
+    return tensor_2d(xmalloc((size_t)(rows * cols) + 1, sizeof(float)), DTYPE_F32, PLACE_HOST, rows,
+                     cols);
 }
 
 struct production {
     enum backend_grouped mode;
     int64_t experts, rows, in, out;
     struct gpu_tensor *offsets, *a, *b, *c, *pattern_a, *pattern_b, *pattern_c;
-    struct gpu_tensor *h, *prob, *y, *dprob;   /* of the activation */
+    struct gpu_tensor *h, *prob, *y, *dprob; /* of the activation */
 };
 
 /* Rows of c that are expert e's. */
@@ -242,17 +275,20 @@ static int64_t rows_of(const struct production *p, int64_t e, int64_t *first)
 }
 
 /* Expert e's part of c by the reference. */
-static void reference(struct gpu_check *g, const struct production *p, int64_t e, const struct tensor *c)
+static void reference(struct gpu_check *g, const struct production *p, int64_t e,
+                      const struct tensor *c)
 {
     const int32_t *at = p->offsets->host.data;
     const bool tn = p->mode == BACKEND_GROUPED_TN;
     const int64_t rows = at[e + 1] - at[e];
-    const struct tensor a = host_matrix(rows, tensor_cols(&p->pattern_a->host)), b = host_matrix(tn ? rows : p->out, p->in);
+    const struct tensor a = host_matrix(rows, tensor_cols(&p->pattern_a->host)),
+                        b = host_matrix(tn ? rows : p->out, p->in);
     host_rows(p->pattern_a, at[e], &a);
     host_rows(p->pattern_b, tn ? at[e] : e * p->out, &b);
     if (tn)
         host_rows(p->pattern_c, e * p->out, c);
-    backend_ref_f32.gemm(g->cpu, tn, p->mode == BACKEND_GROUPED_NT, 1, &a, &b, tn ? 1 : 0, tn ? c : NULL, c);
+    backend_ref_f32.gemm(g->cpu, tn, p->mode == BACKEND_GROUPED_NT, 1, &a, &b, tn ? 1 : 0,
+                         tn ? c : NULL, c);
     free(a.data);
     free(b.data);
 }
@@ -270,11 +306,15 @@ static void compare_experts(struct gpu_check *g, const struct production *p, con
         const struct tensor part = tensor_row_range(&want, at, n);
         const int32_t *offset = p->offsets->host.data;
         reference(g, p, sample[i], &part);
-        most = offset[sample[i] + 1] - offset[sample[i]] > most ? offset[sample[i] + 1] - offset[sample[i]] : most;
+        most = offset[sample[i] + 1] - offset[sample[i]] > most
+                   ? offset[sample[i] + 1] - offset[sample[i]]
+                   : most;
         for (int64_t r = 0; r < n; r++)
             row[at++] = first + r;
     }
-    const int64_t inner = p->mode == BACKEND_GROUPED_TN ? most : p->mode == BACKEND_GROUPED_NT ? p->in : p->out;
+    const int64_t inner = p->mode == BACKEND_GROUPED_TN   ? most
+                          : p->mode == BACKEND_GROUPED_NT ? p->in
+                                                          : p->out;
     gpu_close_rows(g, p->c, "c", row, rows, &want, gpu_summing(p->c->dev.dtype, inner));
     free(row);
     free(want.data);
@@ -288,7 +328,8 @@ static int ascending(const void *a, const void *b)
 
 static void grouped_call(struct gpu_check *g, const struct production *p)
 {
-    cuda_grouped_gemm(g->stream, p->mode, &p->a->dev, &p->b->dev, &p->offsets->dev, p->rows, &p->c->dev);
+    cuda_grouped_gemm(g->stream, p->mode, &p->a->dev, &p->b->dev, &p->offsets->dev, p->rows,
+                      &p->c->dev);
 }
 
 /* The same arithmetic as one matrix product: the first expert's weights for all rows. */
@@ -310,7 +351,8 @@ struct way {
 };
 
 /* ROUNDS rounds of LAUNCHES calls of each way, in turn; median of a call. */
-static void time_in_turn(struct gpu_check *g, const struct production *p, const struct way *way, int ways)
+static void time_in_turn(struct gpu_check *g, const struct production *p, const struct way *way,
+                         int ways)
 {
     const cudaStream_t stream = cuda_stream_of(g->stream);
     const double flops = 2.0 * (double)p->rows * (double)p->in * (double)p->out;
@@ -328,27 +370,30 @@ static void time_in_turn(struct gpu_check *g, const struct production *p, const 
             }
             CHECK_CUDA(cudaStreamSynchronize(stream));
             for (int i = 0; i < LAUNCHES && round >= 0; i++) {
-                CHECK_CUDA(cudaEventElapsedTime(&us[w][round * LAUNCHES + i], event[i], event[i + 1]));
+                CHECK_CUDA(
+                    cudaEventElapsedTime(&us[w][round * LAUNCHES + i], event[i], event[i + 1]));
                 us[w][round * LAUNCHES + i] *= 1000;
             }
         }
     for (int i = 0; i <= LAUNCHES; i++)
         CHECK_CUDA(cudaEventDestroy(event[i]));
-    printf("# in turn, hot: %s %lld experts %lld->%lld:", mode_name[p->mode], (long long)p->experts, (long long)p->in,
-           (long long)p->out);
+    printf("# in turn, hot: %s %lld experts %lld->%lld:", mode_name[p->mode], (long long)p->experts,
+           (long long)p->in, (long long)p->out);
     for (int w = 0; w < ways; w++) {
         qsort(us[w], ROUNDS * LAUNCHES, sizeof us[w][0], ascending);
         const double median = us[w][ROUNDS * LAUNCHES / 2];
-        printf("%s %s %.1f us %.1f TFLOP/s", w ? "," : "", way[w].name, median, flops / median * 1e-6);
+        printf("%s %s %.1f us %.1f TFLOP/s", w ? "," : "", way[w].name, median,
+               flops / median * 1e-6);
     }
     printf("\n");
 }
 
-static void production_case(struct gpu_check *g, enum backend_grouped mode, int64_t experts, int64_t rows, int64_t in, int64_t out,
-                            enum spread spread, bool time)
+static void production_case(struct gpu_check *g, enum backend_grouped mode, int64_t experts,
+                            int64_t rows, int64_t in, int64_t out, enum spread spread, bool time)
 {
-    if (!gpu_case(g, "grouped_gemm", "%s production %lld experts %lldx%lld->%lld %s", mode_name[mode], (long long)experts,
-                  (long long)rows, (long long)in, (long long)out, spread_name[spread]))
+    if (!gpu_case(g, "grouped_gemm", "%s production %lld experts %lldx%lld->%lld %s",
+                  mode_name[mode], (long long)experts, (long long)rows, (long long)in,
+                  (long long)out, spread_name[spread]))
         return;
     const bool tn = mode == BACKEND_GROUPED_TN, nt = mode == BACKEND_GROUPED_NT;
     struct production p = { .mode = mode, .experts = experts, .rows = rows, .in = in, .out = out };
@@ -371,10 +416,12 @@ static void production_case(struct gpu_check *g, enum backend_grouped mode, int6
     const struct tensor flat = w->dev;
     w->dev = tensor_view(flat.data, flat.dtype, PLACE_DEVICE, 3, (int64_t[]){ experts, out, in });
     gpu_run(g) grouped_call(g, &p);
-    const int64_t sample[SAMPLED] = { 0, experts - 1, (int64_t)(gpu_random(g) % (uint64_t)experts), experts / 3 };
+    const int64_t sample[SAMPLED] = { 0, experts - 1, (int64_t)(gpu_random(g) % (uint64_t)experts),
+                                      experts / 3 };
     compare_experts(g, &p, sample);
     if (time)
-        time_in_turn(g, &p, (const struct way[]){ { "dense", dense_call }, { "grouped", grouped_call } }, 2);
+        time_in_turn(
+            g, &p, (const struct way[]){ { "dense", dense_call }, { "grouped", grouped_call } }, 2);
     gpu_report(g, 0, 2.0 * (double)rows * (double)in * (double)out);
 }
 
@@ -384,24 +431,29 @@ static void separate_call(struct gpu_check *g, const struct production *p)
     if (p->mode == BACKEND_GROUPED_NT)
         cuda_expert_act_forward(g->stream, &p->c->dev, &p->prob->dev, &p->y->dev);
     else
-        cuda_expert_act_backward(g->stream, &p->h->dev, &p->prob->dev, &p->c->dev, &p->c->dev, &p->dprob->dev, &p->y->dev);
+        cuda_expert_act_backward(g->stream, &p->h->dev, &p->prob->dev, &p->c->dev, &p->c->dev,
+                                 &p->dprob->dev, &p->y->dev);
 }
 
 static void fused_call(struct gpu_check *g, const struct production *p)
 {
     if (p->mode == BACKEND_GROUPED_NT)
-        cuda_grouped_act_forward(g->stream, &p->a->dev, &p->b->dev, &p->offsets->dev, &p->prob->dev, &p->c->dev, &p->y->dev);
+        cuda_grouped_act_forward(g->stream, &p->a->dev, &p->b->dev, &p->offsets->dev, &p->prob->dev,
+                                 &p->c->dev, &p->y->dev);
     else
-        cuda_grouped_act_backward(g->stream, &p->a->dev, &p->b->dev, &p->offsets->dev, &p->h->dev, &p->prob->dev, &p->c->dev,
-                                  &p->dprob->dev, &p->y->dev);
+        cuda_grouped_act_backward(g->stream, &p->a->dev, &p->b->dev, &p->offsets->dev, &p->h->dev,
+                                  &p->prob->dev, &p->c->dev, &p->dprob->dev, &p->y->dev);
 }
 
-/* Products with the activation against the same in two steps: to one rounding of what is rounded in between. */
-static void act_production_case(struct gpu_check *g, enum backend_grouped mode, int64_t experts, bool time)
+/* Products with the activation against the same in two steps: to one rounding of what is rounded in
+ * between. */
+static void act_production_case(struct gpu_check *g, enum backend_grouped mode, int64_t experts,
+                                bool time)
 {
     const bool nt = mode == BACKEND_GROUPED_NT;
     const int64_t rows = 49152, in = nt ? 2688 : 1856, out = nt ? 1856 : 2688;
-    if (!gpu_case(g, nt ? "grouped_act_forward" : "grouped_act_backward", "production %lld experts", (long long)experts))
+    if (!gpu_case(g, nt ? "grouped_act_forward" : "grouped_act_backward", "production %lld experts",
+                  (long long)experts))
         return;
     struct production p = { .mode = mode, .experts = experts, .rows = rows, .in = in, .out = out };
     p.offsets = gpu_vector(g, DTYPE_I32, experts + 1);
@@ -433,8 +485,11 @@ static void act_production_case(struct gpu_check *g, enum backend_grouped mode, 
         gpu_close(g, p.dprob, "dprob", (struct gpu_bound){ 4e-3, 1.2e-2 });
     }
     if (time)
-        time_in_turn(g, &p, (const struct way[]){ { "product", grouped_call }, { "then activation", separate_call },
-                                                  { "fused", fused_call } }, 3);
+        time_in_turn(g, &p,
+                     (const struct way[]){ { "product", grouped_call },
+                                           { "then activation", separate_call },
+                                           { "fused", fused_call } },
+                     3);
     gpu_report(g, 0, 2.0 * (double)rows * (double)in * (double)out);
 }
 

@@ -4,17 +4,22 @@
 #include <string.h>
 #include "gpu_check.h"
 
-static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols, int64_t first)
+static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols,
+                      int64_t first)
 {
     const char *shape = "%lldx%lld from %lld %s pad %d";
     for (int op = 0; op < 3; op++) {
         static const char *const name[] = { "loss_max", "loss_sum", "loss_backward" };
-        if (!gpu_case(g, name[op], shape, (long long)rows, (long long)cols, (long long)first, dtype_name(dtype), g->pad))
+        if (!gpu_case(g, name[op], shape, (long long)rows, (long long)cols, (long long)first,
+                      dtype_name(dtype), g->pad))
             continue;
-        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *label = gpu_vector(g, DTYPE_I64, rows), *mask = gpu_vector(g, DTYPE_F32, rows);
-        struct gpu_tensor *mx = gpu_vector(g, DTYPE_F32, rows), *se = gpu_vector(g, DTYPE_F32, rows);
+        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols),
+                          *label = gpu_vector(g, DTYPE_I64, rows),
+                          *mask = gpu_vector(g, DTYPE_F32, rows);
+        struct gpu_tensor *mx = gpu_vector(g, DTYPE_F32, rows),
+                          *se = gpu_vector(g, DTYPE_F32, rows);
         gpu_normal(g, x, 3);
-        gpu_integers(g, label, first - 3, first + cols + 3);   /* some belong to other ranks */
+        gpu_integers(g, label, first - 3, first + cols + 3); /* some belong to other ranks */
         for (int64_t i = 0; i < rows; i++)
             ((float *)mask->host.data)[i] = (float)(gpu_random(g) % 3 != 0);
         gpu_upload(g, mask);
@@ -29,19 +34,26 @@ static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
         gpu_upload(g, mx);
         struct gpu_tensor *picked = gpu_vector(g, DTYPE_F32, rows);
         if (op == 1) {
-            gpu_run(g) cuda_loss_sum(g->stream, &x->dev, &label->dev, first, &mx->dev, &se->dev, &picked->dev);
-            backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host, &picked->host);
+            gpu_run(g) cuda_loss_sum(g->stream, &x->dev, &label->dev, first, &mx->dev, &se->dev,
+                                     &picked->dev);
+            backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host,
+                                     &picked->host);
             gpu_close(g, se, "se", gpu_summing(DTYPE_F32, cols + 200));
             gpu_close(g, picked, "pl", gpu_rounding(DTYPE_F32));
             gpu_report(g, (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
             continue;
         }
-        backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host, &picked->host);
+        backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host,
+                                 &picked->host);
         gpu_upload(g, se);
         gpu_inout(x);
-        gpu_run(g) cuda_loss_backward(g->stream, &label->dev, first, &mx->dev, &se->dev, &mask->dev, &x->dev);
-        backend_ref_f32.loss_backward(g->cpu, &label->host, first, &mx->host, &se->host, &mask->host, &x->host);
-        gpu_close(g, x, "dlogits", dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 5e-3 } : (struct gpu_bound){ 2e-6, 2e-5 });
+        gpu_run(g) cuda_loss_backward(g->stream, &label->dev, first, &mx->dev, &se->dev, &mask->dev,
+                                      &x->dev);
+        backend_ref_f32.loss_backward(g->cpu, &label->host, first, &mx->host, &se->host,
+                                      &mask->host, &x->host);
+        gpu_close(g, x, "dlogits",
+                  dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 5e-3 }
+                                      : (struct gpu_bound){ 2e-6, 2e-5 });
         gpu_report(g, 2.0 * (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
     }
 }
@@ -50,7 +62,8 @@ static void finish_case(struct gpu_check *g, int64_t rows)
 {
     if (!gpu_case(g, "loss_finish", "%lld", (long long)rows))
         return;
-    struct gpu_tensor *se = gpu_vector(g, DTYPE_F32, rows), *pl = gpu_vector(g, DTYPE_F32, rows), *mask = gpu_vector(g, DTYPE_F32, rows),
+    struct gpu_tensor *se = gpu_vector(g, DTYPE_F32, rows), *pl = gpu_vector(g, DTYPE_F32, rows),
+                      *mask = gpu_vector(g, DTYPE_F32, rows),
                       *loss = gpu_vector(g, DTYPE_F32, rows), *total = gpu_vector(g, DTYPE_F32, 1);
     gpu_uniform(g, se, 1, 1e4);
     gpu_uniform(g, pl, -9, 0);
@@ -58,7 +71,8 @@ static void finish_case(struct gpu_check *g, int64_t rows)
     gpu_uniform(g, total, 10, 20);
     gpu_inout(total);
     gpu_run(g) cuda_loss_finish(g->stream, &se->dev, &pl->dev, &mask->dev, &loss->dev, &total->dev);
-    backend_ref_f32.loss_finish(g->cpu, &se->host, &pl->host, &mask->host, &loss->host, &total->host);
+    backend_ref_f32.loss_finish(g->cpu, &se->host, &pl->host, &mask->host, &loss->host,
+                                &total->host);
     gpu_close(g, loss, "loss", gpu_rounding(DTYPE_F32));
     gpu_close(g, total, "total", gpu_rounding(DTYPE_F32));
     gpu_report(g, 0, 0);
@@ -67,7 +81,8 @@ static void finish_case(struct gpu_check *g, int64_t rows)
 static void statistics_case(struct gpu_check *g, int64_t rows, int64_t cols)
 {
     if (gpu_case(g, "sum_squares", "%lldx%lld pad %d", (long long)rows, (long long)cols, g->pad)) {
-        struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols), *total = gpu_vector(g, DTYPE_F32, 1);
+        struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols),
+                          *total = gpu_vector(g, DTYPE_F32, 1);
         gpu_normal(g, x, 1);
         gpu_uniform(g, total, 1, 2);
         gpu_inout(total);
@@ -77,7 +92,8 @@ static void statistics_case(struct gpu_check *g, int64_t rows, int64_t cols)
         gpu_report(g, 4.0 * (double)(rows * cols), 0);
     }
     if (gpu_case(g, "count_zeros", "%lldx%lld pad %d", (long long)rows, (long long)cols, g->pad)) {
-        struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols), *total = gpu_vector(g, DTYPE_I64, 1);
+        struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols),
+                          *total = gpu_vector(g, DTYPE_I64, 1);
         gpu_normal(g, x, 1);
         for (int64_t i = 0; i < rows * cols; i += 1 + (int64_t)(gpu_random(g) % 7))
             ((float *)x->host.data)[i] = i % 2 ? 0.0f : -0.0f;
@@ -93,9 +109,11 @@ static void statistics_case(struct gpu_check *g, int64_t rows, int64_t cols)
 
 static void adamw_case(struct gpu_check *g, enum dtype dtype, int64_t n, int64_t step)
 {
-    if (!gpu_case(g, "adamw", "%lld step %lld %s offset %d", (long long)n, (long long)step, dtype_name(dtype), g->offset))
+    if (!gpu_case(g, "adamw", "%lld step %lld %s offset %d", (long long)n, (long long)step,
+                  dtype_name(dtype), g->offset))
         return;
-    struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n), *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
+    struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n),
+                      *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
                       *out = gpu_vector(g, dtype, n), *factor = gpu_vector(g, DTYPE_F64, 1);
     gpu_normal(g, grad, 1);
     *(double *)factor->host.data = 0.25;
@@ -106,30 +124,38 @@ static void adamw_case(struct gpu_check *g, enum dtype dtype, int64_t n, int64_t
     gpu_inout(p);
     gpu_inout(m);
     gpu_inout(v);
-    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->dev, &m->dev, &v->dev, &out->dev);
-    backend_ref_f32.adamw(g->cpu, &grad->host, &factor->host, 1e-3, 0.9, 0.95, 1e-8, 0.05, step, &p->host, &m->host, &v->host, &out->host);
+    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, step,
+                          &p->dev, &m->dev, &v->dev, &out->dev);
+    backend_ref_f32.adamw(g->cpu, &grad->host, &factor->host, 1e-3, 0.9, 0.95, 1e-8, 0.05, step,
+                          &p->host, &m->host, &v->host, &out->host);
     gpu_close(g, p, "master", gpu_rounding(DTYPE_F32));
     gpu_close(g, m, "m", gpu_rounding(DTYPE_F32));
     gpu_close(g, v, "v", gpu_rounding(DTYPE_F32));
-    gpu_close(g, out, "param", dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 4.2e-3 } : gpu_rounding(dtype));
+    gpu_close(g, out, "param",
+              dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 4.2e-3 } : gpu_rounding(dtype));
     gpu_report(g, (double)n * (28.0 + (double)dtype_bytes(dtype)), 0);
 }
 
 /* Bit by bit as on the host: the decision must not depend on who takes it. */
-static void decision_case(struct gpu_check *g, int64_t ranks, double clip, double threshold, double odd)
+static void decision_case(struct gpu_check *g, int64_t ranks, double clip, double threshold,
+                          double odd)
 {
     static const double factor[3] = { 0.0625 / 3, 0.0625 / 7, 1.0 / 4099 };
-    if (!gpu_case(g, "decide_update", "%lld ranks, clip %g, threshold %g, one number %g", (long long)ranks, clip, threshold, odd))
+    if (!gpu_case(g, "decide_update", "%lld ranks, clip %g, threshold %g, one number %g",
+                  (long long)ranks, clip, threshold, odd))
         return;
-    struct gpu_tensor *numbers = gpu_tensor(g, DTYPE_F64, 2, (int64_t[]){ ranks, 4 }), *result = gpu_vector(g, DTYPE_F64, 6);
+    struct gpu_tensor *numbers = gpu_tensor(g, DTYPE_F64, 2, (int64_t[]){ ranks, 4 }),
+                      *result = gpu_vector(g, DTYPE_F64, 6);
     for (int64_t i = 0; i < 4 * ranks; i++)
         ((double *)numbers->host.data)[i] = 1e-9 * (double)(gpu_random(g) >> 12);
     if (odd != 0.0)
         ((double *)numbers->host.data)[gpu_random(g) % (uint64_t)(4 * ranks)] = odd;
     gpu_upload(g, numbers);
-    gpu_run(g) cuda_decide_update(g->stream, &numbers->dev, 4099, factor, clip, threshold, &result->dev);
-    backend_ref_f32.decide_update(g->cpu, &numbers->host, 4099, factor, clip, threshold, &result->host);
-    for (int i = 0; i < 6; i++) {     /* not a number has many patterns */
+    gpu_run(g)
+        cuda_decide_update(g->stream, &numbers->dev, 4099, factor, clip, threshold, &result->dev);
+    backend_ref_f32.decide_update(g->cpu, &numbers->host, 4099, factor, clip, threshold,
+                                  &result->host);
+    for (int i = 0; i < 6; i++) { /* not a number has many patterns */
         double got, *want = (double *)result->host.data + i;
         memcpy(&got, result->got + result->begin + (size_t)i * sizeof got, sizeof got);
         if (isnan(got) && isnan(*want))
@@ -155,7 +181,8 @@ static void skipped_case(struct gpu_check *g, enum dtype dtype, int64_t n)
 {
     if (!gpu_case(g, "adamw", "%lld, no update, %s", (long long)n, dtype_name(dtype)))
         return;
-    struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n), *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
+    struct gpu_tensor *grad = gpu_vector(g, DTYPE_F32, n), *p = gpu_vector(g, DTYPE_F32, n),
+                      *m = gpu_vector(g, DTYPE_F32, n), *v = gpu_vector(g, DTYPE_F32, n),
                       *out = gpu_vector(g, dtype, n), *factor = gpu_vector(g, DTYPE_F64, 1);
     *(double *)factor->host.data = -1;
     gpu_upload(g, factor);
@@ -168,7 +195,8 @@ static void skipped_case(struct gpu_check *g, enum dtype dtype, int64_t n)
     gpu_inout(m);
     gpu_inout(v);
     gpu_inout(out);
-    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, 3, &p->dev, &m->dev, &v->dev, &out->dev);
+    gpu_run(g) cuda_adamw(g->stream, &grad->dev, &factor->dev, 1e-3, 0.9, 0.95, 1e-8, 0.05, 3,
+                          &p->dev, &m->dev, &v->dev, &out->dev);
     gpu_close(g, p, "master", (struct gpu_bound){ 0, 0 });
     gpu_close(g, m, "m", (struct gpu_bound){ 0, 0 });
     gpu_close(g, v, "v", (struct gpu_bound){ 0, 0 });
@@ -180,7 +208,8 @@ static void bias_case(struct gpu_check *g, int64_t experts)
 {
     if (!gpu_case(g, "expert_bias_update", "%lld", (long long)experts))
         return;
-    struct gpu_tensor *bias = gpu_vector(g, DTYPE_F32, experts), *count = gpu_vector(g, DTYPE_I64, experts);
+    struct gpu_tensor *bias = gpu_vector(g, DTYPE_F32, experts),
+                      *count = gpu_vector(g, DTYPE_I64, experts);
     gpu_normal(g, bias, 0.01);
     gpu_integers(g, count, 0, 5);
     gpu_inout(bias);
@@ -193,15 +222,21 @@ static void bias_case(struct gpu_check *g, int64_t experts)
 }
 
 /* Tiles of h x w patches with `classes` class tokens before each. */
-static void assemble_case(struct gpu_check *g, enum dtype dtype, int tiles, int per_tile, int classes, int64_t points, int64_t cols)
+static void assemble_case(struct gpu_check *g, enum dtype dtype, int tiles, int per_tile,
+                          int classes, int64_t points, int64_t cols)
 {
     for (int backward = 0; backward < 2; backward++) {
-        const int64_t patches = (int64_t)tiles * per_tile, rows = patches + (int64_t)tiles * classes;
-        if (!gpu_case(g, backward ? "vit_assemble_backward" : "vit_assemble_forward", "%lldx%lld points %lld %s pad %d", (long long)rows, (long long)cols,
+        const int64_t patches = (int64_t)tiles * per_tile,
+                      rows = patches + (int64_t)tiles * classes;
+        if (!gpu_case(g, backward ? "vit_assemble_backward" : "vit_assemble_forward",
+                      "%lldx%lld points %lld %s pad %d", (long long)rows, (long long)cols,
                       (long long)points, dtype_name(dtype), g->pad))
             continue;
-        struct gpu_tensor *source = gpu_vector(g, DTYPE_I32, rows), *index = gpu_vector(g, DTYPE_I32, 4 * patches), *weight = gpu_vector(g, DTYPE_F32, 4 * patches);
-        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *e = gpu_matrix(g, dtype, patches, cols);
+        struct gpu_tensor *source = gpu_vector(g, DTYPE_I32, rows),
+                          *index = gpu_vector(g, DTYPE_I32, 4 * patches),
+                          *weight = gpu_vector(g, DTYPE_F32, 4 * patches);
+        struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols),
+                          *e = gpu_matrix(g, dtype, patches, cols);
         int32_t *at = source->host.data;
         for (int t = 0, p = 0; t < tiles; t++) {
             for (int j = 0; j < classes; j++)
@@ -217,24 +252,33 @@ static void assemble_case(struct gpu_check *g, enum dtype dtype, int tiles, int 
         gpu_upload(g, weight);
         const double bytes = (double)(rows * cols) * (double)dtype_bytes(dtype);
         if (!backward) {
-            struct gpu_tensor *classes_of = gpu_matrix(g, dtype, classes, cols), *grid = gpu_matrix(g, dtype, points, cols);
+            struct gpu_tensor *classes_of = gpu_matrix(g, dtype, classes, cols),
+                              *grid = gpu_matrix(g, dtype, points, cols);
             gpu_normal(g, e, 1);
             gpu_normal(g, classes_of, 1);
             gpu_normal(g, grid, 1);
-            gpu_run(g) cuda_vit_assemble_forward(g->stream, &e->dev, &classes_of->dev, &grid->dev, &source->dev, &index->dev, &weight->dev, &x->dev);
-            backend_ref_f32.vit_assemble_forward(g->cpu, &e->host, &classes_of->host, &grid->host, &source->host, &index->host, &weight->host, &x->host);
+            gpu_run(g) cuda_vit_assemble_forward(g->stream, &e->dev, &classes_of->dev, &grid->dev,
+                                                 &source->dev, &index->dev, &weight->dev, &x->dev);
+            backend_ref_f32.vit_assemble_forward(g->cpu, &e->host, &classes_of->host, &grid->host,
+                                                 &source->host, &index->host, &weight->host,
+                                                 &x->host);
             /* The position is rounded before it is added: two roundings. */
-            gpu_close(g, x, "x", dtype == DTYPE_BF16 ? (struct gpu_bound){ 5e-3, 1e-2 } : gpu_rounding(dtype));
+            gpu_close(g, x, "x",
+                      dtype == DTYPE_BF16 ? (struct gpu_bound){ 5e-3, 1e-2 } : gpu_rounding(dtype));
             gpu_report(g, 2 * bytes, 0);
         } else {
-            struct gpu_tensor *dclass = gpu_matrix(g, DTYPE_F32, classes, cols), *dgrid = gpu_matrix(g, DTYPE_F32, points, cols);
+            struct gpu_tensor *dclass = gpu_matrix(g, DTYPE_F32, classes, cols),
+                              *dgrid = gpu_matrix(g, DTYPE_F32, points, cols);
             gpu_normal(g, x, 1);
             gpu_normal(g, dclass, 1);
             gpu_normal(g, dgrid, 1);
             gpu_inout(dclass);
             gpu_inout(dgrid);
-            gpu_run(g) cuda_vit_assemble_backward(g->stream, &x->dev, &source->dev, &index->dev, &weight->dev, &e->dev, &dclass->dev, &dgrid->dev);
-            backend_ref_f32.vit_assemble_backward(g->cpu, &x->host, &source->host, &index->host, &weight->host, &e->host, &dclass->host, &dgrid->host);
+            gpu_run(g) cuda_vit_assemble_backward(g->stream, &x->dev, &source->dev, &index->dev,
+                                                  &weight->dev, &e->dev, &dclass->dev, &dgrid->dev);
+            backend_ref_f32.vit_assemble_backward(g->cpu, &x->host, &source->host, &index->host,
+                                                  &weight->host, &e->host, &dclass->host,
+                                                  &dgrid->host);
             gpu_close(g, e, "de", (struct gpu_bound){ 0, 0 });
             gpu_close(g, dclass, "dclass", gpu_summing(DTYPE_F32, rows));
             gpu_close(g, dgrid, "dgrid", gpu_summing(DTYPE_F32, rows));

@@ -6,7 +6,8 @@
 #include "cuda_util.h"
 #include "gpu_check.h"
 
-static const int64_t shapes[][2] = { { 1, 1 }, { 0, 5 }, { 3, 0 }, { 7, 13 }, { 64, 256 }, { 251, 1009 }, { 1, 100003 } };
+static const int64_t shapes[][2] = { { 1, 1 },    { 0, 5 },      { 3, 0 },     { 7, 13 },
+                                     { 64, 256 }, { 251, 1009 }, { 1, 100003 } };
 
 static void copy_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols)
 {
@@ -20,13 +21,16 @@ static void copy_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
     gpu_report(g, 2.0 * (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
 }
 
-static void fill_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols, double value)
+static void fill_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64_t cols,
+                      double value)
 {
-    if (!gpu_case(g, "fill", "%lldx%lld %s %g", (long long)rows, (long long)cols, dtype_name(dtype), value))
+    if (!gpu_case(g, "fill", "%lldx%lld %s %g", (long long)rows, (long long)cols, dtype_name(dtype),
+                  value))
         return;
     struct gpu_tensor *y = gpu_matrix(g, dtype, rows, cols);
     gpu_run(g) cuda_fill(g->stream, &y->dev, value);
-    backend_ref_f32.fill(g->cpu, &y->host, dtype == DTYPE_BF16 ? bf16_to_float(bf16_from_double(value)) : value);
+    backend_ref_f32.fill(g->cpu, &y->host,
+                         dtype == DTYPE_BF16 ? bf16_to_float(bf16_from_double(value)) : value);
     if (dtype == DTYPE_F32 || dtype == DTYPE_BF16)
         gpu_close(g, y, "y", (struct gpu_bound){ 0, 0 });
     else
@@ -35,9 +39,11 @@ static void fill_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
 }
 
 /* fp32 values of all magnitudes: the rounding itself is compared bit by bit. */
-static void cast_case(struct gpu_check *g, enum dtype from, enum dtype to, int64_t rows, int64_t cols)
+static void cast_case(struct gpu_check *g, enum dtype from, enum dtype to, int64_t rows,
+                      int64_t cols)
 {
-    if (!gpu_case(g, "cast", "%lldx%lld %s to %s", (long long)rows, (long long)cols, dtype_name(from), dtype_name(to)))
+    if (!gpu_case(g, "cast", "%lldx%lld %s to %s", (long long)rows, (long long)cols,
+                  dtype_name(from), dtype_name(to)))
         return;
     struct gpu_tensor *x = gpu_matrix(g, from, rows, cols), *y = gpu_matrix(g, to, rows, cols);
     gpu_normal(g, x, 1);
@@ -56,20 +62,25 @@ static void cast_case(struct gpu_check *g, enum dtype from, enum dtype to, int64
     gpu_report(g, (double)(rows * cols) * (double)(dtype_bytes(from) + dtype_bytes(to)), 0);
 }
 
-/* From the host through pinned memory: what the source holds at the call arrives, whatever becomes of it after. */
+/* From the host through pinned memory: what the source holds at the call arrives, whatever becomes
+ * of it after. */
 static void upload_case(struct gpu_check *g, int64_t rows, int64_t cols, int64_t pad)
 {
-    if (!gpu_case(g, "copy", "%lldx%lld from the host, rows %lld apart", (long long)rows, (long long)cols, (long long)(cols + pad)))
+    if (!gpu_case(g, "copy", "%lldx%lld from the host, rows %lld apart", (long long)rows,
+                  (long long)cols, (long long)(cols + pad)))
         return;
-    struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols), *y = gpu_matrix(g, DTYPE_F32, rows, cols);
+    struct gpu_tensor *x = gpu_matrix(g, DTYPE_F32, rows, cols),
+                      *y = gpu_matrix(g, DTYPE_F32, rows, cols);
     const int64_t ld = cols + pad;
     float *source = xmalloc((size_t)(rows * ld) + 1, sizeof *source);
     struct tensor from = tensor_2d(source, DTYPE_F32, PLACE_HOST, rows, cols);
     from.ld = ld;
     gpu_normal(g, x, 1);
-    gpu_run(g) {
+    gpu_run(g)
+    {
         for (int64_t r = 0; r < rows; r++)
-            memcpy(source + r * ld, (float *)x->host.data + r * cols, (size_t)cols * sizeof *source);
+            memcpy(source + r * ld, (float *)x->host.data + r * cols,
+                   (size_t)cols * sizeof *source);
         cuda_copy(g->stream, &from, &y->dev);
         memset(source, 0xCC, (size_t)(rows * ld) * sizeof *source);
     }
@@ -108,9 +119,9 @@ int main(int argc, char **argv)
             upload_case(g, 1, 1, pad);
             upload_case(g, 0, 5, pad);
             upload_case(g, 251, 1009, pad);
-            upload_case(g, 3000, 1009, pad);        /* 12 MB: several pieces */
-            upload_case(g, 40000, 1009, pad);       /* 161 MB: more than a round of them */
-            upload_case(g, 3, 1100000, pad);        /* rows of more than a piece */
+            upload_case(g, 3000, 1009, pad);  /* 12 MB: several pieces */
+            upload_case(g, 40000, 1009, pad); /* 161 MB: more than a round of them */
+            upload_case(g, 3, 1100000, pad);  /* rows of more than a piece */
         }
     }
     gpu_layout(g, 0, 0);

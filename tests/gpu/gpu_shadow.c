@@ -1,8 +1,10 @@
-/* gpu_shadow.c - the product's shadow of the CUDA backend: every operation in every kind of shape (tests/shadow_cases.h), in bf16 and
- * fp32, whole or sampled; and every operation with one wrong number, which the shadow must find and name.
+/* gpu_shadow.c - the product's shadow of the CUDA backend: every operation in every kind of shape
+ * (tests/shadow_cases.h), in bf16 and fp32, whole or sampled; and every operation with one wrong
+ * number, which the shadow must find and name.
  *
  *     gpu_shadow [--seed N] [--only WORD]... [--quick] [--large] [--time]
- * --quick leaves out shapes of production size, --large all others; --time is taken for the other tests' sake.
+ * --quick leaves out shapes of production size, --large all others; --time is taken for the other
+ * tests' sake.
  */
 #include <cuda_runtime_api.h>
 #include <limits.h>
@@ -22,7 +24,7 @@
 
 enum { ONLY = 16 };
 
-static struct backend_ops primary;   /* of the shadow */
+static struct backend_ops primary; /* of the shadow */
 static jmp_buf caught;
 
 static void on_abort(int code)
@@ -49,20 +51,28 @@ static bool chosen(const struct suite *s, const char *op)
     return any;
 }
 
-/* 0: agreed and the bench found nothing; 1: the shadow stopped it; 2: the bench found something, in `trouble`. */
+/* 0: agreed and the bench found nothing; 1: the shadow stopped it; 2: the bench found something, in
+ * `trouble`. */
 static int run_case(struct suite *s, int op, enum bench_kind kind, char *trouble, size_t size)
 {
-    struct bench b = { .be = &s->table, .plain = s->whole, .stream = &s->stream, .side = &s->side, .act = s->whole->act, .acc = DTYPE_F32 };
+    struct bench b = { .be = &s->table,
+                       .plain = s->whole,
+                       .stream = &s->stream,
+                       .side = &s->side,
+                       .act = s->whole->act,
+                       .acc = DTYPE_F32 };
     if (setjmp(caught))
-        return 1;   /* what the case held is lost; the process is short */
+        return 1; /* what the case held is lost; the process is short */
     const bool ok = shadow_case_run(&b, op, kind, s->seed);
     snprintf(trouble, size, "%s", b.trouble);
     return ok ? 0 : 2;
 }
 
-static void report(struct suite *s, bool ok, const char *what, const char *kind, const char *trouble)
+static void report(struct suite *s, bool ok, const char *what, const char *kind,
+                   const char *trouble)
 {
-    printf("%s - shadow %s %s %s%s%s\n", ok ? "ok" : "not ok", what, kind, dtype_name(s->whole->act), *trouble ? ": " : "", trouble);
+    printf("%s - shadow %s %s %s%s%s\n", ok ? "ok" : "not ok", what, kind,
+           dtype_name(s->whole->act), *trouble ? ": " : "", trouble);
     fflush(stdout);
     s->cases++;
     s->failed += !ok;
@@ -76,7 +86,8 @@ static void right_case(struct suite *s, int op, enum bench_kind kind)
     shadow_sample_above(kind == BENCH_RAGGED ? 0 : kind == BENCH_PRODUCTION ? 8e6 : INFINITY);
     const int found = run_case(s, op, kind, trouble, sizeof trouble);
     clock_gettime(CLOCK_MONOTONIC, &to);
-    const double seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+    const double seconds =
+        (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
     if (seconds > 1)
         printf("# %.1f s\n", seconds);
     report(s, found == 0, shadow_case[op].name, bench_kind_name[kind], trouble);
@@ -105,22 +116,28 @@ static void broken_case(struct suite *s, int op, bool sampled)
     said[strcspn(said, "\n")] = '\0';
     snprintf(name, sizeof name, "shadow: %s: ", shadow_case[op].name);
     const bool ok = found == 1 && strstr(said, name) && strstr(said, "tolerance");
-    report(s, ok, shadow_case[op].name, sampled ? "broken, sampled" : "broken", ok ? "" : found == 1 ? said : "not found");
+    report(s, ok, shadow_case[op].name, sampled ? "broken, sampled" : "broken",
+           ok           ? ""
+           : found == 1 ? said
+                        : "not found");
 }
 
-static void type_cases(struct suite *s, const struct backend_ops *whole, const struct backend_ops *table)
+static void type_cases(struct suite *s, const struct backend_ops *whole,
+                       const struct backend_ops *table)
 {
     s->whole = whole;
     s->table = *table;
     primary = *whole;
     backend_shadow_stream(&s->stream, "compute", &primary);
     whole->stream_create(&s->side, "side");
-    const struct tensor scratch = tensor_1d(whole->alloc(whole->scratch_bytes), DTYPE_U8, PLACE_DEVICE, (int64_t)whole->scratch_bytes);
+    const struct tensor scratch = tensor_1d(whole->alloc(whole->scratch_bytes), DTYPE_U8,
+                                            PLACE_DEVICE, (int64_t)whole->scratch_bytes);
     s->table.stream_scratch(&s->stream, &scratch);
     for (int op = 0; op < SHADOW_CASES; op++) {
         if (!chosen(s, shadow_case[op].name))
             continue;
-        for (int kind = s->large ? BENCH_PRODUCTION : BENCH_TINY; kind < (s->quick ? BENCH_PRODUCTION : BENCH_KINDS); kind++)
+        for (int kind = s->large ? BENCH_PRODUCTION : BENCH_TINY;
+             kind < (s->quick ? BENCH_PRODUCTION : BENCH_KINDS); kind++)
             right_case(s, op, (enum bench_kind)kind);
         for (int sampled = 0; sampled < 2 && !s->large; sampled++)
             broken_case(s, op, sampled);
@@ -146,9 +163,10 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc && s->only_count < ONLY)
             s->only[s->only_count++] = argv[++i];
         else if (strcmp(argv[i], "--time") != 0)
-            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--large] [--seed N] [--only WORD]...", argv[i]);
+            FATAL(EXIT_DECK, "%s: usage: [--time] [--quick] [--large] [--seed N] [--only WORD]...",
+                  argv[i]);
     }
-    mallopt(M_MMAP_MAX, 0);   /* gigabytes come and go: without fresh pages each time */
+    mallopt(M_MMAP_MAX, 0); /* gigabytes come and go: without fresh pages each time */
     mallopt(M_TRIM_THRESHOLD, INT_MAX);
     CHECK_CUDA(cudaSetDevice(0));
     log_open(NULL, true);
