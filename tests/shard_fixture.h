@@ -5,33 +5,15 @@
 
 #include <sys/stat.h>
 #include "data_fixture.h"
-
-static char dir[64]; /* scratch directory of the test, made by setup */
-
-static inline const char *file(const char *name)
-{
-    static char path[8][256];
-    static int turn;
-    char *p = path[turn++ % 8];
-    snprintf(p, sizeof path[0], "%s/%s", dir, name);
-    return p;
-}
+#include "scratch.h"
 
 static inline int setup(void **state)
 {
-    snprintf(dir, sizeof dir, "/tmp/mimo_data_XXXXXX");
-    if (!mkdtemp(dir))
+    if (scratch_setup(state) != 0)
         return -1;
     write_tokenizer(file("tokenizer.json"), true);
     write_tokenizer(file("plain.json"), false);
     return 0;
-}
-
-static inline int teardown(void **state)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", dir);
-    return system(command);
 }
 
 /* The tiny deck with the shard(s) at `path`, both splits, in stored order unless an override says

@@ -48,6 +48,17 @@ static inline void make_deck_file(struct deck *deck, const char *path, int ranks
     free(text);
 }
 
+/* What a training needs at least. */
+#define TINY_TRAIN "&run train_iters = 10 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n"
+
+static inline void resolve_text(struct deck *deck, const char *text, int ranks,
+                                struct errors *errors, const char *const *overrides)
+{
+    make_deck(deck, "x.nml", text, strlen(text), ranks, errors, overrides);
+}
+
+#define OVERRIDES(...) ((const char *const[]){ __VA_ARGS__, NULL })
+
 static inline bool has_error(const struct errors *errors, const char *part)
 {
     for (int i = 0; i < errors->count; i++)

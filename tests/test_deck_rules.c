@@ -1,19 +1,8 @@
-/* test_deck_rules.c - presets, derived values, overrides, the echo and the reference deck; the
- * production layouts at their rank counts (parallel.md 11.2); and the table itself: every key is
- * accepted or, where its feature is missing, refused by name.
+/* test_deck_rules.c - presets, derived values, overrides; the production layouts at their rank
+ * counts (parallel.md 11.2); and the table itself: every key is accepted or, where its feature is
+ * missing, refused by name. The echo and the reference deck: test_deck_echo.c.
  */
 #include "test_deck.h"
-
-static const char tiny_train[] =
-    "&run train_iters = 10 /\n&language preset = 'tiny' /\n&lr lr = 1e-3 /\n";
-
-static void resolve_text(struct deck *deck, const char *text, int ranks, struct errors *errors,
-                         const char *const *overrides)
-{
-    make_deck(deck, "x.nml", text, strlen(text), ranks, errors, overrides);
-}
-
-#define OVERRIDES(...) ((const char *const[]){ __VA_ARGS__, NULL })
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
@@ -203,7 +192,7 @@ static void preset_tiny_has_the_values_of_the_specification(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 1, &errors, NULL);
+    resolve_text(&d, TINY_TRAIN, 1, &errors, NULL);
     assert_no_errors(&errors);
     assert_true(d.derived.complete);
     assert_string_equal(d.derived.pattern, "MEM*E-");
@@ -367,7 +356,7 @@ static void layout_auto_splits_even_jobs_in_halves(void **state)
     for (int ranks = 1; ranks <= 9; ranks++) {
         struct deck d = { 0 };
         struct errors errors = { 0 };
-        resolve_text(&d, tiny_train, ranks, &errors, NULL);
+        resolve_text(&d, TINY_TRAIN, ranks, &errors, NULL);
         if (ranks == 1) {
             assert_int_equal(d.topology.layout, DECK_LAYOUT_COLOCATED);
         } else if (ranks % 2 == 0) {
@@ -406,7 +395,7 @@ static void dp_sizes_are_derived_from_what_is_given(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct deck d = { 0 };
         struct errors errors = { 0 };
-        char *text = xasprintf("%s&topology %s /\n", tiny_train, cases[i].given);
+        char *text = xasprintf("%s&topology %s /\n", TINY_TRAIN, cases[i].given);
         resolve_text(&d, text, cases[i].ranks, &errors, NULL);
         assert_no_errors(&errors);
         assert_int_equal(d.topology.encoder_dp, cases[i].encoder);
@@ -424,13 +413,13 @@ static void stages_freeze_what_the_table_says_and_keys_override(void **state)
         struct deck d = { 0 };
         struct errors errors = { 0 };
         char *override = xasprintf("stage.training_stage=%d", stage);
-        resolve_text(&d, tiny_train, 1, &errors, OVERRIDES(override));
+        resolve_text(&d, TINY_TRAIN, 1, &errors, OVERRIDES(override));
         assert_int_equal(d.derived.freeze_encoder, stage < 3);
         assert_false(d.derived.freeze_projector);
         assert_int_equal(d.derived.freeze_language, stage == 1);
         assert_int_equal(d.stage.freeze_vit, stage < 3);
         deck_free(&d);
-        resolve_text(&d, tiny_train, 1, &errors,
+        resolve_text(&d, TINY_TRAIN, 1, &errors,
                      OVERRIDES(override, "stage.freeze_vit=F", "stage.freeze_projection=T"));
         assert_false(d.derived.freeze_encoder);
         assert_true(d.derived.freeze_projector);
@@ -455,7 +444,7 @@ static void eval_iters_follow_whether_validation_is_asked_for(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct deck d = { 0 };
         struct errors errors = { 0 };
-        resolve_text(&d, tiny_train, 1, &errors, OVERRIDES(cases[i].override));
+        resolve_text(&d, TINY_TRAIN, 1, &errors, OVERRIDES(cases[i].override));
         assert_no_errors(&errors);
         assert_int_equal(d.eval.eval_iters, cases[i].expect);
         deck_free(&d);
@@ -467,7 +456,7 @@ static void a_missing_backend_still_resolves_everything(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 4, &errors, OVERRIDES("run.backend=cuda"));
+    resolve_text(&d, TINY_TRAIN, 4, &errors, OVERRIDES("run.backend=cuda"));
     assert_true(d.derived.complete && d.derived.no_backend && d.derived.bf16);
     assert_int_equal(errors.count, 1);
     assert_int_equal(errors.worst, EXIT_ENVIRONMENT);
@@ -480,7 +469,7 @@ static void huge_sizes_do_not_overflow(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 2147483646, &errors,
+    resolve_text(&d, TINY_TRAIN, 2147483646, &errors,
                  OVERRIDES("batch.micro_batch_size=1048576", "topology.layout=colocated",
                            "language.hidden_size=1048576", "language.seq_length=16777216",
                            "language.vocab_size=2147483647", "run.train_iters=1000000000"));
@@ -515,7 +504,7 @@ static void overrides_win_and_strings_need_no_quotes(void **state)
 {
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 1, &errors,
+    resolve_text(&d, TINY_TRAIN, 1, &errors,
                  OVERRIDES("run.train_iters=3", "run.output_dir=/tmp/a b=c", "run.title='quoted'",
                            "CHECKPOINT.Save=\"x\"", "batch.iterations_to_skip=1,2 3*5",
                            "lr.lr = 2d-3", "checkpoint.load=it's", "log.log_timers=.true.",
@@ -572,7 +561,7 @@ static void wrong_overrides_are_refused(void **state)
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct deck d = { 0 };
         struct errors errors = { 0 };
-        resolve_text(&d, tiny_train, 0, &errors, OVERRIDES(cases[i].override));
+        resolve_text(&d, TINY_TRAIN, 0, &errors, OVERRIDES(cases[i].override));
         assert_int_equal(errors.count, 1);
         assert_string_equal(errors.line[0], cases[i].message);
         assert_int_equal(errors.worst, EXIT_DECK);
@@ -581,198 +570,9 @@ static void wrong_overrides_are_refused(void **state)
     }
     struct deck d = { 0 };
     struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 0, &errors, OVERRIDES("run.seed=5", "run.seed=6"));
+    resolve_text(&d, TINY_TRAIN, 0, &errors, OVERRIDES("run.seed=5", "run.seed=6"));
     assert_int_equal(errors.count, 1);
     assert_string_equal(errors.line[0], "command line: error: run.seed is given twice");
-    deck_free(&d);
-    errors_free(&errors);
-}
-
-/* ---- echo and reference ---------------------------------------------------------------------- */
-
-static void assert_echo_reads_back(const struct deck *deck, int ranks)
-{
-    size_t length;
-    char *echo = echo_text(deck, &length);
-    struct deck back = { 0 };
-    struct errors errors = { 0 };
-    make_deck(&back, "echo", echo, length, ranks, &errors, NULL);
-    if (!deck->derived.not_built && !deck->derived.no_backend)
-        assert_no_errors(&errors);
-    for (int row = 0; row < DECK_ROWS; row++)
-        if (!deck_table_equal(deck, &back, row))
-            fail_msg("%s.%s differs after the echo", deck_table[row].group, deck_table[row].key);
-    assert_memory_equal(&deck->derived, &back.derived, sizeof back.derived);
-    size_t again_length;
-    char *again = echo_text(&back, &again_length);
-    /* Apart from the comments the echo of the echo is the echo. */
-    for (char *a = echo, *b = again; *a;) {
-        size_t na = strcspn(a, "!\n"), nb = strcspn(b, "!\n");
-        assert_int_equal(na, nb);
-        assert_memory_equal(a, b, na);
-        a = strchr(a, '\n') + 1;
-        b = strchr(b, '\n') + 1;
-    }
-    free(again);
-    free(echo);
-    deck_free(&back);
-    errors_free(&errors);
-}
-
-static void echo_of_every_input_deck_reads_back_to_equal_values(void **state)
-{
-    static const struct {
-        const char *path;
-        int ranks[4];
-    } decks[] = {
-        { "input/mock_tiny.nml", { 1, 2, 4, 16 } },
-        { "input/stage1.nml", { 1, 2, 8, 48 } },
-        { "input/stage2.nml", { 1, 2, 8, 48 } },
-        { "input/mock_20l.nml", { 8 } },
-        { "input/hel_9n.nml", { 72 } },
-        { "input/hel_17n.nml", { 136 } },
-        { "input/hel_33n.nml", { 264 } },
-        { "input/hel_68n.nml", { 544 } },
-        { "input/hel_100n.nml", { 800 } },
-    };
-    for (size_t i = 0; i < sizeof decks / sizeof decks[0]; i++)
-        for (int k = 0; k < 4 && decks[i].ranks[k]; k++) {
-            struct deck d = { 0 };
-            struct errors errors = { 0 };
-            make_deck_file(&d, decks[i].path, decks[i].ranks[k], &errors, NULL);
-            assert_true(d.derived.complete);
-            assert_echo_reads_back(&d, decks[i].ranks[k]);
-            deck_free(&d);
-            errors_free(&errors);
-        }
-}
-
-static void echo_keeps_strings_numbers_and_lists_exactly(void **state)
-{
-    static const char text[] =
-        "&run train_samples = 1000000000000, title = 'it''s \"quoted\" ! & / 東京', mode = 'train', seed = 4294967295 /\n"
-        "&language preset = 'tiny', init_method_std = 0.1, layernorm_epsilon = 1.2345678901234567d-5 /\n"
-        "&lr lr = 0.3333333333333333, min_lr = 1e-30, weight_decay_incr_style = 'linear', start_weight_decay = 0, end_weight_decay = 2 /\n"
-        "&batch iterations_to_skip = 5, 3*7, 1000000000 /\n&optimizer adam_beta2 = 0.999999 /\n&run2 /";
-    struct deck d = { 0 };
-    struct errors errors = { 0 };
-    make_deck(&d, "x", text, strlen(text) - strlen("&run2 /"), 2, &errors, NULL);
-    assert_no_errors(&errors);
-    assert_echo_reads_back(&d, 2);
-    assert_int_equal(d.batch.iterations_to_skip.n, 5);
-    deck_free(&d);
-    errors_free(&errors);
-}
-
-static void echo_tells_where_each_value_came_from(void **state)
-{
-    struct deck d = { 0 };
-    struct errors errors = { 0 };
-    resolve_text(&d, tiny_train, 2, &errors, OVERRIDES("run.seed=7"));
-    size_t length;
-    char *echo = echo_text(&d, &length);
-    static const char *const lines[][2] = {
-        { "  train_iters = 10 ", "! deck:1\n" }, { "  seed = 7 ", "! command line\n" },
-        { "  hidden_size = 64 ", "! preset\n" }, { "  encoder_dp = 1 ", "! derived\n" },
-        { "  clip_grad = 1.0 ", "! default\n" }, { "  preset = 'tiny' ", "! deck:2\n" },
-    };
-    for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
-        char *at = strstr(echo, lines[i][0]);
-        assert_non_null(at);
-        assert_int_equal(strncmp(strchr(at, '!'), lines[i][1], strlen(lines[i][1])), 0);
-    }
-    const char *before = echo;
-    for (int row = 0; row < DECK_ROWS; row++) { /* complete and in table order */
-        char *needle =
-            xasprintf("\n  %s%s ", strcmp(deck_table[row].key, "iterations_to_skip") ? "" : "! ",
-                      deck_table[row].key);
-        const char *at = strstr(before, needle);
-        assert_non_null(at);
-        before = at;
-        free(needle);
-    }
-    free(echo);
-    deck_free(&d);
-    errors_free(&errors);
-}
-
-static void a_presets_image_token_stays_open_for_the_tokenizer(void **state)
-{
-    struct deck d = { 0 };
-    struct errors errors = { 0 };
-    make_deck_file(&d, "input/stage2.nml", 1, &errors, NULL);
-    assert_int_equal(d.data.image_token_id, 499);
-    assert_false(deck_given(&d, "data", "image_token_id"));
-    size_t length;
-    char *echo = echo_text(&d, &length);
-    assert_non_null(strstr(echo, "  image_token_id = -1 "));
-    struct deck back = { 0 };
-    make_deck(&back, "echo", echo, length, 1, &errors, NULL);
-    assert_no_errors(&errors);
-    assert_int_equal(back.data.image_token_id, 499);
-    assert_false(deck_given(&back, "data", "image_token_id"));
-    free(echo);
-    deck_free(&d);
-    deck_free(&back);
-    errors_free(&errors);
-}
-
-static void reference_deck_is_up_to_date(void **state)
-{
-    size_t length, n;
-    char *file = slurp("input/reference.nml", &length), *text = NULL;
-    FILE *f = open_memstream(&text, &n);
-    deck_print_reference(f);
-    fclose(f);
-    assert_string_equal(file, text);
-    for (int row = 0; row < DECK_ROWS; row++) {
-        char *item = xasprintf("%s = ", deck_table[row].key);
-        assert_non_null(strstr(text, item));
-        assert_non_null(strstr(text, deck_table[row].help));
-        free(item);
-    }
-    free(text);
-    free(file);
-}
-
-static void reference_deck_gives_the_run_of_an_empty_deck(void **state)
-{
-    struct deck a = { 0 }, b = { 0 };
-    struct errors errors = { 0 };
-    static const char *const more[] = { "run.train_iters=5", "lr.lr=1e-3", NULL };
-    make_deck_file(&a, "input/reference.nml", 2, &errors, more);
-    resolve_text(&b, "&run /", 2, &errors, more);
-    assert_no_errors(&errors);
-    for (int row = 0; row < DECK_ROWS; row++)
-        if (!deck_table_equal(&a, &b, row))
-            fail_msg("%s.%s differs", deck_table[row].group, deck_table[row].key);
-    deck_free(&a);
-    deck_free(&b);
-    errors_free(&errors);
-}
-
-struct visited {
-    int count;
-    bool in_order;
-};
-
-static void visit(void *ctx, const char *group, const char *key, const char *value,
-                  enum deck_origin origin)
-{
-    struct visited *v = ctx;
-    if (deck_table_find(group, key) != v->count++ || !value)
-        v->in_order = false;
-}
-
-static void visit_calls_every_key_in_table_order(void **state)
-{
-    struct deck d = { 0 };
-    struct errors errors = { 0 };
-    struct visited v = { 0, true };
-    resolve_text(&d, tiny_train, 1, &errors, NULL);
-    deck_visit(&d, visit, &v);
-    assert_int_equal(v.count, DECK_ROWS);
-    assert_true(v.in_order);
     deck_free(&d);
     errors_free(&errors);
 }
@@ -874,13 +674,6 @@ int main(void)
         cmocka_unit_test(shared_expert_overlap_excludes_its_recomputation),
         cmocka_unit_test(overrides_win_and_strings_need_no_quotes),
         cmocka_unit_test(wrong_overrides_are_refused),
-        cmocka_unit_test(echo_of_every_input_deck_reads_back_to_equal_values),
-        cmocka_unit_test(echo_keeps_strings_numbers_and_lists_exactly),
-        cmocka_unit_test(echo_tells_where_each_value_came_from),
-        cmocka_unit_test(a_presets_image_token_stays_open_for_the_tokenizer),
-        cmocka_unit_test(reference_deck_is_up_to_date),
-        cmocka_unit_test(reference_deck_gives_the_run_of_an_empty_deck),
-        cmocka_unit_test(visit_calls_every_key_in_table_order),
         cmocka_unit_test(input_decks_hold_only_differences),
         cmocka_unit_test(suggestions_name_near_keys_and_their_group),
         cmocka_unit_test(p12_10_82_there_is_no_key_for_what_is_fixed),

@@ -15,30 +15,7 @@
 #include <unistd.h>
 #include "bf16.h"
 #include "safetensors.h"
-
-static char dir[64];
-
-static const char *file(const char *name)
-{
-    static char path[8][256];
-    static int turn;
-    char *p = path[turn++ % 8];
-    snprintf(p, sizeof path[0], "%s/%s", dir, name);
-    return p;
-}
-
-static int setup(void **state)
-{
-    snprintf(dir, sizeof dir, "/tmp/mimo_safetensors_XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", dir);
-    return system(command);
-}
+#include "scratch.h"
 
 static void put(const char *name, const void *bytes, size_t n)
 {
@@ -500,5 +477,5 @@ int main(void)
         cmocka_unit_test(what_is_written_is_read_back),
         cmocka_unit_test(nothing_is_overwritten),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, scratch_setup, scratch_teardown);
 }

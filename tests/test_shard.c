@@ -1,5 +1,5 @@
-/* test_shard.c - finding shards, walking tar headers, refusing hostile archives, and documents from
- * parts (shard.h, sample.h). Hostile archives are built byte by byte (tar_build.h).
+/* test_shard.c - finding shards, walking tar headers, refusing hostile archives (shard.h). Hostile
+ * archives are built byte by byte (tar_build.h).
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -11,31 +11,8 @@
 #include <unistd.h>
 #include "sample.h"
 #include "shard.h"
+#include "scratch.h"
 #include "tar_build.h"
-
-static char dir[64];
-
-static const char *file(const char *name)
-{
-    static char path[4][256];
-    static int turn;
-    char *p = path[turn++ % 4];
-    snprintf(p, sizeof path[0], "%s/%s", dir, name);
-    return p;
-}
-
-static int setup(void **state)
-{
-    snprintf(dir, sizeof dir, "/tmp/mimo_shard_XXXXXX");
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -rf '%s'", dir);
-    return system(command);
-}
 
 static int init(struct shard_set *set, const char *path, struct errors *errors)
 {
@@ -623,97 +600,7 @@ static void scattered_and_doubled_parts_break_the_sample(void **state)
     shard_free(&set);
 }
 
-/* --- documents --- */
-
-static struct shard_set docs;
 static struct sample doc;
-
-static void read_doc(const char *member, const char *content, bool ok, const char *expected)
-{
-    struct tar t = { 0 };
-    struct errors errors;
-    char name[64], why[512] = "", text[1024] = "";
-    tar_text(&t, "k.10.jpg", "ten");
-    tar_text(&t, "k.2.png", "two");
-    tar_text(&t, "k.thumb.jpg", "no number");
-    snprintf(name, sizeof name, "k.%s", member);
-    tar_text(&t, name, content);
-    tar_text(&t, "k.jpg", "none");
-    tar_end(&t);
-    tar_write(&t, file("doc.tar"));
-    assert_int_equal(init(&docs, file("doc.tar"), &errors), 0);
-    const bool got = sample_read(&doc, &docs, 0, "<img>", "</img>", why, sizeof why);
-    if (got != ok)
-        fail_msg("%s gives %d: %s", content, got, why);
-    if (!ok) {
-        if (!strstr(why, expected))
-            fail_msg("'%s' lacks '%s'", why, expected);
-    } else {
-        for (int64_t i = 0; i < doc.n_items; i++) {
-            snprintf(text + strlen(text), sizeof text - strlen(text), "%.*s",
-                     (int)doc.item[i].length, doc.text + doc.item[i].text);
-            if (i + 1 < doc.n_items)
-                snprintf(text + strlen(text), sizeof text - strlen(text), "[%s]",
-                         shard_part_name(&docs, shard_parts(&docs, 0) + doc.item[i].part));
-        }
-        assert_string_equal(text, expected);
-        assert_int_equal(doc.item[doc.n_items - 1].part, -1);
-    }
-    shard_free(&docs);
-}
-
-static void a_caption_follows_the_pictures_in_numeric_order(void **state)
-{
-    read_doc("json", "{\"caption\": \"a cat\", \"width\": 3}", true,
-             "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a cat");
-    assert_int_equal(doc.kind, SAMPLE_CAPTION);
-    read_doc("txt", "a dog\n", true,
-             "<img>[jpg]</img><img>[2.png]</img><img>[10.jpg]</img>a dog\n");
-}
-
-static void interleaved_documents_keep_their_order(void **state)
-{
-    read_doc(
-        "json",
-        "{\"texts\": [\"one\", null, \"two\", \"three\"], \"images\": [null, \"10.jpg\", null, null], \"caption\": \"x\"}",
-        true, "one<img>[10.jpg]</img>two\nthree");
-    assert_int_equal(doc.kind, SAMPLE_INTERLEAVED);
-    read_doc("json", "{\"texts\": [\"one\"], \"images\": []}", false,
-             "texts has 1 entries and images 0");
-    read_doc("json", "{\"texts\": [\"one\"], \"images\": [\"jpg\"]}", false, "place 0");
-    read_doc("json", "{\"texts\": [null], \"images\": [null]}", false, "place 0");
-    read_doc("json", "{\"texts\": [null], \"images\": [\"9.jpg\"]}", false, "no part '9.jpg'");
-    read_doc("json", "{\"texts\": [null], \"images\": [\"json\"]}", false, "is none");
-}
-
-static void conversations_are_sender_lines(void **state)
-{
-    read_doc(
-        "json",
-        "{\"caption\": \"x\", \"conversation\": [{\"sender\": \"user\", \"fragments\": [{\"t\": \"image\", \"value\": \"2.png\"},"
-        "{\"t\": \"text\", \"value\": \"what?\"}]}, {\"sender\": \"assistant\", \"fragments\": [{\"t\": \"text\", \"value\": \"a cat\"}]}]}",
-        true, "user: <img>[2.png]</img>what?\nassistant: a cat");
-    assert_int_equal(doc.kind, SAMPLE_CONVERSATION);
-    read_doc("json", "{\"conversation\": [{\"sender\": \"user\"}]}", false, "turn 0");
-    read_doc(
-        "json",
-        "{\"conversation\": [{\"sender\": \"u\", \"fragments\": [{\"t\": \"video\", \"value\": \"2.png\"}]}]}",
-        false, "fragment 0 of turn 0");
-    read_doc("json", "{\"conversation\": {}}", false, "not a list");
-}
-
-static void broken_documents_say_why(void **state)
-{
-    read_doc("json", "{\"caption\": ", false, "line 1");
-    read_doc("json", "[1]", false, "not an object");
-    read_doc("json", "{\"caption\": 3}", false, "caption is not a string");
-    read_doc("json", "{\"width\": 3}", false, "no caption");
-    read_doc("json", "{\"caption\": \"a\", \"caption\": \"b\"}", false, "duplicate");
-    read_doc("json", "{\"caption\": \"a\\u0000b\"}", false, "json");
-    read_doc("txt", "\xc3(", false, "UTF-8");
-    read_doc("txt", "\xed\xa0\x80", false, "UTF-8");
-    read_doc("cls", "3", false, "no caption");
-}
 
 static void random_damage_never_crashes(void **state)
 {
@@ -863,14 +750,10 @@ int main(void)
         cmocka_unit_test(missing_data_says_make_data),
         cmocka_unit_test(several_bad_shards_are_all_named),
         cmocka_unit_test(scattered_and_doubled_parts_break_the_sample),
-        cmocka_unit_test(a_caption_follows_the_pictures_in_numeric_order),
-        cmocka_unit_test(interleaved_documents_keep_their_order),
-        cmocka_unit_test(conversations_are_sender_lines),
-        cmocka_unit_test(broken_documents_say_why),
         cmocka_unit_test(random_damage_never_crashes),
         cmocka_unit_test(a_shard_that_changes_during_the_run_ends_the_job_with_4),
         cmocka_unit_test(what_is_no_file_is_refused_without_waiting),
         cmocka_unit_test(a_sample_of_too_many_parts_is_broken),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, scratch_setup, scratch_teardown);
 }

@@ -379,5 +379,5 @@ int main(void)
         cmocka_unit_test(every_kind_of_broken_sample_is_named_and_skipped),
         cmocka_unit_test(a_hundred_broken_samples_in_a_row_end_the_job_with_4),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, scratch_teardown);
 }

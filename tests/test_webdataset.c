@@ -588,5 +588,5 @@ int main(void)
         cmocka_unit_test(check_data_of_hostile_or_wholly_broken_shards_gives_4),
         cmocka_unit_test(show_sample_writes_the_picture_of_the_model_and_the_tokens),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, setup, scratch_teardown);
 }
