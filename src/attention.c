@@ -6,7 +6,7 @@
  * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary
  * embedding, no bias. Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows,
  * attention on all rows of its heads. Kept for backward: the norm's statistics, qkv, o and the
- * log-sum-exp; u is recomputed.
+ * log-sum-exp; u is recomputed, with 'core_attn' in recompute_modules o and the log-sum-exp too.
  */
 #include "attention.h"
 
@@ -18,7 +18,8 @@
 #include "linear.h"
 
 struct attention {
-    int n, g, d; /* query heads, KV groups, head width on this rank */
+    int n, g, d;     /* query heads, KV groups, head width on this rank */
+    bool core_again; /* o and lse are made again in backward */
     double eps;
     int norm, qkv_weight, proj_weight; /* parameter indices */
     struct tensor rs;                  /* acc [T/t] */
@@ -41,6 +42,7 @@ struct attention *attention_init(struct model *m, int i)
     l->n = (int)(n / t);
     l->g = (int)(g / t);
     l->d = (int)d;
+    l->core_again = deck_recomputes(deck, "core_attn");
     l->eps = deck->language.layernorm_epsilon;
     struct param p = { .module = MODEL_LANGUAGE };
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.layer_norm_weight",
@@ -54,18 +56,26 @@ struct attention *attention_init(struct model *m, int i)
     return l;
 }
 
-void attention_plan(struct model *m, struct attention *l, struct arenas *as, int64_t tokens,
-                    int64_t segments, int64_t max_len)
+static void plan_core(struct model *m, struct attention *l, struct arena *a, int64_t tokens)
 {
-    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
+    l->o = arena_2d(a, "attention.o", m->act, tokens, (int64_t)l->n * l->d);
+    l->lse = arena_2d(a, "attention.lse", m->acc, tokens, l->n);
+}
+
+void attention_plan(struct model *m, struct attention *l, struct arenas *as, enum arena_kind keep,
+                    int64_t tokens, int64_t segments, int64_t max_len)
+{
+    struct arena *kept = &as->a[keep], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, nd = (int64_t)l->n * l->d,
                   qkv = nd + 2 * (int64_t)l->g * l->d;
     const int64_t local = linear_local_rows(m, tokens);
-    l->rs = arena_1d(acts, "attention.rs", m->acc, local);
-    l->qkv = arena_2d(acts, "attention.qkv", m->act, tokens, qkv);
-    l->o = arena_2d(acts, "attention.o", m->act, tokens, nd);
-    l->lse = arena_2d(acts, "attention.lse", m->acc, tokens, l->n);
+    l->rs = arena_1d(kept, "attention.rs", m->acc, local);
+    l->qkv = arena_2d(kept, "attention.qkv", m->act, tokens, qkv);
+    if (!l->core_again)
+        plan_core(m, l, kept, tokens);
     const size_t mark = arena_mark(work);
+    if (l->core_again)
+        plan_core(m, l, work, tokens);
     l->u = arena_2d(work, "attention.u", m->act, local, h);
     l->du = arena_2d(work, "attention.du", m->act, local, h);
     l->d_o = arena_2d(work, "attention.do", m->act, tokens, nd);
@@ -75,16 +85,22 @@ void attention_plan(struct model *m, struct attention *l, struct arenas *as, int
     arena_rewind(work, mark);
 }
 
+static void core_forward(struct model *m, struct attention *l, const struct ragged *b)
+{
+    m->be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true,
+                             &l->work, &l->o, &l->lse);
+}
+
 void attention_forward(struct model *m, struct attention *l, const struct ragged *b,
                        const struct tensor *x, const struct tensor *y)
 {
-    const struct backend_ops *be = m->be;
-    be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
+    m->be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
     linear_forward(m, model_param(m, l->qkv_weight), linear_gather(m, &l->u, &m->gathered), NULL,
                    &l->qkv);
-    be->attention_forward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->work,
-                          &l->o, &l->lse);
-    linear_row_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
+    if (y || !l->core_again)
+        core_forward(m, l, b);
+    if (y)
+        linear_row_forward(m, model_param(m, l->proj_weight), &l->o, x, y);
 }
 
 void attention_backward(struct model *m, struct attention *l, const struct ragged *b,
@@ -92,6 +108,8 @@ void attention_backward(struct model *m, struct attention *l, const struct ragge
 {
     const struct backend_ops *be = m->be;
     const struct param *norm = model_param(m, l->norm);
+    if (l->core_again)
+        core_forward(m, l, b);
     linear_row_backward(m, model_param(m, l->proj_weight), &l->o, dx, &l->d_o);
     be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o,
                            &l->lse, &l->d_o, &l->work, &l->dqkv);

@@ -52,6 +52,16 @@ bool deck_given(const struct deck *deck, const char *group, const char *key)
     return deck->source[row].origin >= DECK_FROM_DECK;
 }
 
+bool deck_recomputes(const struct deck *deck, const char *module)
+{
+    const struct deck_strings *words = &deck->language.recompute_modules;
+    const bool selective = deck->language.recompute_granularity == DECK_RECOMPUTE_SELECTIVE;
+    for (int i = 0; selective && i < words->n; i++)
+        if (strcmp(words->v[i], module) == 0)
+            return true;
+    return false;
+}
+
 const char *deck_where(const struct deck *deck, const char *group, const char *key)
 {
     int row = deck_table_find(group, key);

@@ -157,6 +157,8 @@ void deck_visit(const struct deck *deck,
 const char *deck_where(const struct deck *deck, const char *group, const char *key);
 /* Whether the user gave group.key (deck or command line). Local. */
 bool deck_given(const struct deck *deck, const char *group, const char *key);
+/* Whether selective recomputation covers this word of language.recompute_modules. Local. */
+bool deck_recomputes(const struct deck *deck, const char *module);
 void deck_free(struct deck *deck);
 
 #endif

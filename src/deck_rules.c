@@ -172,16 +172,6 @@ static bool read_pattern(struct deck_rules *c, bool kinds[128])
          ? FAIL(group, key, "must be a multiple of %s = %" N, name_b, (int64_t)(b)) \
          : (void)0)
 
-static bool recomputes(const struct deck *d, const char *module)
-{
-    for (int i = 0; d->language.recompute_granularity == DECK_RECOMPUTE_SELECTIVE &&
-                    i < d->language.recompute_modules.n;
-         i++)
-        if (strcmp(d->language.recompute_modules.v[i], module) == 0)
-            return true;
-    return false;
-}
-
 static void check_mixture(struct deck_rules *c)
 {
     struct deck *d = c->deck;
@@ -197,7 +187,7 @@ static void check_mixture(struct deck_rules *c)
             d->topology.llm_tp, "topology.llm_tp");
     DIVIDES(moe, moe_ffn_hidden_size, d->moe.moe_ffn_hidden_size, d->topology.llm_expt_tp,
             "topology.llm_expt_tp");
-    if (d->moe.moe_shared_expert_overlap && recomputes(d, "shared_experts"))
+    if (d->moe.moe_shared_expert_overlap && deck_recomputes(d, "shared_experts"))
         FAIL(moe, moe_shared_expert_overlap,
              "not together with 'shared_experts' in language.recompute_modules");
 }

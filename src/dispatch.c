@@ -42,14 +42,15 @@ void dispatch_free(struct dispatch *d)
     free(d);
 }
 
-void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64_t copies)
+void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, enum arena_kind keep,
+                   int64_t copies)
 {
-    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *comm = &as->a[ARENA_COMM];
+    struct arena *kept = &as->a[keep], *comm = &as->a[ARENA_COMM];
     d->max_rows = copies * d->size;
-    d->all = arena_2d(acts, "dispatch.all_offsets", DTYPE_I32, d->size, d->experts + 1);
-    d->offsets = arena_1d(acts, "dispatch.offsets", DTYPE_I32, d->owned + 1);
-    d->order = arena_1d(acts, "dispatch.order", DTYPE_I32, d->max_rows);
-    d->inverse = arena_1d(acts, "dispatch.inverse", DTYPE_I32, d->max_rows);
+    d->all = arena_2d(kept, "dispatch.all_offsets", DTYPE_I32, d->size, d->experts + 1);
+    d->offsets = arena_1d(kept, "dispatch.offsets", DTYPE_I32, d->owned + 1);
+    d->order = arena_1d(kept, "dispatch.order", DTYPE_I32, d->max_rows);
+    d->inverse = arena_1d(kept, "dispatch.inverse", DTYPE_I32, d->max_rows);
     d->host_all =
         arena_2d(&as->a[ARENA_DATA], "dispatch.host_offsets", DTYPE_I32, d->size, d->experts + 1);
     const size_t mark = arena_mark(comm);

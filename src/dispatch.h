@@ -42,7 +42,8 @@ struct dispatch {
 /* For E experts. Local. */
 struct dispatch *dispatch_init(struct model *m, int64_t experts);
 /* `copies` = T/t*K rows of this rank at most. Local. */
-void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, int64_t copies);
+void dispatch_plan(struct model *m, struct dispatch *d, struct arenas *as, enum arena_kind keep,
+                   int64_t copies);
 /* A new micro-batch, from offsets I32 [E+1] of the sorted copies. Collective over language ep. */
 void dispatch_begin(struct model *m, struct dispatch *d, const struct tensor *offsets);
 /* The host waits for the splits, once; sent and received are known. The first dispatch_send does

@@ -50,6 +50,14 @@ struct language {
     struct tensor host_cu;          /* I32 [B+1] on the host, for the copy to the device */
 };
 
+/* Whether only the layer's input is kept and the rest made again in backward. */
+static bool recomputed(const struct deck *deck, char kind)
+{
+    return deck->language.recompute_granularity == DECK_RECOMPUTE_FULL ||
+           (kind == 'E' && deck_recomputes(deck, "moe")) ||
+           (kind == '-' && deck_recomputes(deck, "mlp"));
+}
+
 struct language *language_init(struct model *m)
 {
     const struct deck *deck = m->deck;
@@ -64,6 +72,7 @@ struct language *language_init(struct model *m)
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
         l->kind = deck->derived.pattern[i];
+        l->again = recomputed(deck, l->kind);
         l->first = m->n_params;
         switch (l->kind) {
         case 'M': l->mamba = mamba_init(m, i); break;
@@ -84,17 +93,24 @@ struct language *language_init(struct model *m)
     return lm;
 }
 
+/* What a recomputed layer makes again lives for its own backward alone: such layers share the
+ * workspace, each in front of its temporaries. */
 static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens,
                        int64_t sequences)
 {
+    const enum arena_kind keep = l->again ? ARENA_WORKSPACE : ARENA_ACTIVATIONS;
+    const size_t mark = arena_mark(&as->a[ARENA_WORKSPACE]);
     l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens),
                     m->deck->language.hidden_size);
     switch (l->kind) {
-    case 'M': mamba_plan(m, l->mamba, as, tokens, sequences); break;
-    case '*': attention_plan(m, l->attention, as, tokens, sequences, tokens / sequences); break;
-    case '-': mlp_plan(m, l->mlp, as, tokens); break;
-    default: moe_plan(m, l->moe, as, tokens, sequences); break;
+    case 'M': mamba_plan(m, l->mamba, as, keep, tokens, sequences); break;
+    case '*':
+        attention_plan(m, l->attention, as, keep, tokens, sequences, tokens / sequences);
+        break;
+    case '-': mlp_plan(m, l->mlp, as, keep, tokens); break;
+    default: moe_plan(m, l->moe, as, keep, tokens, sequences); break;
     }
+    arena_rewind(&as->a[ARENA_WORKSPACE], mark);
 }
 
 void language_plan(struct model *m, struct language *lm, struct arenas *as)
@@ -260,6 +276,18 @@ void model_language_forward(struct model *m, int slot, const struct text_batch *
     model_language_compute(m, slot, image, train);
 }
 
+/* y NULL: what the layer's backward reads, once more. */
+static void forward_layer(struct model *m, struct language *lm, struct layer *l,
+                          const struct tensor *y, bool train)
+{
+    switch (l->kind) {
+    case 'M': mamba_forward(m, l->mamba, &lm->batch, &l->x, y); break;
+    case '*': attention_forward(m, l->attention, &lm->batch, &l->x, y); break;
+    case '-': mlp_forward(m, l->mlp, &l->x, y); break;
+    default: moe_forward(m, l->moe, &lm->batch, &l->x, y, train, &lm->metric); break;
+    }
+}
+
 void model_language_compute(struct model *m, int slot, const struct tensor *image, bool train)
 {
     struct language *lm = m->language;
@@ -272,15 +300,9 @@ void model_language_compute(struct model *m, int slot, const struct tensor *imag
     timer_part(TIMER_NO_PART);
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
-        const struct tensor *y = layer_output(lm, i);
         ddp_use(m->ddp, true, l->end);
         timer_part(part_of(l));
-        switch (l->kind) {
-        case 'M': mamba_forward(m, l->mamba, &lm->batch, &l->x, y); break;
-        case '*': attention_forward(m, l->attention, &lm->batch, &l->x, y); break;
-        case '-': mlp_forward(m, l->mlp, &l->x, y); break;
-        default: moe_forward(m, l->moe, &lm->batch, &l->x, y, train, &lm->metric); break;
-        }
+        forward_layer(m, lm, l, layer_output(lm, i), train);
         timer_part(TIMER_NO_PART);
     }
     ddp_use(m->ddp, true, lm->output + 1);
@@ -311,6 +333,8 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     for (int i = lm->n_layers - 1; i >= 0; i--) {
         struct layer *l = &lm->layer[i];
         timer_part(part_of(l));
+        if (l->again)
+            forward_layer(m, lm, l, NULL, true);
         switch (l->kind) {
         case 'M': mamba_backward(m, l->mamba, &lm->batch, &l->x, &lm->dx); break;
         case '*': attention_backward(m, l->attention, &lm->batch, &l->x, &lm->dx); break;

@@ -117,16 +117,16 @@ struct mamba *mamba_init(struct model *m, int i)
     return l;
 }
 
-void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, int64_t tokens,
-                int64_t segments)
+void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, enum arena_kind keep,
+                int64_t tokens, int64_t segments)
 {
-    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
+    struct arena *kept = &as->a[keep], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, wide = l->inner + l->channels + l->heads;
     const int64_t local = linear_local_rows(m, tokens);
-    l->rs = arena_1d(acts, "mamba.rs", m->acc, local);
-    l->zxbcdt = arena_2d(acts, "mamba.zxbcdt", m->act, tokens, wide);
-    l->y = arena_2d(acts, "mamba.y", m->act, tokens, l->inner);
-    l->gate_rs = arena_2d(acts, "mamba.gate_rs", m->acc, tokens, l->groups);
+    l->rs = arena_1d(kept, "mamba.rs", m->acc, local);
+    l->zxbcdt = arena_2d(kept, "mamba.zxbcdt", m->act, tokens, wide);
+    l->y = arena_2d(kept, "mamba.y", m->act, tokens, l->inner);
+    l->gate_rs = arena_2d(kept, "mamba.gate_rs", m->acc, tokens, l->groups);
     const size_t mark = arena_mark(work);
     l->u = arena_2d(work, "mamba.u", m->act, local, h);
     l->du = arena_2d(work, "mamba.du", m->act, local, h);
@@ -157,6 +157,8 @@ void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, con
                     &model_param(m, l->a_log)->value, &model_param(m, l->d_skip)->value, &b->cu,
                     b->max_len, l->heads, l->head_dim, l->groups, l->state, l->chunk, &l->scratch,
                     &l->y);
+    if (!y)
+        return;
     be->gated_norm_forward(m->compute, &l->y, &z, &model_param(m, l->gate_norm)->value, l->groups,
                            l->eps, &l->o, &l->gate_rs);
     linear_row_forward(m, model_param(m, l->out_proj), &l->o, x, y);

@@ -35,13 +35,14 @@ struct mlp *mlp_init(struct model *m, int i)
     return l;
 }
 
-void mlp_plan(struct model *m, struct mlp *l, struct arenas *as, int64_t tokens)
+void mlp_plan(struct model *m, struct mlp *l, struct arenas *as, enum arena_kind keep,
+              int64_t tokens)
 {
-    struct arena *acts = &as->a[ARENA_ACTIVATIONS], *work = &as->a[ARENA_WORKSPACE];
+    struct arena *kept = &as->a[keep], *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, local = linear_local_rows(m, tokens);
     const int64_t ffn = m->deck->language.ffn_hidden_size / m->topo->language.tp_size;
-    l->rs = arena_1d(acts, "mlp.rs", m->acc, local);
-    l->h = arena_2d(acts, "mlp.h", m->act, tokens, ffn);
+    l->rs = arena_1d(kept, "mlp.rs", m->acc, local);
+    l->h = arena_2d(kept, "mlp.h", m->act, tokens, ffn);
     const size_t mark = arena_mark(work);
     l->u = arena_2d(work, "mlp.u", m->act, local, h);
     l->du = arena_2d(work, "mlp.du", m->act, local, h);
@@ -54,6 +55,8 @@ void mlp_forward(struct model *m, struct mlp *l, const struct tensor *x, const s
 {
     m->be->rmsnorm_forward(m->compute, x, &model_param(m, l->norm)->value, l->eps, &l->u, &l->rs);
     linear_forward(m, model_param(m, l->fc1), linear_gather(m, &l->u, &m->gathered), NULL, &l->h);
+    if (!y)
+        return;
     m->be->activation_forward(m->compute, BACKEND_RELU2, &l->h, &l->a);
     linear_row_forward(m, model_param(m, l->fc2), &l->a, x, y);
 }

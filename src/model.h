@@ -77,6 +77,7 @@ struct layer { /* one letter of the pattern */
         struct mlp *mlp;
     };
     int first, end;  /* its parameters in the table */
+    bool again;      /* only x is kept, the rest is made again in backward (recomputation) */
     struct tensor x; /* [T,H] input of the layer, kept for backward */
 };
 

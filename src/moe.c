@@ -15,7 +15,8 @@
  * experts.
  *
  * A pass is a list of steps; the order in which they are issued is data (at the end), and is what
- * moe_shared_expert_overlap chooses.
+ * moe_shared_expert_overlap chooses. Recomputation is a pass of its own: what backward reads, from
+ * the choice that the forward pass has made.
  */
 #include "moe.h"
 
@@ -34,9 +35,10 @@ struct moe {
     int64_t experts, topk;       /* E, K */
     int64_t width, shared_width; /* F, Fs on this rank; Fs = 0: no shared expert */
     double eps, scaling, coeff;
-    bool balance; /* auxiliary loss in training */
-    bool count;   /* tokens per expert in training */
-    bool forced;  /* the choice is made by moe_force_choice */
+    bool balance;      /* auxiliary loss in training */
+    bool count;        /* tokens per expert in training */
+    bool forced;       /* the choice is made by moe_force_choice */
+    bool shared_again; /* shared_h is made again in backward */
     int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2; /* parameter indices, -1 = absent */
     struct dispatch *dispatch; /* NULL with one expert-parallel rank */
     /* t = T/tp rows of this rank, C = t*K copies, R rows of its experts (= C without dispatch) */
@@ -127,49 +129,60 @@ struct moe *moe_init(struct model *m, int i)
     l->count = !deck->derived.freeze_language;
     l->balance =
         l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
+    l->shared_again = deck_recomputes(deck, "shared_experts");
     if (m->topo->language.ep_size > 1)
         l->dispatch = dispatch_init(m, l->experts);
     declare(m, l, i);
     return l;
 }
 
-static void plan_kept(struct model *m, struct moe *l, struct arenas *as, int64_t tokens,
-                      int64_t sequences)
+/* What outlives a recomputed layer: the choice, and what is counted once. */
+static void plan_state(struct model *m, struct moe *l, struct arenas *as, int64_t local,
+                       int64_t sequences)
 {
     struct arena *acts = &as->a[ARENA_ACTIVATIONS];
+    l->expert = arena_2d(acts, "moe.expert", DTYPE_I32, local, l->topk);
+    l->balance_count = arena_2d(acts, "moe.balance_count", DTYPE_I64, sequences, l->experts);
+    l->tokens_per_expert = arena_1d(acts, "moe.tokens_per_expert", DTYPE_I64, l->experts);
+    if (l->forced)
+        l->host_choice = arena_2d(&as->a[ARENA_DATA], "moe.host_choice", DTYPE_I32, local, l->topk);
+}
+
+static void plan_kept(struct model *m, struct moe *l, struct arenas *as, enum arena_kind keep,
+                      int64_t tokens, int64_t sequences)
+{
+    struct arena *kept = &as->a[keep];
     const int64_t e = l->experts, k = l->topk, local = linear_local_rows(m, tokens),
                   copies = local * k;
     int64_t rows = copies;
-    l->rs = arena_1d(acts, "moe.rs", m->acc, local);
-    l->scores = arena_2d(acts, "moe.scores", m->acc, local, e);
-    l->expert = arena_2d(acts, "moe.expert", DTYPE_I32, local, k);
-    l->prob = arena_2d(acts, "moe.prob", m->acc, local, k);
-    l->offsets = arena_1d(acts, "moe.offsets", DTYPE_I32, e + 1);
-    l->row_token = arena_1d(acts, "moe.row_token", DTYPE_I32, copies);
-    l->row_prob = arena_1d(acts, "moe.row_prob", m->acc, copies);
-    l->token_row = arena_2d(acts, "moe.token_row", DTYPE_I32, local, k);
+    l->rs = arena_1d(kept, "moe.rs", m->acc, local);
+    l->scores = arena_2d(kept, "moe.scores", m->acc, local, e);
+    l->prob = arena_2d(kept, "moe.prob", m->acc, local, k);
+    l->offsets = arena_1d(kept, "moe.offsets", DTYPE_I32, e + 1);
+    l->row_token = arena_1d(kept, "moe.row_token", DTYPE_I32, copies);
+    l->row_prob = arena_1d(kept, "moe.row_prob", m->acc, copies);
+    l->token_row = arena_2d(kept, "moe.token_row", DTYPE_I32, local, k);
     if (l->dispatch) {
-        dispatch_plan(m, l->dispatch, as, copies);
+        dispatch_plan(m, l->dispatch, as, keep, copies);
         rows = l->dispatch->max_rows;
-        l->received = arena_2d(acts, "moe.received", m->act, rows, m->deck->language.hidden_size);
-        l->received_prob = arena_1d(acts, "moe.received_prob", m->acc, rows);
+        l->received = arena_2d(kept, "moe.received", m->act, rows, m->deck->language.hidden_size);
+        l->received_prob = arena_1d(kept, "moe.received_prob", m->acc, rows);
     }
-    l->h = arena_2d(acts, "moe.h", m->act, rows, l->width);
-    l->shared_h = arena_2d(acts, "moe.shared_h", m->act, tokens, l->shared_width);
-    l->balance_count = arena_2d(acts, "moe.balance_count", DTYPE_I64, sequences, e);
-    l->balance_sum = arena_2d(acts, "moe.balance_sum", m->acc, sequences, e);
-    l->tokens_per_expert = arena_1d(acts, "moe.tokens_per_expert", DTYPE_I64, e);
-    if (l->forced)
-        l->host_choice = arena_2d(&as->a[ARENA_DATA], "moe.host_choice", DTYPE_I32, local, k);
+    l->h = arena_2d(kept, "moe.h", m->act, rows, l->width);
+    if (!l->shared_again)
+        l->shared_h = arena_2d(kept, "moe.shared_h", m->act, tokens, l->shared_width);
+    l->balance_sum = arena_2d(kept, "moe.balance_sum", m->acc, sequences, e);
 }
 
-void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences)
+void moe_plan(struct model *m, struct moe *l, struct arenas *as, enum arena_kind keep,
+              int64_t tokens, int64_t sequences)
 {
     struct arena *work = &as->a[ARENA_WORKSPACE];
     const int64_t h = m->deck->language.hidden_size, e = l->experts,
                   local = linear_local_rows(m, tokens);
     const int64_t copies = local * l->topk;
-    plan_kept(m, l, as, tokens, sequences);
+    plan_state(m, l, as, local, sequences);
+    plan_kept(m, l, as, keep, tokens, sequences);
     const int64_t rows = l->dispatch ? l->dispatch->max_rows : copies;
     const size_t mark = arena_mark(work);
     l->hn = arena_2d(work, "moe.hn", m->act, local, h);
@@ -184,6 +197,8 @@ void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens,
         l->dreceived_prob = arena_1d(work, "moe.dreceived_prob", m->acc, rows);
     l->a = arena_2d(work, "moe.a", m->act, rows, l->width);
     l->da = arena_2d(work, "moe.da", m->act, rows, l->width);
+    if (l->shared_again)
+        l->shared_h = arena_2d(work, "moe.shared_h", m->act, tokens, l->shared_width);
     l->shared_a = arena_2d(work, "moe.shared_a", m->act, tokens, l->shared_width);
     l->shared_da = arena_2d(work, "moe.shared_da", m->act, tokens, l->shared_width);
     arena_rewind(work, mark);
@@ -231,8 +246,9 @@ static void count_expert_flops(struct model *m, const struct moe *l, int64_t row
     m->gemm_flops += 2 * rows * l->width * m->deck->language.hidden_size * gemms;
 }
 
-/* Scores, choice and probabilities of this rank's rows, the auxiliary loss, the sort. */
-static void route(struct model *m, struct moe *l, const struct ragged *b, bool train,
+/* Scores, choice and probabilities of this rank's rows, the auxiliary loss, the sort. again: for
+ * the choice and the auxiliary counts that are there. */
+static void route(struct model *m, struct moe *l, const struct ragged *b, bool train, bool again,
                   const struct tensor *metric)
 {
     const struct backend_ops *be = m->be;
@@ -242,9 +258,9 @@ static void route(struct model *m, struct moe *l, const struct ragged *b, bool t
     const struct param *router = model_param(m, l->router);
     be->gemm(s, false, true, 1.0, &l->hn, &router->value, 0.0, NULL, &l->logits);
     m->gemm_flops += 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
-    be->router_forward(s, &l->logits, bias, l->scaling, l->forced, &l->scores, &l->expert,
+    be->router_forward(s, &l->logits, bias, l->scaling, l->forced || again, &l->scores, &l->expert,
                        &l->prob);
-    if (train && l->balance) {
+    if (train && !again && l->balance) {
         be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len,
                            &l->balance_count, &l->balance_sum);
         if (g->tp_cp.size > 1)
@@ -253,7 +269,7 @@ static void route(struct model *m, struct moe *l, const struct ragged *b, bool t
                                 metric);
     }
     be->moe_sort(s, &l->expert, &l->prob, &l->offsets, &l->row_token, &l->row_prob, &l->token_row,
-                 train && l->count ? &l->tokens_per_expert : NULL);
+                 train && !again && l->count ? &l->tokens_per_expert : NULL);
 }
 
 /* What the routed experts of this rank work on: rows, their probabilities, where each owned
@@ -278,7 +294,7 @@ static struct expert_rows expert_rows(const struct moe *l)
 /* What the steps of one pass work on. */
 struct pass {
     const struct ragged *b;
-    const struct tensor *x, *y; /* [t,H] of the layer; y in forward */
+    const struct tensor *x, *y; /* [t,H] of the layer; y in forward only */
     const struct tensor *dx;    /* [t,H] in backward */
     const struct tensor *metric;
     bool train;
@@ -295,7 +311,7 @@ static void step_route(struct model *m, struct moe *l, const struct pass *p)
 {
     m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn,
                            &l->rs);
-    route(m, l, p->b, p->train, p->metric);
+    route(m, l, p->b, p->train, !p->y, p->metric);
     if (l->dispatch)
         dispatch_begin(m, l->dispatch, &l->offsets);
 }
@@ -341,9 +357,12 @@ static void step_experts(struct model *m, struct moe *l, const struct pass *p)
                         yp = tensor_first(&l->yp, r.n);
     backend_grouped_act_forward(be, s, &r.x, &model_param(m, l->fc1)->value, &r.offsets, &r.prob,
                                 &h, &a);
+    count_expert_flops(m, l, r.n, 1);
+    if (!p->y)
+        return;
     be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n,
                      &yp);
-    count_expert_flops(m, l, r.n, 2);
+    count_expert_flops(m, l, r.n, 1);
 }
 
 /* [R,H] of the owned experts leave for the ranks of their copies. */
@@ -381,7 +400,8 @@ static void step_shared_fc1(struct model *m, struct moe *l, const struct pass *p
         return;
     const struct tensor *hn = m->topo->language.tp_size > 1 ? &m->gathered : &l->hn;
     linear_forward(m, model_param(m, l->shared_fc1), hn, NULL, &l->shared_h);
-    m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
+    if (p->y)
+        m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
 }
 
 /* y = x + the shared expert's output, to which step_combine adds. */
@@ -407,6 +427,10 @@ static void back_shared_fc2(struct model *m, struct moe *l, const struct pass *p
 {
     if (l->shared_fc1 < 0)
         return;
+    if (l->shared_again) {
+        step_shared_gather(m, l, p);
+        step_shared_fc1(m, l, p);
+    }
     m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
     linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, p->dx, &l->shared_da);
     m->be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da,
@@ -497,14 +521,14 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
 
 /* ---- orders ---------------------------------------------------------------------------------- */
 
-/* Both orders of a pass hold the same steps and give the same bits. Overlapped (parallel.md 5.6),
- * the shared expert's products are issued between the start and the end of a journey of the routed
- * rows. */
-enum { FORWARD, BACKWARD, ORDER_MAX = 12 };
+/* Both orders of a pass hold the same steps and give the same bits; AGAIN is the part of FORWARD
+ * that backward needs. Overlapped (parallel.md 5.6), the shared expert's products are issued
+ * between the start and the end of a journey of the routed rows. */
+enum { FORWARD, BACKWARD, AGAIN, DIRECTIONS, ORDER_MAX = 12 };
 
 enum { R = TIMER_ROUTER, D = TIMER_DISPATCH, X = TIMER_EXPERTS, S = TIMER_SHARED };
 
-static const struct step orders[2][2][ORDER_MAX] = {
+static const struct step orders[DIRECTIONS][2][ORDER_MAX] = {
     /* clang-format off */
     [FORWARD] = {
         { { "route", R, step_route }, { "send_rows", D, step_send_rows },
@@ -528,6 +552,15 @@ static const struct step orders[2][2][ORDER_MAX] = {
           { "return_probs", D, back_return_probs }, { "return_rows", D, step_return_rows },
           { "shared_fc1", S, back_shared_fc1 }, { "combine", D, back_combine },
           { "route", R, back_route } } },
+    [AGAIN] = {
+        { { "route", R, step_route }, { "send_rows", D, step_send_rows },
+          { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts }, { "shared_gather", S, step_shared_gather },
+          { "shared_fc1", S, step_shared_fc1 } },
+        { { "route", R, step_route }, { "shared_gather", S, step_shared_gather },
+          { "send_rows", D, step_send_rows }, { "shared_fc1", S, step_shared_fc1 },
+          { "send_probs", D, step_send_probs }, { "receive", D, step_receive },
+          { "experts", X, step_experts } } },
     /* clang-format on */
 };
 
@@ -555,7 +588,7 @@ void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const s
                  const struct tensor *y, bool train, const struct tensor *metric)
 {
     const struct pass p = { .b = b, .x = x, .y = y, .metric = metric, .train = train };
-    run_steps(m, l, FORWARD, &p);
+    run_steps(m, l, y ? FORWARD : AGAIN, &p);
 }
 
 void moe_backward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x,

@@ -9,8 +9,9 @@ struct ragged;
 
 /* Declare the parameters of layer i. The layer is owned by the caller (moe_free). Local. */
 struct moe *moe_init(struct model *m, int i);
-/* Kept activations (one slot) and temporaries, T rows in B sequences. Local. */
-void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens, int64_t sequences);
+/* Kept activations (one slot) in arena `keep` and temporaries, T rows in B sequences. Local. */
+void moe_plan(struct model *m, struct moe *l, struct arenas *as, enum arena_kind keep,
+              int64_t tokens, int64_t sequences);
 /* Before every moe_forward: under moe_router_force_load_balancing sets the choice of this rank's
  * rows, else does nothing. It comes from sample_index [B], the global stream indices of the
  * micro-batch's samples. Row s of a sample goes to experts (r + s + k*(E/K)) mod E, k < K, with r
@@ -18,7 +19,8 @@ void moe_plan(struct model *m, struct moe *l, struct arenas *as, int64_t tokens,
 void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b,
                       const int64_t *sample_index);
 /* x, y [T/t,H]: y = x + f(x). train: count tokens per expert and, with a balancing loss, add this
- * rank's part to `metric` (acc [1]). Collective over language tp and ep. */
+ * rank's part to `metric` (acc [1]). y NULL: what backward reads and nothing else, for the choice
+ * that the forward pass has made; counts and metric stay. Collective over language tp and ep. */
 void moe_forward(struct model *m, struct moe *l, const struct ragged *b, const struct tensor *x,
                  const struct tensor *y, bool train, const struct tensor *metric);
 /* dx [T/t,H]: on entry dL/dy, on return dL/dx. Collective over language tp and ep. */

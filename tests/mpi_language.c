@@ -19,7 +19,8 @@
 #include "model_fixture.h"
 #include "rng.h"
 
-enum { ROWS = 5 }; /* picture embeddings of every micro-batch */
+/* picture embeddings of every micro-batch; ranks that recompute at most, more show nothing new */
+enum { ROWS = 5, RECOMPUTE_RANKS = 4 };
 
 struct module { /* a language module on some grid */
     struct topology topo;
@@ -349,6 +350,58 @@ static void check_overlap(int tp, int ep)
     free(image);
 }
 
+/* ---- recomputation --------------------------------------------------------------------------- */
+
+/* Loss and gradients with every layer made again in backward, the shared expert overlapped or not:
+ * the bits of the run that keeps all. */
+static void check_recompute(int tp, int ep)
+{
+    static const char *const way[] = { "none", "full", "full" };
+    const struct data_limits limits = { .seq_length = 64 };
+    struct module m[3];
+    struct text_batch batch;
+    double loss[3], *image = NULL, *dimage[3];
+    for (int i = 0; i < 3; i++) {
+        char granularity[64];
+        char *const overrides[] = { granularity, (char[]){ "moe.moe_shared_expert_overlap=T" } };
+        snprintf(granularity, sizeof granularity, "language.recompute_granularity=%s", way[i]);
+        open_deck(i < 2 ? 1 : 2, overrides);
+        const size_t bytes = (size_t)(ROWS * deck.language.hidden_size) * sizeof(double);
+        if (i == 0)
+            text_batch_init(&batch, &limits, 3);
+        image = xrealloc(image, 1, bytes);
+        dimage[i] = xcalloc(1, bytes);
+        make_batch(&batch, image, world->rank / tp);
+        module_open(&m[i], world->size, world->rank, tp, ep, true);
+        loss[i] = run(&m[i], &batch, image, dimage[i]);
+        ASSERT(memcmp(&loss[i], &loss[0], sizeof loss[0]) == 0);
+        ASSERT(memcmp(dimage[i], dimage[0], bytes) == 0);
+        for (int k = 0; k < m[0].model.n_params; k++) {
+            const struct param *a = &m[0].model.param[k], *b = &m[i].model.param[k];
+            if (a->trainable && memcmp(a->grad.data, b->grad.data,
+                                       (size_t)tensor_numel(&a->grad) * sizeof(double)) != 0)
+                FATAL(EXIT_INTERNAL, "tp %d ep %d: the gradient of %s differs when made again", tp,
+                      ep, a->name);
+        }
+        for (int l = 0; l < m[0].model.n_moe; l++) {
+            const struct tensor a = model_tokens_per_expert(&m[0].model, l),
+                                b = model_tokens_per_expert(&m[i].model, l);
+            ASSERT(memcmp(a.data, b.data, (size_t)tensor_numel(&a) * sizeof(int64_t)) == 0);
+        }
+        ASSERT((i > 0) == (m[i].arenas.a[ARENA_ACTIVATIONS].capacity <
+                           m[0].arenas.a[ARENA_ACTIVATIONS].capacity));
+        if (i < 2)
+            deck_free(&deck);
+    }
+    for (int i = 0; i < 3; i++) {
+        module_close(&m[i]);
+        free(dimage[i]);
+    }
+    text_batch_free(&batch);
+    deck_free(&deck);
+    free(image);
+}
+
 /* ---- the regions ----------------------------------------------------------------------------- */
 
 static double random_at(int rank, int which, int64_t i)
@@ -497,9 +550,9 @@ static void check_dispatch(int tp, int ep)
     const int64_t experts = deck.moe.num_experts, owned = experts / ep;
     struct dispatch *d = dispatch_init(&m.model, experts);
     arenas_init(&arenas);
-    dispatch_plan(&m.model, d, &arenas, MOST);
+    dispatch_plan(&m.model, d, &arenas, ARENA_ACTIVATIONS, MOST);
     arenas_commit(&arenas, m.model.be);
-    dispatch_plan(&m.model, d, &arenas, MOST);
+    dispatch_plan(&m.model, d, &arenas, ARENA_ACTIVATIONS, MOST);
     int32_t offset[65] = { 0 };
     for (int64_t e = 0; e < experts; e++)
         offset[e + 1] = offset[e] + (int32_t)copies_of(rank, e);
@@ -590,7 +643,7 @@ int main(int argc, char **argv)
     check_identify(world->rank, world->size, "test", NULL);
     for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++)
         if (world->size % grid[i].tp == 0 && world->size % grid[i].ep == 0)
-            planned += ROUTINGS + 2;
+            planned += ROUTINGS + 2 + (world->size <= RECOMPUTE_RANKS);
     if (world->rank == 0)
         printf("1..%d\n", planned);
     for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++) {
@@ -603,6 +656,10 @@ int main(int argc, char **argv)
         }
         check_overlap(tp, ep);
         done(&n, "p12_56_shared_expert_overlap", tp, ep, "");
+        if (world->size <= RECOMPUTE_RANKS) {
+            check_recompute(tp, ep);
+            done(&n, "m6_39_recomputation_is_bit_identical", tp, ep, "");
+        }
         if (ep == 1) {
             check_sequence(tp);
             done(&n, "m6_23_p12_37_39_52_embeddings_are_cut_once", tp, ep, "");

@@ -716,6 +716,91 @@ static void p12_69_zeroing_reaches_every_module_that_is_there(void **state)
     }
 }
 
+/* All that a micro-batch leaves: loss, metric, counts of every expert, every gradient. Between
+ * forward and backward the workspace is filled with rubbish: nothing of it may be read. */
+static char *outcome_of(struct fixture *f, size_t *bytes)
+{
+    struct arena *work = &f->arenas.a[ARENA_WORKSPACE];
+    struct tensor part[64];
+    int n = 0;
+    for (int i = 0; i < 2; i++) {
+        struct tensor image = model_encoder_forward(&f->model, 0, &f->pictures, true);
+        model_language_forward(&f->model, 0, &f->text, &image, true);
+        memset(work->base, 0xff, work->capacity);
+        const struct tensor d = model_language_backward(&f->model, 0, true);
+        model_encoder_backward(&f->model, 0, &d);
+    }
+    part[n++] = model_loss_sum(&f->model);
+    part[n++] = model_balance_metric(&f->model);
+    part[n++] = model_grad_buffer(&f->model, false);
+    part[n++] = model_grad_buffer(&f->model, true);
+    for (int l = 0; l < f->model.n_moe; l++)
+        part[n++] = model_tokens_per_expert(&f->model, l);
+    *bytes = 0;
+    for (int i = 0; i < n; i++)
+        *bytes += (size_t)tensor_numel(&part[i]) * dtype_bytes(part[i].dtype);
+    char *all = xmalloc(*bytes, 1);
+    for (int i = 0, at = 0; i < n; i++) {
+        const size_t size = (size_t)tensor_numel(&part[i]) * dtype_bytes(part[i].dtype);
+        memcpy(all + at, part[i].data, size);
+        at += (int)size;
+    }
+    return all;
+}
+
+/* What is made again has the same bits, what counts counts once, and less is kept. */
+static void m6_39_m6_16_recomputation_is_bit_identical(void **state)
+{
+    static const struct {
+        const char *granularity, *modules;
+        bool saves;
+    } ways[] = {
+        { "language.recompute_granularity=none", "language.recompute_modules=mlp", false },
+        { "language.recompute_granularity=full", "language.recompute_modules=mlp", true },
+        { "language.recompute_granularity=selective", "language.recompute_modules=core_attn",
+          true },
+        { "language.recompute_granularity=selective", "language.recompute_modules=mlp", true },
+        { "language.recompute_granularity=selective", "language.recompute_modules=moe", true },
+        { "language.recompute_granularity=selective", "language.recompute_modules=shared_experts",
+          true },
+        { "language.recompute_granularity=selective",
+          "language.recompute_modules=moe,mlp,core_attn,shared_experts", true },
+        /* never kept */
+        { "language.recompute_granularity=selective",
+          "language.recompute_modules=moe_act,layernorm", false },
+    };
+    for (int forced = 0; forced < 2; forced++) {
+        char *plain = NULL;
+        size_t kept = 0, bytes = 0;
+        for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+            const char *const o[] = { ways[i].granularity, ways[i].modules,
+                                      "moe.moe_aux_loss_coeff=0.05",
+                                      "moe.moe_router_force_load_balancing=T" };
+            struct fixture f;
+            size_t n;
+            fixture_open(&f, forced ? 4 : 3, o);
+            fixture_batch(&f, 0, 0);
+            char *now = outcome_of(&f, &n);
+            const size_t keeps = f.arenas.a[ARENA_ACTIVATIONS].capacity;
+            if (i == 0) {
+                kept = keeps;
+                bytes = n;
+                plain = now;
+            } else {
+                assert_int_equal(n, bytes);
+                if (memcmp(now, plain, n) != 0)
+                    fail_msg("%s %s: not the bits of none", ways[i].granularity, ways[i].modules);
+                if (ways[i].saves ? keeps >= kept : keeps != kept)
+                    fail_msg("%s %s: keeps %zu bytes, none %zu", ways[i].granularity,
+                             ways[i].modules, keeps, kept);
+                free(now);
+            }
+            fixture_close(&f);
+        }
+        free(plain);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -747,6 +832,7 @@ int main(void)
         cmocka_unit_test(forced_choice_ignores_the_scores),
         cmocka_unit_test(p12_48_loss_is_a_sum_and_a_token_count),
         cmocka_unit_test(p12_50_a_frozen_encoder_leaves_the_language_gradients_as_they_are),
+        cmocka_unit_test(m6_39_m6_16_recomputation_is_bit_identical),
         cmocka_unit_test(p12_69_zeroing_reaches_every_module_that_is_there),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
