@@ -121,10 +121,12 @@ struct deck {
         /* resolved from the stage and the freeze_* keys */
         bool freeze_encoder, freeze_projector, freeze_language;
         /* For --check: everything above is set, and the errors of deck_resolve, if any, only say
-         * that not_built values ask for a feature that does not exist yet, or that this binary
-         * lacks the backend (no_backend: one line of EXIT_ENVIRONMENT). */
-        bool complete, no_backend;
+         * that not_built values ask for a feature that does not exist yet. */
+        bool complete;
         int not_built;
+        /* what this binary or machine lacks for the backend, NULL = nothing: an error only where
+         * the deck is to run (deck_need_backend) */
+        const char *no_backend;
     } derived;
     struct deck_source *source; /* [rows of the table] */
     char *file;                 /* name for messages: path or "<stdin>" */
@@ -143,6 +145,9 @@ void deck_read(struct deck *deck, const char *file, const char *text, size_t len
  * follow a deck_read that reported errors: what the reader refused is not complained about again.
  * Local. */
 void deck_resolve(struct deck *deck, int size, struct errors *errors);
+/* The error of a deck that is to run where its backend is missing (EXIT_ENVIRONMENT); after
+ * deck_resolve. Local. */
+void deck_need_backend(const struct deck *deck, struct errors *errors);
 /* The complete, re-readable echo, in table order, every line with its origin. Local. */
 void deck_echo(const struct deck *deck, FILE *out);
 /* The reference deck: every group and key with type, default, range, unit and help. Local. */

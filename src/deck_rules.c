@@ -98,7 +98,10 @@ static void resolve_backend(struct deck_rules *c)
     struct deck *d = c->deck;
     if (d->run.backend == DECK_BACKEND_AUTO)
         derive_choice(c, DECK_ROW(run, backend),
-                      backend_cuda_missing() ? DECK_BACKEND_REF : DECK_BACKEND_CUDA);
+                      d->run.precision == DECK_PRECISION_BF16   ? DECK_BACKEND_CUDA
+                      : d->run.precision == DECK_PRECISION_FP64 ? DECK_BACKEND_REF
+                      : backend_cuda_missing()                  ? DECK_BACKEND_REF
+                                                                : DECK_BACKEND_CUDA);
     bool ref = d->run.backend == DECK_BACKEND_REF;
     if (d->run.precision == DECK_PRECISION_AUTO)
         derive_choice(c, DECK_ROW(run, precision), ref ? DECK_PRECISION_FP32 : DECK_PRECISION_BF16);
@@ -641,19 +644,13 @@ static bool value_works(const struct deck *deck, int row)
 static void refuse_unbuilt(struct deck_rules *c)
 {
     struct deck *d = c->deck;
-    const char *missing = d->run.backend == DECK_BACKEND_REF ? NULL : backend_cuda_missing();
-    if (missing) {
-        errors_add(c->errors, EXIT_ENVIRONMENT, "%s: error: run.backend = '%s': %s",
-                   deck_where(d, "run", "backend"),
-                   d->run.backend == DECK_BACKEND_CUDA ? "cuda" : "shadow", missing);
-        d->derived.no_backend = true;
-    }
+    d->derived.no_backend = d->run.backend == DECK_BACKEND_REF ? NULL : backend_cuda_missing();
     for (int row = 0; row < DECK_ROWS; row++) {
         const struct deck_param *p = &deck_table[row];
         if (!p->only || c->blamed[row] || d->source[row].bad || value_works(d, row))
             continue;
         /* there is nothing it could run on */
-        if (row == DECK_ROW(run, backend) && missing)
+        if (row == DECK_ROW(run, backend) && d->derived.no_backend)
             continue;
         bool failed = c->failed;
         deck_rules_fail(c, row, EXIT_DECK, "%s is not built yet, only %s works", p->feature,
@@ -689,4 +686,18 @@ void deck_rules_resolve(struct deck *deck, int size, struct errors *errors)
     deck->derived.complete = !c->failed;
     refuse_unbuilt(c);
     free(c);
+}
+
+void deck_need_backend(const struct deck *deck, struct errors *errors)
+{
+    if (!deck->derived.no_backend)
+        return;
+    if (deck_given(deck, "run", "backend"))
+        errors_add(errors, EXIT_ENVIRONMENT, "%s: error: run.backend = '%s': %s",
+                   deck_where(deck, "run", "backend"),
+                   deck->run.backend == DECK_BACKEND_CUDA ? "cuda" : "shadow",
+                   deck->derived.no_backend);
+    else
+        errors_add(errors, EXIT_ENVIRONMENT, "%s: error: run.precision = 'bf16': %s",
+                   deck_where(deck, "run", "precision"), deck->derived.no_backend);
 }

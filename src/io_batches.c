@@ -283,7 +283,7 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
            "token to predict at each position");
     io_put(path, group, "loss_mask", H5T_IEEE_F32LE, 2, rows, NULL, "1",
            "weight of each position in the loss");
-    io_put(path, group, "sample_key", key, 1, n, NULL, NULL,
+    io_put(path, group, "sample_key", key, 1, n, NULL, "text",
            "shard:member or mock:index of each sample");
     io_put(path, group, "tiles_per_sample", H5T_STD_I64LE, 1, n, tiles_per_sample, "tiles",
            "pictures of each sample");

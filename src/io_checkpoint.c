@@ -122,7 +122,7 @@ static void put_state(const char *path, hid_t file, const struct deck *deck,
            "is no other state");
     char layout[512];
     io_layout_text(topo, layout, sizeof layout);
-    io_put_string(path, group, "layout", layout);
+    io_put_string(path, group, "layout", layout, "the grids that wrote it");
     io_attr_u64(path, group, "xxh3", io_state_hash(s, layout, deck->run.seed));
     H5Gclose(group);
 }

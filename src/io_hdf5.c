@@ -248,12 +248,13 @@ void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim,
     H5Sclose(space);
 }
 
-void io_put_string(const char *path, hid_t at, const char *name, const char *value)
+void io_put_string(const char *path, hid_t at, const char *name, const char *value,
+                   const char *description)
 {
     hid_t type = H5Tcopy(H5T_C_S1);
     H5Tset_size(type, strlen(value) + 1);
     H5Tset_cset(type, H5T_CSET_UTF8);
-    io_put(path, at, name, type, 0, NULL, value, NULL, NULL);
+    io_put(path, at, name, type, 0, NULL, value, "text", description);
     H5Tclose(type);
 }
 
@@ -334,7 +335,7 @@ void io_put_header(const char *path, hid_t file, const char *format, int64_t ver
     c.group = io_group(path, file, "deck");
     deck_visit(deck, put_deck, &c);
     char *text = io_deck_text(deck);
-    io_put_string(path, c.group, "text", text);
+    io_put_string(path, c.group, "text", text, "the complete deck of the run, as in deck.nml");
     free(text);
     H5Gclose(c.group);
 }

@@ -52,8 +52,9 @@ hid_t io_group(const char *path, hid_t at, const char *name);
  * and description may be NULL. */
 void io_put(const char *path, hid_t at, const char *name, hid_t type, int ndim,
             const int64_t *shape, const void *data, const char *units, const char *description);
-void io_put_string(const char *path, hid_t at, const char *name,
-                   const char *value); /* scalar dataset */
+/* A scalar dataset. */
+void io_put_string(const char *path, hid_t at, const char *name, const char *value,
+                   const char *description);
 void io_attr_string(const char *path, hid_t at, const char *name, const char *value);
 void io_attr_strings(const char *path, hid_t at, const char *name, int n, const char *const *value);
 void io_attr_i64(const char *path, hid_t at, const char *name, int64_t value);

@@ -87,7 +87,6 @@ static int check_deck(struct deck *deck, int size, struct comm *world, struct er
 
     if (out) {
         plan_print(deck, size, out, errors);
-        plan_forgive_backend(deck, out, errors);
         CHECK_SYS(fflush(out) == 0 && !ferror(out), EXIT_WRITE, "standard output");
     }
     return agree(world, errors);
@@ -190,6 +189,8 @@ int main(int argc, char **argv)
             deck_read(&deck, cli_deck_name(&cli), text, length, cli.n_overrides, cli.overrides,
                       &errors);
             deck_resolve(&deck, size, &errors);
+            if (cli.action == CLI_RUN)
+                deck_need_backend(&deck, &errors);
         }
         if (text && cli.action == CLI_CHECK) {
             status = check_deck(&deck, size, world, &errors);

@@ -14,8 +14,5 @@
 /* Print everything that can be computed for a resolved deck (derived.complete); mistakes found on
  * the way are collected. Local. */
 void plan_print(const struct deck *deck, int size, FILE *out, struct errors *errors);
-/* Take the line about a missing backend out of the errors and print it as a note: a deck for GPUs
- * can be checked anywhere. Local. */
-void plan_forgive_backend(const struct deck *deck, FILE *out, struct errors *errors);
 
 #endif

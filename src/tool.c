@@ -20,8 +20,9 @@ bool tool_is_local(const struct cli *cli)
     return cli->action != CLI_RUN && cli->action != CLI_CHECK;
 }
 
-/* Data do not depend on the layout, so any number of ranks that the deck accepts will do. The
- * errors of one rank are those reported. */
+/* Data depend neither on the layout nor on the backend, so any number of ranks that the deck
+ * accepts will do, and what is not built yet is passed over. The errors of one rank are those
+ * reported. */
 static bool resolve(struct deck *deck, const struct cli *cli, const char *text, size_t length,
                     struct errors *errors)
 {
@@ -30,8 +31,10 @@ static bool resolve(struct deck *deck, const struct cli *cli, const char *text, 
         deck_read(deck, cli_deck_name(cli), text, length, cli->n_overrides, cli->overrides, &tried);
         bool readable = tried.count == 0;
         deck_resolve(deck, size, &tried);
-        if (tried.count == 0)
+        if (readable && deck->derived.complete) {
+            errors_free(&tried);
             return true;
+        }
         if (size == 1)
             for (int i = 0; i < tried.count; i++)
                 errors_add(errors, tried.worst, "%s", tried.line[i]);

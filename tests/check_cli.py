@@ -284,6 +284,14 @@ def every_deck(c):
     got = c.call("--check", "-", "--ranks", "1", stdin="&run train_iters = 1, backend = 'cuda' /\n&lr lr = 1 /\n"
                  "&language preset = 'nemotron3_nano' /")
     c.expect("check_nemotron3_nano_counts_the_released_model", got, 0, out=["%d" % NANO_LANGUAGE])
+    got = c.call("--check", "--ranks", "4", os.path.join(INPUT, "mock_20l.nml"))
+    c.expect("ranks_that_do_not_fit_are_3_for_a_deck_of_gpus_too", got, 3, "needs 8 ranks")
+    if "cuda=no" in c.call("--features")[1]:
+        tiny = os.path.join(INPUT, "mock_tiny.nml")
+        fp32, bf16 = c.call("--check", tiny), c.call("--check", tiny, "run.precision=bf16")
+        c.expect("a_deck_in_bf16_is_sized_for_gpus_without_cuda", bf16, 0, out=["backend = 'cuda'", "note: this deck is for GPUs"])
+        c.tap.result(section(fp32[1], "memory, MiB a rank") != section(bf16[1], "memory, MiB a rank"), "and_its_memory_is_another", bf16[1])
+        c.expect("and_is_3_where_it_would_run", c.call(tiny, "run.precision=bf16"), 3, "run.precision = 'bf16': ", starts="run")
     got = c.call("--check", os.path.join(INPUT, "stage2.nml"), ranks=2)
     c.expect("check_under_a_launcher", got, 0, out=["layout disjoint, 2 ranks"])
     c.tap.result(got[1].count("\nparameters\n") == 1, "check_is_printed_by_one_rank", got[1])

@@ -16,7 +16,7 @@ from PIL import Image
 
 import fuzz_seeds
 from check_run import DECK, Runs, dump, grids, same_batches
-from harness import write_tokenizer
+from harness import ROOT, write_tokenizer
 
 # MiB of address space, of which the program and its libraries take 160: for the largest that is let in, and for what is not.
 MEMORY, SMALL = 800, 240
@@ -168,6 +168,16 @@ def shards(r):
     r.tap.result(got[0] == 0 and numbers(got[1])["good"] == 1, "an_empty_shard_beside_a_full_one_is_fine", got)
 
 
+def tools_without_ranks(r):
+    """Decks for many ranks and GPUs show their samples on one rank without a GPU."""
+    work = r.at("tools")
+    os.mkdir(work)
+    got = r.m.run("--show-sample", "1", os.path.join(ROOT, "input", "mock_20l.nml"), cwd=work)
+    r.tap.result(got[0] == 0 and "8192 tokens, 4096 with a label" in got[1], "a_deck_for_8_gpus_shows_a_sample", got)
+    got = r.m.run("--check-data", os.path.join(ROOT, "input", "hel_33n.nml"), "data.dataset_provider=mock", cwd=work)
+    r.tap.result(got[0] == 0 and "samples of 8192 tokens" in got[1], "a_deck_for_264_ranks_tells_its_data", got)
+
+
 def memory(r):
     """The largest things that are let in stay within the memory that docs/data.md states; larger ones are refused by their headers."""
     noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -197,7 +207,7 @@ def memory(r):
 
 def main():
     r = Data()
-    for group in (pictures, documents, shards, memory):
+    for group in (pictures, documents, shards, tools_without_ranks, memory):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()

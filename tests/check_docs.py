@@ -11,6 +11,8 @@ import sys
 
 from PIL import Image
 
+import h5py
+
 from harness import ROOT, Mimo, Tap
 
 DECK = os.path.join(ROOT, "input", "mock_tiny.nml")
@@ -30,6 +32,11 @@ def examples(d):
     os.mkdir(work)
     got = d.m.run(DECK, "run.train_iters=3", "checkpoint.save=run/ckpt", "log.dump_batches=1", "eval.eval_iters=1", cwd=work)
     d.tap.result(got[0] == 0, "the_run_that_the_examples_read", got[2])
+    bare = []
+    for name in ("trace.h5", "batches.h5"):
+        with h5py.File(os.path.join(work, "run", name), "r", locking=False) as f:
+            f.visititems(lambda at, o: bare.append(name + ":" + at) if isinstance(o, h5py.Dataset) and not {"units", "description"} <= set(o.attrs) else None)
+    d.tap.result(not bare, "every_dataset_has_units_and_a_description", bare)
     blocks = re.findall(r"^```python\n(.*?)^```", page("docs/files.md"), re.M | re.S)
     wanted = ("3 iterations, loss", "numbers in", "ids;", "ended with 0 at iteration 3", "")
     d.tap.result(len(blocks) == len(wanted), "every_kind_of_file_has_its_example", len(blocks))

@@ -332,7 +332,7 @@ static void p11_2_production_layouts_at_their_rank_counts(void **state)
         make_deck_file(&d, p->path, p->ranks, &errors, NULL);
         assert_true(d.derived.complete);
         /* Only what does not exist yet stands between these decks and a run. */
-        assert_int_equal(errors.count, d.derived.not_built + d.derived.no_backend);
+        assert_int_equal(errors.count, d.derived.not_built);
         assert_int_equal(d.topology.encoder_dp, p->encoder);
         assert_int_equal(d.topology.llm_dp, p->llm_dp);
         assert_int_equal(d.topology.llm_offset, p->offset);
@@ -458,11 +458,41 @@ static void a_missing_backend_still_resolves_everything(void **state)
     struct errors errors = { 0 };
     resolve_text(&d, TINY_TRAIN, 4, &errors, OVERRIDES("run.backend=cuda"));
     assert_true(d.derived.complete && d.derived.no_backend && d.derived.bf16);
+    assert_int_equal(errors.count, 0);
+    assert_int_equal(d.derived.not_built, 0);
+    deck_need_backend(&d, &errors);
     assert_int_equal(errors.count, 1);
     assert_int_equal(errors.worst, EXIT_ENVIRONMENT);
-    assert_int_equal(d.derived.not_built, 0);
     deck_free(&d);
     errors_free(&errors);
+}
+
+static void auto_takes_the_backend_that_has_the_precision(void **state)
+{
+    static const struct {
+        const char *override;
+        int backend;
+        const char *missing;
+    } cases[] = {
+        { "run.precision=bf16", DECK_BACKEND_CUDA, "run.precision = 'bf16'" },
+        { "run.precision=fp64", DECK_BACKEND_REF, NULL },
+        { "run.backend=shadow", DECK_BACKEND_SHADOW, "run.backend = 'shadow'" },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct deck d = { 0 };
+        struct errors errors = { 0 };
+        resolve_text(&d, TINY_TRAIN, 1, &errors, OVERRIDES(cases[i].override));
+        assert_no_errors(&errors);
+        assert_true(d.derived.complete);
+        assert_int_equal(d.run.backend, cases[i].backend);
+        deck_need_backend(&d, &errors);
+        if (cases[i].missing && d.derived.no_backend)
+            assert_non_null(strstr(errors.line[0], cases[i].missing));
+        else
+            assert_no_errors(&errors);
+        deck_free(&d);
+        errors_free(&errors);
+    }
 }
 
 static void huge_sizes_do_not_overflow(void **state)
@@ -670,6 +700,7 @@ int main(void)
         cmocka_unit_test(stages_freeze_what_the_table_says_and_keys_override),
         cmocka_unit_test(eval_iters_follow_whether_validation_is_asked_for),
         cmocka_unit_test(a_missing_backend_still_resolves_everything),
+        cmocka_unit_test(auto_takes_the_backend_that_has_the_precision),
         cmocka_unit_test(huge_sizes_do_not_overflow),
         cmocka_unit_test(shared_expert_overlap_excludes_its_recomputation),
         cmocka_unit_test(overrides_win_and_strings_need_no_quotes),
