@@ -20,7 +20,6 @@
 #include <string.h>
 #include "bridge.h"
 #include "schedule.h"
-#include "timer.h"
 
 enum { NOBODY = -1, SELF = -2 };
 
@@ -57,7 +56,6 @@ struct bridge {
     int *call_peer;   /* [source.n + dest.n] of a count message */
     int64_t *count;   /* [source.n + dest.n] */
     int64_t *leaving; /* [dest.n] rows of a gradient whose slot is taken over */
-    double wait_seconds;
 };
 
 static int64_t max_rows_per_sample(const struct deck *deck)
@@ -228,14 +226,6 @@ void bridge_free(struct bridge *b)
     free(b->count);
     free(b->leaving);
     free(b);
-}
-
-double bridge_take_wait_seconds(struct bridge *b)
-{
-    double seconds = b->wait_seconds;
-
-    b->wait_seconds = 0.0;
-    return seconds;
 }
 
 /* ---- rows ------------------------------------------------------------------------------------ */
@@ -418,20 +408,16 @@ static struct tensor inbox(const struct end *e, int slot, int buffer)
 void bridge_send_forward(struct bridge *b, int slot, const struct tensor *e,
                          const int64_t *rows_per_sample, int64_t samples)
 {
-    double start = timer_now();
-
     cut_samples(&b->source, slot, rows_per_sample, samples);
     check_rows(b, &b->source, slot, e);
     exchange_counts(b, slot_counts(&b->source, slot), NULL);
     exchange_rows(b, &b->source, slot_counts(&b->source, slot), e, NULL, NULL, NULL);
     b->be->event_record(&b->embedding_sent[slot], &b->own);
-    b->wait_seconds += timer_now() - start;
 }
 
 struct tensor bridge_recv_forward(struct bridge *b, int slot, const int64_t *rows_per_sample,
                                   int64_t samples)
 {
-    double start = timer_now();
     struct tensor in;
 
     cut_samples(&b->dest, slot, rows_per_sample, samples);
@@ -441,32 +427,26 @@ struct tensor bridge_recv_forward(struct bridge *b, int slot, const int64_t *row
     exchange_counts(b, NULL, slot_counts(&b->dest, slot));
     exchange_rows(b, NULL, NULL, NULL, &b->dest, slot_counts(&b->dest, slot), &in);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }
 
 void bridge_send_backward(struct bridge *b, int slot, const struct tensor *de)
 {
-    double start = timer_now();
-
     ASSERT(b->dest.here);
     if (!b->leads)
         return;
     check_rows(b, &b->dest, slot, de);
     exchange_rows(b, &b->dest, slot_counts(&b->dest, slot), de, NULL, NULL, NULL);
     b->be->event_record(&b->gradient_sent, &b->own);
-    b->wait_seconds += timer_now() - start;
 }
 
 struct tensor bridge_recv_backward(struct bridge *b, int slot)
 {
-    double start = timer_now();
     const struct tensor in = inbox(&b->source, slot, 0);
 
     exchange_rows(b, NULL, NULL, NULL, &b->source, slot_counts(&b->source, slot), &in);
     share_in_lane(b, slot_counts(&b->source, slot), &in);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }
 
@@ -474,7 +454,6 @@ struct tensor bridge_send_forward_recv_backward(struct bridge *b, int slot, cons
                                                 const int64_t *rows_per_sample, int64_t samples,
                                                 int backward_slot)
 {
-    double start = timer_now();
     const struct tensor in = inbox(&b->source, backward_slot, 0);
 
     ASSERT(slot != backward_slot);
@@ -486,7 +465,6 @@ struct tensor bridge_send_forward_recv_backward(struct bridge *b, int slot, cons
     b->be->event_record(&b->embedding_sent[slot], &b->own);
     share_in_lane(b, slot_counts(&b->source, backward_slot), &in);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }
 
@@ -494,7 +472,6 @@ struct tensor bridge_send_backward_recv_forward(struct bridge *b, int slot, cons
                                                 int forward_slot, const int64_t *rows_per_sample,
                                                 int64_t samples)
 {
-    double start = timer_now();
     struct tensor in;
 
     ASSERT(b->dest.here);
@@ -512,7 +489,6 @@ struct tensor bridge_send_backward_recv_forward(struct bridge *b, int slot, cons
     exchange_rows(b, &b->dest, b->leaving, de, &b->dest, slot_counts(&b->dest, forward_slot), &in);
     b->be->event_record(&b->gradient_sent, &b->own);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }
 
@@ -533,7 +509,6 @@ struct tensor bridge_local_forward(struct bridge *b, const struct tensor *e,
                                    const int64_t *encoder_rows, int64_t encoder_samples,
                                    const int64_t *language_rows, int64_t language_samples)
 {
-    double start = timer_now();
     const int64_t *source = slot_counts(&b->source, 0), *dest = slot_counts(&b->dest, 0);
     const int sent = self_part(&b->source), received = self_part(&b->dest);
     struct tensor in = no_rows(b);
@@ -553,13 +528,11 @@ struct tensor bridge_local_forward(struct bridge *b, const struct tensor *e,
     }
     exchange_rows(b, &b->source, source, e, &b->dest, dest, b->leads ? &in : NULL);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }
 
 struct tensor bridge_local_backward(struct bridge *b, const struct tensor *de)
 {
-    double start = timer_now();
     const int64_t *source = slot_counts(&b->source, 0), *dest = slot_counts(&b->dest, 0);
     const int received = self_part(&b->source), sent = self_part(&b->dest);
     struct tensor in;
@@ -576,6 +549,5 @@ struct tensor bridge_local_backward(struct bridge *b, const struct tensor *de)
     exchange_rows(b, &b->dest, dest, b->leads ? de : NULL, &b->source, source, &in);
     share_in_lane(b, source, &in);
     order(b, &b->own, b->compute);
-    b->wait_seconds += timer_now() - start;
     return in;
 }

@@ -57,7 +57,6 @@ struct tensor bridge_local_backward(struct bridge *b, const struct tensor *de);
  * this slot; the gradient that was sent. Local. */
 void bridge_embedding_free(struct bridge *b, int slot);
 void bridge_gradient_free(struct bridge *b);
-double bridge_take_wait_seconds(struct bridge *b); /* and reset. Local. */
 void bridge_free(struct bridge *b);
 
 #endif

@@ -81,7 +81,6 @@ int64_t data_webdataset_ignored(
 /* Parts of samples that are neither pictures nor json nor txt, as "cls 4, mp4 2"; "" = none. */
 const char *data_webdataset_unused(const struct data_webdataset *w, char *out, size_t size);
 const char *data_webdataset_kind(const struct data_webdataset *w); /* of the sample loaded last */
-int64_t data_webdataset_image_id(const struct data_webdataset *w);
 /* Original sizes {width, height} of the pictures of the sample loaded last (those kept). */
 const int32_t (*data_webdataset_original(const struct data_webdataset *w))[2];
 /* Readable text of one id; NUL-terminated, control characters escaped. */

@@ -222,11 +222,6 @@ const char *data_webdataset_kind(const struct data_webdataset *w)
     return sample_kind_name(w->sample.kind);
 }
 
-int64_t data_webdataset_image_id(const struct data_webdataset *w)
-{
-    return w->image_id;
-}
-
 const int32_t (*data_webdataset_original(const struct data_webdataset *w))[2]
 {
     return (const int32_t(*)[2])w->original;

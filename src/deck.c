@@ -37,7 +37,7 @@ void deck_read(struct deck *deck, const char *file, const char *text, size_t len
             }
     }
     for (int i = 0; i < n_overrides; i++)
-        deck_text_override(deck, overrides[i], errors);
+        deck_override(deck, overrides[i], errors);
 }
 
 void deck_resolve(struct deck *deck, int size, struct errors *errors)

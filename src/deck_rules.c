@@ -48,7 +48,8 @@ void deck_rules_fail(struct deck_rules *c, int row, enum exit_code code, const c
     free(value);
 }
 
-void deck_rules_missing(struct deck_rules *c, int row, const char *why)
+/* Report that a row without a usable default was not given. */
+static void missing(struct deck_rules *c, int row, const char *why)
 {
     const struct deck_param *p = &deck_table[row];
     if (c->deck->source[row].bad)
@@ -87,7 +88,7 @@ static void derive_unset(struct deck_rules *c, int row, int64_t value)
 }
 
 #define FAIL(group, key, ...) deck_rules_fail(c, DECK_ROW(group, key), EXIT_DECK, __VA_ARGS__)
-#define MISSING(group, key, why) deck_rules_missing(c, DECK_ROW(group, key), why)
+#define MISSING(group, key, why) missing(c, DECK_ROW(group, key), why)
 #define UNSET(group, key) deck_table_is_unset(c->deck, DECK_ROW(group, key))
 #define N PRId64
 

@@ -16,8 +16,6 @@ struct deck_rules {
 /* Report that the row's value breaks a rule; silent when the reader refused the value. Local. */
 void deck_rules_fail(struct deck_rules *c, int row, enum exit_code code, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
-/* Report that a row without a usable default was not given. Local. */
-void deck_rules_missing(struct deck_rules *c, int row, const char *why);
 /* Set an integer row, origin derived. Local. */
 void deck_rules_derive(struct deck_rules *c, int row, int64_t value);
 /* a * b of numbers >= 0, INT64_MAX when it does not fit. Local. */

@@ -115,8 +115,8 @@ int deck_table_distance(const char *a, const char *b, int limit);
 
 /* Parse the deck's text into its fields; the groups are counted. deck_text.c. Local. */
 int deck_text_parse(struct deck *deck, const char *text, size_t length, struct errors *errors);
-/* Parse one "group.key=value" override. deck_text.c. Local. */
-void deck_text_override(struct deck *deck, const char *argument, struct errors *errors);
+/* Parse one "group.key=value" override. deck_override.c. Local. */
+void deck_override(struct deck *deck, const char *argument, struct errors *errors);
 /* Fill what presets set and the user left open. deck_presets.c. Local. */
 void deck_presets_apply(struct deck *deck);
 /* Derived values and conditions between keys: deck_resolve. deck_rules.c. Local. */

@@ -39,8 +39,10 @@ static void report(struct deck_reader *r, struct deck_place p, const char *fmt, 
     }
 }
 
-/* A mistake after which part of the text is skipped. */
-void deck_text_fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
+/* A mistake after which part of the text is skipped (deck->unread). */
+static void fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+static void fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
 {
     va_list args;
     va_start(args, fmt);
@@ -162,15 +164,13 @@ static size_t utf8_length(const unsigned char *p, size_t left)
     return n;
 }
 
-/* Sizes and bytes of the whole text, before anything is read; false = not text, reported. CR-LF
- * becomes LF in `copy`. */
-static bool clean_text(struct deck_reader *r, const char *text, size_t length, char *copy)
+bool deck_text_load(struct deck_reader *r, const char *text, size_t length, char *copy)
 {
     struct deck_place p = { 1, 1 };
     size_t n = 0;
     const unsigned char *t = (const unsigned char *)text;
     if (length >= 2 && ((t[0] == 0xFF && t[1] == 0xFE) || (t[0] == 0xFE && t[1] == 0xFF))) {
-        deck_text_fault(r, p, "the text is UTF-16: save it as UTF-8");
+        fault(r, p, "the text is UTF-16: save it as UTF-8");
         return false;
     }
     size_t start = length >= 3 && !memcmp(t, "\xEF\xBB\xBF", 3) ? 3 : 0;
@@ -179,8 +179,8 @@ static bool clean_text(struct deck_reader *r, const char *text, size_t length, c
         bool crlf = t[i] == '\r' && i + 1 < length && t[i + 1] == '\n';
         bool control = (t[i] < 0x20 && t[i] != '\n' && t[i] != '\t' && !crlf) || t[i] == 0x7F;
         if (bytes == 0 || control || (r->command_line && t[i] == '\n')) {
-            deck_text_fault(r, p, "byte 0x%02X is not text (%s)", t[i],
-                            bytes == 0 ? "not UTF-8" : "control character");
+            fault(r, p, "byte 0x%02X is not text (%s)", t[i],
+                  bytes == 0 ? "not UTF-8" : "control character");
             return false;
         }
         if (crlf) {
@@ -196,7 +196,7 @@ static bool clean_text(struct deck_reader *r, const char *text, size_t length, c
             p.column += (int)bytes;
         if (p.column > DECK_LINE_MAX) {
             p.column = 1;
-            deck_text_fault(r, p, "line longer than %d bytes", DECK_LINE_MAX);
+            fault(r, p, "line longer than %d bytes", DECK_LINE_MAX);
             return false;
         }
     }
@@ -222,8 +222,8 @@ static void read_name(struct deck_reader *r, char out[DECK_NAME_MAX + 1])
     out[n < DECK_NAME_MAX ? n : DECK_NAME_MAX] = '\0';
     char text[DECK_SHOWN];
     if (n > DECK_NAME_MAX)
-        deck_text_fault(r, p, "'%s': a name has at most %d letters",
-                        deck_text_shown(text, start, n), DECK_NAME_MAX);
+        fault(r, p, "'%s': a name has at most %d letters", deck_text_shown(text, start, n),
+              DECK_NAME_MAX);
 }
 
 /* The blank-separated text at the cursor, for messages. */
@@ -253,7 +253,7 @@ static bool item_follows(struct deck_reader *r)
 static bool add_value(struct deck_reader *r, struct deck_values *values, struct deck_value v)
 {
     if (++r->items > DECK_ITEMS_MAX && !r->stop) {
-        deck_text_fault(r, v.place, "more than %d items", DECK_ITEMS_MAX);
+        fault(r, v.place, "more than %d items", DECK_ITEMS_MAX);
         r->stop = true;
     }
     if (values->total > INT64_MAX - v.count)
@@ -297,8 +297,8 @@ static char *read_quoted(struct deck_reader *r)
     for (;;) {
         int c = peek(r);
         if (c < 0 || c == '\n') {
-            deck_text_fault(r, p, "string opened at %d:%d is not closed on line %d", p.line,
-                            p.column, p.line);
+            fault(r, p, "string opened at %d:%d is not closed on line %d", p.line, p.column,
+                  p.line);
             free(s);
             return NULL;
         }
@@ -345,14 +345,13 @@ static int64_t take_count(struct deck_reader *r, struct deck_place p, char *word
         return 1;
     deck_text_shown(text, word, strlen(word));
     if (star == word) {
-        deck_text_fault(r, p, "'%s': no blank may stand before or after the * of a repeat count",
-                        text);
+        fault(r, p, "'%s': no blank may stand before or after the * of a repeat count", text);
         return 0;
     }
     int64_t count = 0;
     for (char *q = word; q < star; q++) {
         if (!is_digit((unsigned char)*q)) {
-            deck_text_fault(r, p, "'%s': a repeat count is digits, then *, then the value", text);
+            fault(r, p, "'%s': a repeat count is digits, then *, then the value", text);
             return 0;
         }
         /* huge is huge; refused by the number of values */
@@ -361,7 +360,7 @@ static int64_t take_count(struct deck_reader *r, struct deck_place p, char *word
         count = 10 * count + (*q - '0');
     }
     if (count == 0)
-        deck_text_fault(r, p, "'%s': a repeat count is at least 1", text);
+        fault(r, p, "'%s': a repeat count is at least 1", text);
     memmove(word, star + 1, strlen(star + 1) + 1);
     return count;
 }
@@ -374,7 +373,7 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
     if (peek(r) != '\'' && peek(r) != '"') {
         v.token = read_word(r);
         if (!*v.token) {
-            deck_text_fault(r, v.place, "unexpected '%s'", text_here(r, text));
+            fault(r, v.place, "unexpected '%s'", text_here(r, text));
             free(v.token);
             return false;
         }
@@ -385,14 +384,14 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
             return false;
         }
         if (!*v.token && !quote) {
-            deck_text_fault(r, v.place, "value missing after the * of a repeat count");
+            fault(r, v.place, "value missing after the * of a repeat count");
             free(v.token);
             return false;
         }
         if (*v.token || !quote) {
             if (quote) {
-                deck_text_fault(r, here(r), "unexpected quote after '%s'",
-                                deck_text_shown(text, v.token, strlen(v.token)));
+                fault(r, here(r), "unexpected quote after '%s'",
+                      deck_text_shown(text, v.token, strlen(v.token)));
                 free(v.token);
                 return false;
             }
@@ -407,7 +406,7 @@ static bool read_value(struct deck_reader *r, struct deck_values *values)
         return false;
     int c = peek(r);
     if (!is_end(c) && c != ',' && !(c == '/' && is_end(peek_at(r, 1)))) {
-        deck_text_fault(r, here(r), "unexpected '%s' after a string", text_here(r, text));
+        fault(r, here(r), "unexpected '%s' after a string", text_here(r, text));
         free(v.token);
         return false;
     }
@@ -426,7 +425,7 @@ static void fault_comma(struct deck_reader *r, const char *name, struct deck_pla
                         const char *where, struct deck_values *values)
 {
     if (!values->faulty)
-        deck_text_fault(r, p, "%s: a comma may not stand %s", name, where);
+        fault(r, p, "%s: a comma may not stand %s", name, where);
     values->faulty = true;
 }
 
@@ -453,14 +452,14 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
         if (c < 0 || c == '&' || at_end_word(r) || (c == '/' && is_end(peek_at(r, 1))) ||
             (is_letter(c) && item_follows(r))) {
             if (values->n == 0 && !values->faulty) {
-                deck_text_fault(r, name_place, "%s: value missing", name);
+                fault(r, name_place, "%s: value missing", name);
                 values->faulty = true;
             }
             return;
         }
         if (c == ',') {
             if (comma) {
-                deck_text_fault(r, here(r), "%s: value missing before ','", name);
+                fault(r, here(r), "%s: value missing before ','", name);
                 values->faulty = true;
             } else if (r->line > value_line + (comment ? 0 : 1)) {
                 fault_comma(r, name, here(r),
@@ -473,8 +472,8 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
             continue;
         }
         if (ambiguous && !values->faulty) {
-            deck_text_fault(r, comma_place, "%s: between two values a comma may not stand %s", name,
-                            ambiguous);
+            fault(r, comma_place, "%s: between two values a comma may not stand %s", name,
+                  ambiguous);
             values->faulty = true;
         }
         ambiguous = NULL;
@@ -487,6 +486,16 @@ static void read_values(struct deck_reader *r, const char *name, struct deck_pla
         comma = false;
         if (r->stop)
             return;
+    }
+}
+
+void deck_text_values(struct deck_reader *r, const char *name, struct deck_values *values)
+{
+    char text[DECK_SHOWN];
+    read_values(r, name, here(r), values);
+    if (!values->faulty && peek(r) >= 0) {
+        deck_text_fault_item(r, here(r), "%s: unexpected '%s'", name, text_here(r, text));
+        values->faulty = true;
     }
 }
 
@@ -520,12 +529,12 @@ static bool read_index(struct deck_reader *r, const char *name, int64_t *first, 
         ok = read_bound(r, last);
     }
     if (!ok || peek(r) != ')') {
-        deck_text_fault(r, p, "%s: an index is (3) or (1:3), without blanks", name);
+        fault(r, p, "%s: an index is (3) or (1:3), without blanks", name);
         return false;
     }
     advance(r);
     if (*first < 1 || *last > DECK_LIST_MAX || *last < *first) {
-        deck_text_fault(r, p, "%s: index outside 1..%d", name, DECK_LIST_MAX);
+        fault(r, p, "%s: index outside 1..%d", name, DECK_LIST_MAX);
         return false;
     }
     return true;
@@ -538,7 +547,7 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     int64_t first = 0, last = 0;
     read_name(r, name);
     if (++r->items > DECK_ITEMS_MAX) {
-        deck_text_fault(r, p, "more than %d items", DECK_ITEMS_MAX);
+        fault(r, p, "more than %d items", DECK_ITEMS_MAX);
         r->stop = true;
         return;
     }
@@ -546,14 +555,14 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     bool blank = is_blank(peek(r));
     skip_blanks(r);
     if (peek(r) == '%') {
-        deck_text_fault(r, p, "%s: this deck has no components (%%)", name);
+        fault(r, p, "%s: this deck has no components (%%)", name);
         r->recovering = true;
         skip_line(r);
         return;
     }
     if (peek(r) == '(') {
         if (blank)
-            deck_text_fault(r, here(r), "%s: no blank between a name and its index", name);
+            fault(r, here(r), "%s: no blank between a name and its index", name);
         if (blank || !read_index(r, name, &first, &last)) {
             if (row >= 0)
                 r->deck->source[row].bad = true;
@@ -566,7 +575,7 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     skip_space(r);
     if (peek(r) != '=') {
         if (!r->recovering)
-            deck_text_fault(r, p, "'=' missing after %s", name);
+            fault(r, p, "'=' missing after %s", name);
         r->at = before.at, r->line = before.line, r->column = before.column;
         r->recovering = true;
         skip_line(r);
@@ -577,8 +586,7 @@ static void read_item(struct deck_reader *r, const char *group, bool known)
     skip_blanks(r);
     bool comment = peek(r) == '!'; /* gfortran reads no value after it */
     if (comment)
-        deck_text_fault(r, here(r), "%s: no comment between = and the value on the same line",
-                        name);
+        fault(r, here(r), "%s: no comment between = and the value on the same line", name);
     struct deck_values *values = xcalloc(1, sizeof *values);
     values->faulty = comment;
     read_values(r, name, p, values);
@@ -602,30 +610,29 @@ static void read_group(struct deck_reader *r)
     advance(r);
     r->groups++;
     if (is_blank(peek(r)))
-        deck_text_fault(r, here(r), "no blank between & and the name of a group");
+        fault(r, here(r), "no blank between & and the name of a group");
     skip_blanks(r);
     if (!is_letter(peek(r))) {
-        deck_text_fault(r, p, "the name of a group is missing after &");
+        fault(r, p, "the name of a group is missing after &");
         skip_line(r);
         return;
     }
     read_name(r, name);
     if (!strcasecmp(name, "end")) {
-        deck_text_fault(r, p, "&end outside a group; a group ends with /");
+        fault(r, p, "&end outside a group; a group ends with /");
         skip_line(r);
         return;
     }
     if (!is_end(peek(r)) && peek(r) != '/') {
-        deck_text_fault(r, here(r), "unexpected '%s' after &%s", text_here(r, text), name);
+        fault(r, here(r), "unexpected '%s' after &%s", text_here(r, text), name);
         skip_line(r);
     }
     int row = deck_table_group(name);
     if (row < 0) {
-        deck_text_fault(r, p, "there is no group &%s%s", name,
-                        deck_table_suggest(name, NULL, hint, sizeof hint));
+        fault(r, p, "there is no group &%s%s", name,
+              deck_table_suggest(name, NULL, hint, sizeof hint));
     } else if (r->group_line[row]) {
-        deck_text_fault(r, p, "&%s is given twice, on lines %d and %d", name, r->group_line[row],
-                        p.line);
+        fault(r, p, "&%s is given twice, on lines %d and %d", name, r->group_line[row], p.line);
         row = -1;
     } else {
         r->group_line[row] = p.line;
@@ -634,18 +641,16 @@ static void read_group(struct deck_reader *r)
         skip_space(r);
         int c = peek(r);
         if (c < 0) {
-            deck_text_fault(r, here(r), "&%s opened at line %d is not closed: '/' is missing", name,
-                            p.line);
+            fault(r, here(r), "&%s opened at line %d is not closed: '/' is missing", name, p.line);
             return;
         }
         if (c == '&' || c == '$') {
             if (at_end_word(r)) {
-                deck_text_fault(r, here(r), "write / to end a group, not %cend", c);
+                fault(r, here(r), "write / to end a group, not %cend", c);
                 skip_line(r);
             } else {
-                deck_text_fault(r, here(r),
-                                "&%s opened at line %d is not closed before '%s': '/' is missing",
-                                name, p.line, text_here(r, text));
+                fault(r, here(r), "&%s opened at line %d is not closed before '%s': '/' is missing",
+                      name, p.line, text_here(r, text));
             }
             return;
         }
@@ -653,8 +658,8 @@ static void read_group(struct deck_reader *r)
             advance(r);
             skip_blanks(r);
             if (!is_end(peek(r))) {
-                deck_text_fault(r, here(r), "unexpected '%s' after the / that ends &%s",
-                                text_here(r, text), name);
+                fault(r, here(r), "unexpected '%s' after the / that ends &%s", text_here(r, text),
+                      name);
                 skip_line(r);
             }
             return;
@@ -664,8 +669,8 @@ static void read_group(struct deck_reader *r)
             continue;
         }
         if (!r->recovering) {
-            deck_text_fault(r, here(r), "unexpected '%s' in &%s%s", text_here(r, text), name,
-                            c == '#' ? "; comments start with !" : "");
+            fault(r, here(r), "unexpected '%s' in &%s%s", text_here(r, text), name,
+                  c == '#' ? "; comments start with !" : "");
             r->recovering = true;
         }
         skip_line(r);
@@ -679,10 +684,10 @@ int deck_text_parse(struct deck *deck, const char *text, size_t length, struct e
     char *copy = NULL, shown_text[DECK_SHOWN];
     int groups = -1;
     if (length > DECK_FILE_MAX) {
-        deck_text_fault(r, here(r), "the deck is larger than %d bytes", DECK_FILE_MAX);
+        fault(r, here(r), "the deck is larger than %d bytes", DECK_FILE_MAX);
     } else {
         copy = xmalloc(length + 1, 1);
-        if (clean_text(r, text, length, copy)) {
+        if (deck_text_load(r, text, length, copy)) {
             bool stray = false;
             while (!r->stop) {
                 skip_space(r);
@@ -698,116 +703,18 @@ int deck_text_parse(struct deck *deck, const char *text, size_t length, struct e
                     const char *hint = c == '#'   ? "; comments start with !"
                                        : c == '$' ? "; a group starts with &"
                                                   : "; did you forget &?";
-                    deck_text_fault(r, here(r), "text outside a group: '%s'%s",
-                                    text_here(r, shown_text), hint);
+                    fault(r, here(r), "text outside a group: '%s'%s", text_here(r, shown_text),
+                          hint);
                 }
                 stray = true;
                 skip_line(r);
             }
             groups = r->groups;
             if (groups == 0 && !stray)
-                deck_text_fault(r, (struct deck_place){ 1, 1 },
-                                "the deck is empty: it has no group");
+                fault(r, (struct deck_place){ 1, 1 }, "the deck is empty: it has no group");
         }
     }
     free(copy);
     free(r);
     return groups;
-}
-
-/* ---- overrides ------------------------------------------------------------------------------- */
-
-/* Row named by the text before "=", -1 = reported. */
-static int override_row(struct deck_reader *r, const char *argument, const char *equals)
-{
-    struct deck_place none = { 0, 0 };
-    char name[2 * DECK_NAME_MAX + 2], hint[200], text[DECK_SHOWN];
-    size_t n = equals ? (size_t)(equals - argument) : 0;
-    while (n && is_blank((unsigned char)argument[n - 1]))
-        n--;
-    const char *dot = equals ? memchr(argument, '.', n) : NULL;
-    deck_text_shown(text, argument, strlen(argument));
-    if (!equals || n == 0 || n >= sizeof name) {
-        deck_text_fault_item(r, none, "'%s': an override is group.key=value", text);
-        return -1;
-    }
-    memcpy(name, argument, n);
-    name[n] = '\0';
-    if (!dot) {
-        deck_text_fault_item(r, none, "'%s': an override is group.key=value%s", text,
-                             deck_table_suggest("", name, hint, sizeof hint));
-        return -1;
-    }
-    name[dot - argument] = '\0';
-    const char *key = name + (dot - argument) + 1;
-    int row = deck_table_find(name, key);
-    if (row >= 0)
-        return row;
-    if (strchr(key, '('))
-        deck_text_fault_item(r, none, "'%s': give the whole list, an element cannot be set here",
-                             text);
-    else if (deck_table_group(name) < 0)
-        deck_text_fault_item(r, none, "'%s': there is no group &%s%s", text, name,
-                             deck_table_suggest(name, NULL, hint, sizeof hint));
-    else
-        deck_text_fault_item(r, none, "'%s': &%s has no key '%s'%s", text, name, key,
-                             deck_table_suggest(name, key, hint, sizeof hint));
-    return -1;
-}
-
-void deck_text_override(struct deck *deck, const char *argument, struct errors *errors)
-{
-    struct deck_reader *r = xcalloc(1, sizeof *r);
-    *r = (struct deck_reader){
-        .deck = deck, .errors = errors, .line = 1, .column = 1, .command_line = true
-    };
-    struct deck_values *values = xcalloc(1, sizeof *values);
-    const char *equals = strchr(argument, '=');
-    char *copy = xmalloc(strlen(argument) + 1, 1);
-    int row =
-        clean_text(r, argument, strlen(argument), copy) ? override_row(r, argument, equals) : -1;
-    if (row < 0)
-        goto done;
-    const struct deck_param *p = &deck_table[row];
-    struct deck_source *source = &deck->source[row];
-    if (source->origin == DECK_FROM_COMMAND_LINE) {
-        deck_text_fault_item(r, here(r), "%s.%s is given twice", p->group, p->key);
-        goto done;
-    }
-    bool ok;
-    if (p->type == DECK_TYPE_STRING || p->type == DECK_TYPE_CHOICE) {
-        /* Everything after "=", one pair of outer quotes removed: shells eat quotes, so they are
-         * optional. */
-        const char *start = equals + 1;
-        size_t n = strlen(start);
-        bool quoted = n >= 2 && (start[0] == '\'' || start[0] == '"') && start[n - 1] == start[0];
-        struct deck_value v = { .token = xstrdup(start + quoted), .quoted = true, .count = 1 };
-        if (quoted)
-            v.token[n - 2] = '\0';
-        values->v[values->n++] = v;
-        values->total = 1;
-        ok = deck_value_set_scalar(r, row, values);
-    } else {
-        r->at = (size_t)(equals + 1 - argument);
-        char name[2 * DECK_NAME_MAX + 2], text[DECK_SHOWN];
-        snprintf(name, sizeof name, "%s.%s", p->group, p->key);
-        read_values(r, name, here(r), values);
-        if (!values->faulty && peek(r) >= 0) {
-            deck_text_fault_item(r, here(r), "%s: unexpected '%s'", name, text_here(r, text));
-            values->faulty = true;
-        }
-        source->elements = 0;
-        ok = !values->faulty && (p->type == DECK_TYPE_INTEGERS || p->type == DECK_TYPE_STRINGS
-                                     ? deck_value_set_list(r, row, here(r), 0, 0, values)
-                                     : deck_value_set_scalar(r, row, values));
-    }
-    source->origin = DECK_FROM_COMMAND_LINE;
-    source->where = "command line";
-    source->bad = !ok;
-done:
-    for (int i = 0; i < values->n; i++)
-        free(values->v[i].token);
-    free(values);
-    free(copy);
-    free(r);
 }

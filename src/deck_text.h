@@ -1,5 +1,5 @@
-/* deck_text.h - between the deck's reader (deck_text.c) and the meaning of values (deck_value.c);
- * for these two files only. */
+/* deck_text.h - between the deck's reader (deck_text.c), the meaning of values (deck_value.c) and
+ * the overrides (deck_override.c); for these files only. */
 #ifndef MIMO_DECK_TEXT_H
 #define MIMO_DECK_TEXT_H
 
@@ -40,9 +40,11 @@ struct deck_values {
     bool faulty;
 };
 
-/* Report a mistake after which part of the text is skipped (deck->unread). Local. */
-void deck_text_fault(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
+/* Give the reader a text: its sizes and bytes are checked before anything is read, CR-LF becomes LF
+ * in `copy` (as long as the text). False: it is no text, reported. Local. */
+bool deck_text_load(struct deck_reader *r, const char *text, size_t length, char *copy);
+/* The values from the cursor to the end of the text; what else stands there is reported. Local. */
+void deck_text_values(struct deck_reader *r, const char *name, struct deck_values *values);
 /* Report a mistake that is confined to one item. Local. */
 void deck_text_fault_item(struct deck_reader *r, struct deck_place p, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));

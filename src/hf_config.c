@@ -132,7 +132,8 @@ static json_t *read_json(const char *directory, const char *name, bool needed,
     return root;
 }
 
-const json_t *hf_config_get(const json_t *section, const char *names, const char **name)
+/* Value of a key by any of its names (blank-separated), NULL when absent; its name in *name. */
+static const json_t *get(const json_t *section, const char *names, const char **name)
 {
     char word[64];
     for (const char *p = names; *p;) {
@@ -165,22 +166,15 @@ struct hf_config *hf_config_open(const char *directory, struct errors *errors)
     c->root = root;
     c->preprocessor = preprocessor;
     c->section[HF_TOP] = root;
-    c->section[HF_TEXT] = hf_config_get(root, "text_config llm_config", NULL);
+    c->section[HF_TEXT] = get(root, "text_config llm_config", NULL);
     c->section[HF_ENCODER] = json_object_get(root, "vision_config");
     c->vlm = json_is_object(c->section[HF_TEXT]);
     if (!c->section[HF_TEXT] &&
-        hf_config_get(root, "hybrid_override_pattern layers_block_type layer_types", NULL))
+        get(root, "hybrid_override_pattern layers_block_type layer_types", NULL))
         c->section[HF_TEXT] = root;
     if (!c->section[HF_ENCODER] && !c->section[HF_TEXT])
         c->section[HF_ENCODER] = root;
     return c;
-}
-
-bool hf_config_has(const struct hf_config *c, enum model_module module)
-{
-    return module == MODEL_PROJECTOR
-               ? c->vlm
-               : c->section[module == MODEL_LANGUAGE ? HF_TEXT : HF_ENCODER] != NULL;
 }
 
 void hf_config_free(struct hf_config *c)
@@ -247,7 +241,7 @@ static void read_keys(struct reading *r, enum hf_section s)
         const char *name;
         if (key->section != s || !is_kind(r, key->letter))
             continue;
-        const json_t *v = hf_config_get(r->c->section[s], key->names, &name);
+        const json_t *v = get(r->c->section[s], key->names, &name);
         const int n = (int)strcspn(name, " ");
         const bool real = deck_table[key->row].type == DECK_TYPE_REAL;
         if (v && json_is_null(v))
@@ -277,7 +271,7 @@ static void check_fixed(struct reading *r, enum hf_section s)
         const char *name;
         if (key->section != s || !is_kind(r, key->letter))
             continue;
-        const json_t *v = hf_config_get(r->c->section[s], key->names, &name);
+        const json_t *v = get(r->c->section[s], key->names, &name);
         json_t *want = json_loads(key->value, JSON_DECODE_ANY, NULL);
         if (v && !same_value(v, want)) {
             char *text = json_dumps(v, JSON_ENCODE_ANY);
@@ -302,7 +296,7 @@ static bool read_pattern(struct reading *r)
         { "moe", 'E' },       { "mlp", '-' },
     };
     const json_t *text = r->c->section[HF_TEXT],
-                 *list = hf_config_get(text, "layers_block_type layer_types", NULL);
+                 *list = get(text, "layers_block_type layer_types", NULL);
     const json_t *given = json_object_get(text, "hybrid_override_pattern"),
                  *layers = json_object_get(text, "num_hidden_layers");
     char from_list[sizeof r->pattern] = "";
@@ -449,7 +443,7 @@ const struct hf_fact *hf_config_fact(const struct hf_facts *facts, enum deck_row
 static void check_joint(struct reading *r)
 {
     const json_t *hidden = json_object_get(r->c->root, "projector_hidden_size"),
-                 *width = hf_config_get(r->c->root, "vision_hidden_size vit_hidden_size", NULL);
+                 *width = get(r->c->root, "vision_hidden_size vit_hidden_size", NULL);
     const struct hf_fact *f = hf_config_fact(r->facts, ROW(vision, hidden_size));
     if (json_is_integer(width) && f && json_number_value(width) != f->number)
         fault(r, "vision_hidden_size = %.0f, but the encoder's width is %.0f",

@@ -18,8 +18,6 @@ struct hf_config;
  * when the first cannot be read. Infinity and NaN are taken as values, repeated keys as their last.
  * Local. */
 struct hf_config *hf_config_open(const char *directory, struct errors *errors);
-/* Whether its keys of a module are there. Local. */
-bool hf_config_has(const struct hf_config *c, enum model_module module);
 /* Compare the keys of the wanted modules with the deck: what contradicts the deck's model, or is a
  * feature that this program lacks, is an error (EXIT_CHECKPOINT); what only deserves to be known is
  * added to notes. Local. */

@@ -54,8 +54,5 @@ void hf_config_facts(const struct hf_config *c, const bool want[MODEL_MODULES],
                      struct hf_facts *facts, struct errors *errors);
 /* The fact of a row or NULL. Local. */
 const struct hf_fact *hf_config_fact(const struct hf_facts *facts, enum deck_row row);
-/* Value of a key by any of its names (blank-separated), NULL when absent; its name in *name. Local.
- */
-const json_t *hf_config_get(const json_t *section, const char *names, const char **name);
 
 #endif

@@ -398,16 +398,6 @@ const char *hf_dropped(enum model_module module, const char *name, const char *c
     return NULL;
 }
 
-bool hf_is_scale(enum model_module module, const char *canonical)
-{
-    int64_t layer;
-    for (int k = 0; module == V && k < COUNT(scales); k++)
-        for (int n = 0; n < COUNT(scales[k].name); n++)
-            if (match(scales[k].name[n], canonical, &layer))
-                return true;
-    return false;
-}
-
 const char *hf_refused(enum model_module module, const char *canonical, const char *type)
 {
     const size_t n = strlen(canonical);

@@ -56,8 +56,6 @@ const char *hf_scale_name(const struct param *p, int number, char out[SAFETENSOR
 
 /* What is known and not used. A group's word ("video embedder", "audio", ...) or NULL. Local. */
 const char *hf_dropped(enum model_module module, const char *name, const char *canonical);
-/* Whether a tensor scales a block's rows. Local. */
-bool hf_is_scale(enum model_module module, const char *canonical);
 /* Why a tensor cannot be taken (quantised, latent experts, ...) or NULL. Local. */
 const char *hf_refused(enum model_module module, const char *canonical, const char *type);
 

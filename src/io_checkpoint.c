@@ -82,7 +82,8 @@ void io_layout_text(const struct topology *topo, char *out, size_t size)
     ASSERT(n >= 0 && (size_t)n < size);
 }
 
-uint64_t io_state_hash(const struct train_state *s, const char *layout, int64_t seed)
+/* Checksum over all of /state. */
+static uint64_t state_hash(const struct train_state *s, const char *layout, int64_t seed)
 {
     XXH3_state_t *state = XXH3_createState();
     ASSERT(state != NULL);
@@ -123,7 +124,7 @@ static void put_state(const char *path, hid_t file, const struct deck *deck,
     char layout[512];
     io_layout_text(topo, layout, sizeof layout);
     io_put_string(path, group, "layout", layout, "the grids that wrote it");
-    io_attr_u64(path, group, "xxh3", io_state_hash(s, layout, deck->run.seed));
+    io_attr_u64(path, group, "xxh3", state_hash(s, layout, deck->run.seed));
     H5Gclose(group);
 }
 
@@ -159,7 +160,7 @@ bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout
     hid_t group = ok ? H5Gopen2(file, "/state", H5P_DEFAULT) : -1;
     ok = ok && group >= 0 && io_get_string(file, "/state/layout", layout, layout_size) &&
          io_get(file, "/state/seed", H5T_NATIVE_INT64, 1, &seed) &&
-         io_get_attr_u64(group, "xxh3", &stored) && io_state_hash(s, layout, seed) == stored;
+         io_get_attr_u64(group, "xxh3", &stored) && state_hash(s, layout, seed) == stored;
     if (group >= 0)
         H5Gclose(group);
     return ok;

@@ -162,7 +162,6 @@ void io_manifest_free(struct io_manifest *m);
  * mistake is collected. Local. */
 bool io_block_verify(const char *path, hid_t set, const char *name, enum dtype dtype, int ndim,
                      const struct io_block *b, void *buf, struct errors *errors);
-hid_t io_compound_of_block(void); /* memory type; the caller closes it. Local. */
 
 /* ---- io_checkpoint.c, io_restore.c --------------------------------------------------------- */
 
@@ -179,8 +178,6 @@ extern const struct io_state_field io_state_fields[];
 extern const int io_n_state_fields;
 /* The job's layout in one clause; equal text = equal layout. Local. */
 void io_layout_text(const struct topology *topo, char *out, size_t size);
-/* Checksum over all of /state. Local. */
-uint64_t io_state_hash(const struct train_state *s, const char *layout, int64_t seed);
 /* All of /state, its checksum verified; the positions are the caller's to free, also on failure.
  * Local. */
 bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout_size);

@@ -556,7 +556,8 @@ void io_manifest_gather(struct io_manifest *m, const struct topology *topo)
         qsort(all, (size_t)m->n_blocks, sizeof *all, by_place);
 }
 
-hid_t io_compound_of_block(void)
+/* Memory type; the caller closes it. */
+static hid_t compound_of_block(void)
 {
     hsize_t dims[1] = { TENSOR_MAX_DIMS };
     hid_t box = H5Tarray_create2(H5T_STD_I64LE, 1, dims),
@@ -596,8 +597,7 @@ void io_manifest_put(const char *path, hid_t file, const struct io_tensors *t,
                                 m->block, m->n_blocks };
     for (int i = 0; i < t->count; i++)
         memcpy(full.path[i], t->tensor[i].path, strlen(t->tensor[i].path));
-    hid_t group = io_group(path, file, "manifest"), text = path_type(),
-          block = io_compound_of_block();
+    hid_t group = io_group(path, file, "manifest"), text = path_type(), block = compound_of_block();
     int64_t shape[1] = { full.n_paths };
     io_put(path, group, "path", text, 1, shape, full.path, NULL,
            "every tensor dataset of this file");
@@ -616,7 +616,7 @@ bool io_manifest_get(const char *path, hid_t file, struct io_manifest *m, struct
 {
     int64_t paths[TENSOR_MAX_DIMS], blocks[TENSOR_MAX_DIMS];
     uint64_t stored = 0;
-    hid_t text = path_type(), block = io_compound_of_block(), group = -1;
+    hid_t text = path_type(), block = compound_of_block(), group = -1;
     *m = (struct io_manifest){ 0 };
     bool ok = io_get_shape(file, "/manifest/path", paths) == 1 &&
               io_get_shape(file, "/manifest/block", blocks) == 1 && paths[0] >= 0 &&

@@ -173,8 +173,6 @@ void model_language_compute(struct model *m, int slot, const struct tensor *imag
 /* Returns d of the picture embeddings [image_rows, H] (valid until the next call); data NULL when
  * not wanted or on tp ranks other than 0. Collective over language tp and ep. */
 struct tensor model_language_backward(struct model *m, int slot, bool want_image_gradient);
-/* Rows of the encoder's output on this rank at most (sizes the bridge's buffers). Local. */
-int64_t model_max_image_rows(const struct model *m);
 
 /* ---- accumulators of an iteration, device scalars that the step reads once at its end; Local - */
 /* acc [1] sum of loss*mask over micro-batches */

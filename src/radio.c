@@ -285,11 +285,6 @@ void radio_plan(struct model *m, struct encoder *v, struct arenas *as)
     arena_rewind(work, mark);
 }
 
-int64_t model_max_image_rows(const struct model *m)
-{
-    return m->encoder ? m->encoder->max_outputs : 0;
-}
-
 /* ---- forward --------------------------------------------------------------------------------- */
 
 static void upload(struct model *m, const struct tensor *host, const struct tensor *device,
@@ -307,7 +302,7 @@ static void load_pictures(struct model *m, struct encoder *v, struct radio_slot 
                           const struct picture_batch *p, bool augment)
 {
     const int64_t patch = m->deck->vision.patch_dim, n = p->tiles;
-    int32_t(*tile)[2] = s->host_tiles.data, *index = s->host_index.data, *cu = s->host_cu.data;
+    int32_t(*tile)[2] = s->host_tiles.data, *index = s->host_index.data;
     double *weight = s->host_weight.data;
     ASSERT(n <= tensor_rows(&s->host_tiles) && p->patches <= tensor_rows(&s->pixels));
     for (int64_t i = 0; i < n; i++)
@@ -319,16 +314,11 @@ static void load_pictures(struct model *m, struct encoder *v, struct radio_slot 
     s->rows = vit_map_rows(sizes, n, v->class_tokens);
     s->outputs = vit_map_outputs(sizes, n, v->class_tokens, true, v->per == 4);
     ASSERT(s->patches == p->patches && s->outputs == p->rows && s->rows <= v->max_rows);
-    int64_t patches = 0;
-    s->max_len = 0;
-    cu[0] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t rows = vit_map_rows(sizes + i, 1, v->class_tokens);
+    s->max_len = vit_map_cu(sizes, n, v->class_tokens, s->host_cu.data);
+    for (int64_t i = 0, patches = 0; i < n; i++) {
         vit_map_positions(tile[i][0], tile[i][1], v->grid_h, v->grid_w, v->width,
                           augment ? p->cpe[i] : NULL, index + 4 * patches, weight + 4 * patches);
         patches += vit_map_patches(sizes + i, 1);
-        cu[i + 1] = cu[i] + (int32_t)rows;
-        s->max_len = rows > s->max_len ? rows : s->max_len;
     }
     vit_map_sources(sizes, n, v->class_tokens, s->host_source.data);
     vit_map_output_rows(sizes, n, v->class_tokens, true, v->per == 4, s->host_rows.data);

@@ -183,7 +183,8 @@ void merges_add(struct merges *m, int32_t left, int32_t right, int32_t rank, int
     *slot = (struct merges_slot){ left, right, rank, result };
 }
 
-const struct merges_slot *merges_find(const struct merges *m, int32_t left, int32_t right)
+/* NULL if the two do not merge. */
+static const struct merges_slot *find_merge(const struct merges *m, int32_t left, int32_t right)
 {
     const struct merges_slot *slot = merges_place(m, left, right);
     return slot->left < 0 ? NULL : slot;
@@ -241,7 +242,7 @@ static void reserve_symbols(struct tokenizer *t, int64_t n)
 static void offer_pair(struct tokenizer *t, int64_t *heap_count, int32_t at)
 {
     const struct symbol *s = &t->symbol[at];
-    const struct merges_slot *m = merges_find(&t->merges, s->id, t->symbol[s->next].id);
+    const struct merges_slot *m = find_merge(&t->merges, s->id, t->symbol[s->next].id);
     if (m)
         heap_push(t, heap_count, (struct candidate){ m->rank, at, m->result });
 }
@@ -275,7 +276,7 @@ bool bpe_encode(struct tokenizer *t, const char *text, size_t n, struct token_si
         if (left->id < 0 || left->next < 0)
             continue;
         struct symbol *right = &symbol[left->next];
-        const struct merges_slot *m = merges_find(&t->merges, left->id, right->id);
+        const struct merges_slot *m = find_merge(&t->merges, left->id, right->id);
         if (!m || m->result != c.result)
             continue; /* one of the two has changed since */
         left->id = c.result;

@@ -50,8 +50,6 @@ struct merges {
 void merges_init(struct merges *m, size_t count); /* room for `count`. Local. */
 /* A pair given twice keeps the later rank, as the Hugging Face reader does. Local. */
 void merges_add(struct merges *m, int32_t left, int32_t right, int32_t rank, int32_t result);
-/* NULL if the two do not merge. Local. */
-const struct merges_slot *merges_find(const struct merges *m, int32_t left, int32_t right);
 void merges_free(struct merges *m);
 
 struct added_token {

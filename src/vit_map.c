@@ -108,25 +108,17 @@ int64_t vit_map_rows(const int32_t (*tile)[2], int64_t tiles, int c)
     return rows;
 }
 
-int64_t vit_map_cu(const int32_t (*tile)[2], int64_t tiles, int32_t *cu)
+int64_t vit_map_cu(const int32_t (*tile)[2], int64_t tiles, int c, int32_t *cu)
 {
     int64_t max_len = 0;
-    ASSERT(vit_map_patches(tile, tiles) <= INT32_MAX);
+    ASSERT(vit_map_rows(tile, tiles, c) <= INT32_MAX);
     cu[0] = 0;
     for (int64_t i = 0; i < tiles; i++) {
-        int32_t n = tile[i][0] * tile[i][1];
+        int32_t n = c + tile[i][0] * tile[i][1];
         cu[i + 1] = cu[i] + n;
         max_len = n > max_len ? n : max_len;
     }
     return max_len;
-}
-
-int64_t vit_map_shift_cu(const int32_t *cu, int64_t tiles, int64_t max_len, int c, int32_t *out)
-{
-    ASSERT(out != cu && (int64_t)cu[tiles] + tiles * c <= INT32_MAX);
-    for (int64_t i = 0; i <= tiles; i++)
-        out[i] = (int32_t)(cu[i] + i * c);
-    return max_len + c;
 }
 
 void vit_map_sources(const int32_t (*tile)[2], int64_t tiles, int c, int32_t *row_source)

@@ -33,11 +33,9 @@ void vit_map_positions(int h, int w, int gh, int gw, int64_t width, const double
 int64_t vit_map_patches(const int32_t (*tile)[2], int64_t tiles);
 int64_t vit_map_rows(const int32_t (*tile)[2], int64_t tiles, int c);
 
-/* First patches of the tiles [tiles+1]; returns the patches of the largest tile. Local. */
-int64_t vit_map_cu(const int32_t (*tile)[2], int64_t tiles, int32_t *cu);
-/* cu [tiles+1] of patches -> out [tiles+1] of encoder rows: out[i] = cu[i] + i*c; returns max_len +
- * c. out must not be cu. Local. */
-int64_t vit_map_shift_cu(const int32_t *cu, int64_t tiles, int64_t max_len, int c, int32_t *out);
+/* First encoder rows of the tiles, with c class tokens each: cu [tiles+1]; returns the rows of the
+ * largest one. Local. */
+int64_t vit_map_cu(const int32_t (*tile)[2], int64_t tiles, int c, int32_t *cu);
 
 /* row_source [rows] of vit_assemble_*: the patch of each encoder row, or -1-j for class token j.
  * Local. */

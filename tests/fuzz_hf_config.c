@@ -45,10 +45,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     for (int wanted = 1; c && wanted < 1 << MODEL_MODULES; wanted++) {
         bool want[MODEL_MODULES];
         struct hf_facts facts;
-        for (int m = 0; m < MODEL_MODULES; m++) {
+        for (int m = 0; m < MODEL_MODULES; m++)
             want[m] = wanted >> m & 1;
-            hf_config_has(c, (enum model_module)m);
-        }
         hf_config_facts(c, want, &facts, &errors);
         EXPECT(facts.n >= 0 && facts.n <= HF_FACTS);
         for (int i = 0; i < facts.n; i++)

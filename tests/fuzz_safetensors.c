@@ -45,7 +45,6 @@ static void expect_names(struct safetensors *s)
         EXPECT(hf_directory_find(&d, m, f->name) != NULL && (!group || *group) && (!why || *why));
         if (strlen(f->name) < SAFETENSORS_NAME - 40)
             hf_published(m, f->name, true, name);
-        hf_is_scale(m, f->name);
     }
     free(d.found);
 }

@@ -284,17 +284,15 @@ static void m6_06_counts_of_the_full_size_tile(void **state)
 
 static void m6_07_cu_seqlens_shift_golden_and_repeatable(void **state)
 {
-    static const int32_t golden[3] = { 0, 66, 116 }, tile[2][2] = { { 8, 8 }, { 6, 8 } };
-    int32_t cu[3], saved[3], out[3], again[3];
-    assert_int_equal(vit_map_cu(tile, 2, cu), 64);
+    static const int32_t tile[2][2] = { { 8, 8 }, { 6, 8 } };
+    int32_t cu[3];
+    assert_int_equal(vit_map_cu(tile, 2, 0, cu), 64);
     assert_memory_equal(cu, ((int32_t[]){ 0, 64, 112 }), sizeof cu);
-    memcpy(saved, cu, sizeof cu);
-    assert_int_equal(vit_map_shift_cu(cu, 2, 64, 2, out), 66);
-    assert_int_equal(vit_map_shift_cu(cu, 2, 64, 2, again), 66);
-    assert_memory_equal(out, golden, sizeof golden);
-    assert_memory_equal(again, golden, sizeof golden);
-    assert_memory_equal(cu, saved, sizeof cu);
-    assert_int_equal(vit_map_cu(NULL, 0, cu), 0);
+    for (int again = 0; again < 2; again++) {
+        assert_int_equal(vit_map_cu(tile, 2, 2, cu), 66);
+        assert_memory_equal(cu, ((int32_t[]){ 0, 66, 116 }), sizeof cu);
+    }
+    assert_int_equal(vit_map_cu(NULL, 0, 2, cu), 0);
     assert_int_equal(cu[0], 0);
 }
 
