@@ -28,6 +28,16 @@ def visible():
     return there if given is None else [i for i in given.split(",") if i in there]
 
 
+def capacity():
+    """MiB of memory of the smallest GPU here; 0 when there is none."""
+    try:
+        p = subprocess.run(["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"], stdin=subprocess.DEVNULL, capture_output=True,
+                           text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return min((int(x) for x in p.stdout.split() if x.isdigit()), default=0)
+
+
 class Devices:
     """Lends GPUs, first come, first served: each to `share` launches at a time, or to one that needs it alone."""
 
@@ -89,6 +99,16 @@ def predicted(text):
         row = dict(zip(heads, line.split()))
         out[int(row["rank"])] = float(row["total"]) - float(row["data"])   # samples lie on the host
     return out
+
+
+def sharers(ranks, gpus):
+    """The ranks on each of so many GPUs, as run.ranks_per_gpu places them."""
+    return [list(range(g, ranks, gpus)) for g in range(gpus)]
+
+
+def wanted(table, ranks):
+    """MiB of a GPU that these ranks share. table: of predicted, whose rows stand for the ranks that follow as well."""
+    return sum(table[max(k for k in table if k <= r)] for r in ranks)
 
 
 def precision(case, launch):

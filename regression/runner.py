@@ -36,7 +36,7 @@ NOT_RESUMED = re.compile(NOT_BITWISE.pattern + r"|sent_bytes")
 
 
 class Runner:
-    """arg: mimo, mpiexec, record and bitwise as regression/run has them; its backend, gpus, share and traces may be absent."""
+    """arg: mimo, mpiexec, record and bitwise as regression/run has them; its backend, gpus, share, ranks_per_gpu and traces may be absent."""
 
     def __init__(self, arg, scratch):
         self.arg, self.scratch = arg, os.path.join(scratch, "run")
@@ -48,6 +48,7 @@ class Runner:
         self.env = {}   # added to the environment of every launch
         self.features = {}
         self.devices = gpu.Devices(getattr(arg, "gpus", ()), getattr(arg, "share", 1))
+        self.ranks_per_gpu = getattr(arg, "ranks_per_gpu", 1)
 
     def beside(self):
         """A runner that shares what can be shared, to launch something at the same time."""
@@ -144,6 +145,21 @@ class Runner:
         for n in os.listdir(self.scratch):
             shutil.rmtree(os.path.join(self.scratch, n), ignore_errors=True)
 
+    def shared(self, launch):
+        """Whether more ranks than there are GPUs share them."""
+        return self.ranks_per_gpu > 1 and launch.ranks > len(self.devices.load) > 0
+
+    def gpus(self, launch):
+        """How many GPUs a launch takes."""
+        return 0 if not on_gpus(launch) else len(self.devices.load) if self.shared(launch) else launch.ranks
+
+    def predicted(self, case, launch):
+        """gpu.predicted of what --check says, or {} and why."""
+        p = subprocess.run([self.mimo, "--check", "--ranks", str(launch.ranks), case.deck, *launch.overrides], stdin=subprocess.DEVNULL,
+                           capture_output=True, text=True, timeout=case.limit)
+        table = gpu.predicted(p.stdout)
+        return (table, "") if p.returncode == 0 and table else ({}, "CRASH status %s of --check\n%s" % (p.returncode, tail(p.stderr)))
+
     def placed(self, case, launch):
         """(the launch with the backend it is to run on, ''), or (it, the reason to skip it)."""
         asked, overrides = getattr(self.arg, "backend", ""), launch.overrides
@@ -156,13 +172,30 @@ class Runner:
             overrides = overrides + ["run.backend=" + case.backend]
         return (launch if launch.program else c.Launch(launch.name, launch.ranks, overrides, launch.section)), ""
 
+    def ready(self, case, launch):
+        """(the launch as it can run here, ''), or (it, the reason to skip it)."""
+        launch, reason = self.placed(case, launch)
+        reason = reason or self.skip(case, launch)
+        if not reason and on_gpus(launch) and self.shared(launch):
+            launch = c.Launch(launch.name, launch.ranks, launch.overrides + ["run.ranks_per_gpu=%d" % self.ranks_per_gpu], launch.section)
+            reason = self.too_large(case, launch) if case.memory else ""
+        return launch, reason
+
+    def too_large(self, case, launch):
+        """'' when the ranks of each GPU fit together, as far as --check can tell; else the reason to skip."""
+        table, need = self.predicted(case, launch)[0], 0
+        for ranks in gpu.sharers(launch.ranks, len(self.devices.load)) if table else ():
+            need = max(need, gpu.wanted(table, ranks))
+        return "its ranks need %.1f GiB of a GPU of %.1f together" % (need / 1024, gpu.capacity() / 1024) if need > gpu.capacity() else ""
+
     def skip(self, case, launch):
         """The reason to skip, or ''."""
         ranks = launch.ranks
         if on_gpus(launch) and self.features.get("cuda", "no") == "no":
             return "for GPUs, and this program was built without CUDA"
-        if on_gpus(launch) and len(self.devices.load) < ranks:
-            return "needs %d GPUs, here are %d" % (ranks, len(self.devices.load))
+        if on_gpus(launch) and len(self.devices.load) * self.ranks_per_gpu < ranks:
+            return "needs %d GPUs, here are %d%s" % (ranks, len(self.devices.load),
+                                                     " for %d ranks each" % self.ranks_per_gpu if self.ranks_per_gpu > 1 else "")
         for need in case.needs:
             feature = need.partition("=")[0]
             if "%s=%s" % (feature, self.features.get(feature, "")) != need:
@@ -173,8 +206,7 @@ class Runner:
 
     def check(self, case, launch):
         """The outcome of one launch: 'OK ...', 'WRONG ...', 'CRASH ...', 'TIMEOUT ...' or 'SKIP ...'."""
-        launch, reason = self.placed(case, launch)
-        reason = reason or self.skip(case, launch)
+        launch, reason = self.ready(case, launch)
         if reason:
             return "SKIP " + reason
         if launch.program:
@@ -183,12 +215,12 @@ class Runner:
             return "SKIP times are no bits" if self.arg.record or self.arg.bitwise else speed.check(self, case, launch)
         if not on_gpus(launch):
             return self.verdict(case, launch)
-        with self.devices.lend(launch.ranks, alone=bool(case.memory)) as lent:
+        with self.devices.lend(self.gpus(launch), alone=bool(case.memory)) as lent:
             self.env = dict(self.env, CUDA_VISIBLE_DEVICES=",".join(lent), CUDA_DEVICE_ORDER="PCI_BUS_ID")
             return self.verdict(case, launch, lent)
 
     def verdict(self, case, launch, lent=()):
-        """As `check`, for a launch that can run; lent: the GPUs of its ranks."""
+        """As `check`, for a launch that can run; lent: the GPUs that its ranks take in turn."""
         ranks, overrides = launch.ranks, launch.overrides
         if self.arg.record or self.arg.bitwise:
             out, fault = self.launch(case, ranks, overrides, saving=LAST)
@@ -214,15 +246,14 @@ class Runner:
         return fault or "OK" + note
 
     def memory(self, case, launch, used):
-        """(outcome or '', note): the MiB that each rank's GPU had in use against what --check says."""
-        p = subprocess.run([self.mimo, "--check", "--ranks", str(launch.ranks), case.deck, *launch.overrides], stdin=subprocess.DEVNULL,
-                           capture_output=True, text=True, timeout=case.limit)
-        table = gpu.predicted(p.stdout)
-        if p.returncode != 0 or not table:
-            return "CRASH status %s of --check\n%s" % (p.returncode, tail(p.stderr)), ""
-        note = " memory, GiB used/predicted: " + ", ".join("rank %d %.1f/%.1f" % (r, used[r] / 1024, m / 1024) for r, m in table.items())
-        far = [r for r, m in table.items() if not abs(used[r] - m) <= case.memory * m + gpu.CONTEXT]
-        return ("WRONG memory of rank %d: off by more than %g %%;%s" % (far[0], 100 * case.memory, note), "") if far else ("", note)
+        """(outcome or '', note): the MiB in use on each GPU against what --check says of its ranks."""
+        table, fault = self.predicted(case, launch)
+        if fault:
+            return fault, ""
+        rows = [(" ".join(map(str, ranks)), len(ranks), mib, gpu.wanted(table, ranks)) for ranks, mib in zip(gpu.sharers(launch.ranks, len(used)), used)]
+        note = " memory, GiB used/predicted: " + ", ".join("rank %s %.1f/%.1f" % (who, mib / 1024, m / 1024) for who, _, mib, m in rows)
+        far = [who for who, n, mib, m in rows if not abs(mib - m) <= case.memory * m + n * gpu.CONTEXT]
+        return ("WRONG memory of rank %s: off by more than %g %%;%s" % (far[0], 100 * case.memory, note), "") if far else ("", note)
 
     def record(self, case, launch, out):
         """Keep what the launch left in the directory of --record."""
@@ -327,11 +358,10 @@ class Runner:
 
     def update_section(self, case, section, group):
         """Write what the section is compared with; '' or the outcome that prevented it."""
-        launch, reason = self.placed(case, next(l for l in case.launches if l.section is section))
-        reason = reason or self.skip(case, launch)
+        launch, reason = self.ready(case, next(l for l in case.launches if l.section is section))
         if reason:
             return "SKIP " + reason
-        with self.devices.lend(launch.ranks if on_gpus(launch) else 0) as lent:
+        with self.devices.lend(self.gpus(launch)) as lent:
             self.env = dict(self.env, CUDA_VISIBLE_DEVICES=",".join(lent)) if lent else self.env
             out, fault = self.launch(case, launch.ranks, launch.overrides)
             if fault:

@@ -9,6 +9,7 @@
 #include <string.h>
 #include "backend.h"
 #include "check.h"
+#include "comm.h"
 
 const char *const arena_names[ARENA_COUNT] = {
     [ARENA_PARAMS] = "params",       [ARENA_GRADS] = "grads",
@@ -31,11 +32,11 @@ void arenas_init(struct arenas *as)
     }
 }
 
-/* What was counted must fit before anything is taken. */
-static void check_fit(const struct arenas *as, const struct backend_ops *be)
+bool arenas_fit(const struct arenas *as, const struct backend_ops *be, struct comm *sharers,
+                char *why, size_t why_size)
 {
     size_t available, total, wanted = 0;
-    char table[512] = "";
+    char table[512] = "", whose[128] = "this rank needs";
     int used = 0;
     for (int i = 0; i < ARENA_COUNT; i++) {
         if (as->a[i].place != PLACE_DEVICE)
@@ -45,16 +46,24 @@ static void check_fit(const struct arenas *as, const struct backend_ops *be)
                          as->a[i].name, (double)as->a[i].high / 0x1p30);
     }
     be->memory(&available, &total);
-    if (wanted > available)
-        FATAL(EXIT_ENVIRONMENT,
-              "this rank needs %.2f GiB of device memory (%s), %.2f of %.2f are free",
-              (double)wanted / 0x1p30, table, (double)available / 0x1p30, (double)total / 0x1p30);
+    int64_t all = (int64_t)wanted, room = available < INT64_MAX ? (int64_t)available : INT64_MAX;
+    if (sharers && sharers->size > 1) {
+        /* Everybody has looked before anybody goes on to take something. */
+        comm_host_reduce_i64(sharers, &all, 1, COMM_SUM);
+        comm_host_reduce_i64(sharers, &room, 1, COMM_MIN);
+        snprintf(whose, sizeof whose, "the %d ranks on this GPU need %.2f GiB together, this one",
+                 sharers->size, (double)all / 0x1p30);
+    }
+    if (all <= room)
+        return true;
+    snprintf(why, why_size, "%s %.2f GiB of device memory (%s), %.2f of %.2f are free", whose,
+             (double)wanted / 0x1p30, table, (double)room / 0x1p30, (double)total / 0x1p30);
+    return false;
 }
 
 void arenas_commit(struct arenas *as, const struct backend_ops *be)
 {
     struct stream s;
-    check_fit(as, be);
     be->stream_create(&s, "arena");
     for (int i = 0; i < ARENA_COUNT; i++) {
         struct arena *a = &as->a[i];

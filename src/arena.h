@@ -13,6 +13,7 @@
 #include "tensor.h"
 
 struct backend_ops;
+struct comm;
 
 enum arena_kind {
     ARENA_PARAMS,
@@ -49,6 +50,11 @@ struct arenas {
 
 /* Start the counting pass. Local. */
 void arenas_init(struct arenas *as);
+/* Whether what was counted fits into what is free of the device, together with what the others of
+ * `sharers`, the ranks on this device (NULL: this one alone), have counted; else one sentence with
+ * the table in why. Before anybody's arenas_commit. Collective over sharers. */
+bool arenas_fit(const struct arenas *as, const struct backend_ops *be, struct comm *sharers,
+                char *why, size_t why_size);
 /* Allocate what was counted through the backend's allocator, zero it, and start the carving pass.
  * Local. */
 void arenas_commit(struct arenas *as, const struct backend_ops *be);

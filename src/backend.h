@@ -299,10 +299,12 @@ void backend_grouped_act_backward(const struct backend_ops *be, struct stream *s
                                   in_t offsets, in_t h, in_t prob, out_t dh, out_t dprob, out_t y);
 /* NULL when this binary has the CUDA backend, else one sentence for the user. Local. */
 const char *backend_cuda_missing(void);
-/* True when this machine can run it: a GPU of compute capability 9.0 for each of the host's
- * `node_size` ranks, libraries new enough; else one sentence in why and false. Takes GPU node_rank
- * for this process. Local. */
-bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size);
+/* How many GPUs this process sees; 0 with one sentence in why when none can be used. Local. */
+int backend_cuda_count(char *why, size_t why_size);
+/* Takes that GPU for this process. False, with one sentence in why, when it has another compute
+ * capability than 9.0, cannot be taken, or the libraries are too old. shared: other processes drive
+ * it too, so that waiting hosts sleep. Local. */
+bool backend_cuda_start(int gpu, bool shared, char *why, size_t why_size);
 /* "SkylakeX", "Prescott", ...: what the BLAS chose, and whether the CPU has wider vectors than it
  * uses (`warning` gets one sentence or ""); backend_blas_start must be the first call of the
  * program: it restarts the process once with OPENBLAS_CORETYPE set when the library does not know

@@ -78,6 +78,8 @@ _Noreturn void comm_abort(int code); /* MPI_Abort on the world. Local. */
 /* One new communicator per color (members in order of world rank); color < 0: no member, returns
  * NULL. Collective over parent, in one globally identical order. */
 struct comm *comm_split(struct comm *parent, int color, const char *name);
+/* The same among the ranks of each host; color >= 0. Collective over the world. */
+struct comm *comm_split_node(struct comm *world, int color, const char *name);
 void comm_free(struct comm *c);
 /* Ranks of this host: size and rank. Collective over the world. */
 void comm_node(struct comm *world, int *node_size, int *node_rank, int *n_nodes);

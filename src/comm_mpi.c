@@ -364,6 +364,23 @@ struct comm *comm_split(struct comm *parent, int color, const char *name)
     return handle == MPI_COMM_NULL ? NULL : wrap(handle, name, parent->native->pool);
 }
 
+static MPI_Comm node_of(struct comm *world)
+{
+    MPI_Comm node;
+    CHECK_MPI(MPI_Comm_split_type(world->native->comm, MPI_COMM_TYPE_SHARED, world->rank,
+                                  MPI_INFO_NULL, &node),
+              world);
+    return node;
+}
+
+struct comm *comm_split_node(struct comm *world, int color, const char *name)
+{
+    MPI_Comm node = node_of(world), handle;
+    CHECK_MPI(MPI_Comm_split(node, color, world->rank, &handle), world);
+    CHECK_MPI(MPI_Comm_free(&node), world);
+    return wrap(handle, name, world->native->pool);
+}
+
 void comm_free(struct comm *c)
 {
     if (!c)
@@ -393,11 +410,8 @@ void comm_free(struct comm *c)
 
 void comm_node(struct comm *world, int *node_size, int *node_rank, int *n_nodes)
 {
-    MPI_Comm node;
+    MPI_Comm node = node_of(world);
     int64_t first;
-    CHECK_MPI(MPI_Comm_split_type(world->native->comm, MPI_COMM_TYPE_SHARED, world->rank,
-                                  MPI_INFO_NULL, &node),
-              world);
     CHECK_MPI(MPI_Comm_size(node, node_size), world);
     CHECK_MPI(MPI_Comm_rank(node, node_rank), world);
     CHECK_MPI(MPI_Comm_free(&node), world);

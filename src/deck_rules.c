@@ -110,6 +110,8 @@ static void resolve_backend(struct deck_rules *c)
         FAIL(run, precision, "fp64 exists on backend 'ref' only");
     if (d->run.precision == DECK_PRECISION_BF16 && ref)
         FAIL(run, precision, "bf16 exists on backend 'cuda' only");
+    if (d->run.ranks_per_gpu > 1 && ref)
+        FAIL(run, ranks_per_gpu, "backend 'ref' drives no GPU that ranks could share");
     d->derived.fp64 = d->run.precision == DECK_PRECISION_FP64;
     d->derived.bf16 = d->run.precision == DECK_PRECISION_BF16;
 }

@@ -324,7 +324,8 @@ static void print_gpus(struct page *p)
             missing ? missing : "this binary has the CUDA backend");
     if (n > 0 && missing)
         warn(p, "runs will use the CPU: build with CUDA (make help)");
-    if (n > 0 && !missing && !backend_cuda_start(1, 0, why, sizeof why))
+    if (n > 0 && !missing &&
+        (!backend_cuda_count(why, sizeof why) || !backend_cuda_start(0, false, why, sizeof why)))
         warn(p, "%s", why);
 }
 

@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "cli.h"
 #include "code.h"
+#include "device.h"
 #include "header.h"
 #include "io_hdf5.h"
 #include "log.h"
@@ -58,18 +59,6 @@ static int set_blas_threads(struct comm *world)
     return threads;
 }
 
-/* One GPU for this rank, where the deck's backend wants one. */
-static void take_device(const struct deck *deck, struct comm *world, struct errors *errors)
-{
-    int node_size, node_rank, n_nodes;
-    char why[512];
-
-    comm_node(world, &node_size, &node_rank, &n_nodes);
-    if (deck->run.backend != DECK_BACKEND_REF &&
-        !backend_cuda_start(node_size, node_rank, why, sizeof why))
-        errors_add(errors, EXIT_ENVIRONMENT, "mimo: error: run.backend = 'cuda': %s", why);
-}
-
 /* Print what was collected on all ranks; returns the status they agree on, EXIT_OK when there is
  * nothing. */
 static int agree(struct comm *world, struct errors *errors)
@@ -98,6 +87,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
 {
     struct errors errors = { 0 };
     struct train_start start = { 0 };
+    struct device device = { 0 };
     struct train train;
     struct run run;
     int status;
@@ -108,7 +98,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
         check_identify(world->rank, world->size, topology_role(topo), deck->run.output_dir);
         /* 6. groups, start, header */
         topology_connect(topo, world);
-        take_device(deck, world, &errors);
+        device_take(&device, deck, world, &errors);
         train_find_start(&start, &run, deck, topo, &errors);
         run_check_progress(&run, start.iteration, start.own && deck->run.mode == DECK_MODE_TRAIN,
                            &errors);
@@ -119,8 +109,9 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
     if (status == EXIT_OK) {
         run_begin(&run, start.iteration, start.own && deck->run.mode == DECK_MODE_TRAIN);
         header_print(deck, topo, text, length, set_blas_threads(world), start.text);
+        device_print(&device, world->size);
         /* 7. data, model, memory, checkpoint */
-        train_init(&train, deck, topo, &run, &errors);
+        train_init(&train, deck, topo, device.sharers, &run, &errors);
         if ((status = agree(world, &errors)) == EXIT_OK) {
             train_restore(&train, &start, &errors);
             status = agree(world, &errors);
@@ -143,6 +134,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
     } else {
         run_finish(&run, status, -1, errors.count > 0 ? errors.line[0] : "");
     }
+    device_free(&device);
     errors_free(&errors);
     return status;
 }

@@ -28,6 +28,16 @@ static void print_counts(const struct deck *deck, FILE *out)
     fprintf(out, "  %-46s %18" PRId64 "\n\n", "total", c.total);
 }
 
+static const struct grid *grid_of(const struct topology *t)
+{
+    return t->language.member ? &t->language : &t->encoder;
+}
+
+static bool same_role(const struct topology *a, const struct topology *b)
+{
+    return a->language.member == b->language.member && grid_of(a)->pp_rank == grid_of(b)->pp_rank;
+}
+
 /* Ranks that differ in nothing but which samples they see share a role: the first of each pipeline
  * stage of each grid stands for it. */
 static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
@@ -35,14 +45,15 @@ static int find_roles(const struct topology *all, int size, int role[ROLES_MAX])
     int n = 0;
 
     for (int r = 0; r < size && n < ROLES_MAX; r++) {
-        const struct grid *g = all[r].language.member ? &all[r].language : &all[r].encoder;
+        const struct grid *g = grid_of(&all[r]);
         if (g->dp_rank == 0 && g->tp_rank == 0 && g->cp_rank == 0)
             role[n++] = r;
     }
     return n;
 }
 
-static void print_memory_row(const struct deck *deck, const struct topology *t, FILE *out)
+/* Returns the MiB of it that lie on the device. */
+static double print_memory_row(const struct deck *deck, const struct topology *t, FILE *out)
 {
     const struct backend_ops *be = backend_sizing(deck);
     struct stream stream = { .name = "none" };
@@ -50,7 +61,7 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
     struct arenas arenas;
     struct model model;
     struct optim optim;
-    double total = 0.0;
+    double total = 0.0, device = 0.0;
 
     model_init(&model, deck, t, be, &stream);
     optim_init(&optim, deck, t, &model, be, comm_select(deck), &stream);
@@ -66,11 +77,38 @@ static void print_memory_row(const struct deck *deck, const struct topology *t, 
         double mib = (double)arenas.a[i].high / 0x1p20;
         fprintf(out, " %12.2f", mib);
         total += mib;
+        device += arenas.a[i].place == PLACE_DEVICE ? mib : 0.0;
         free(arenas.a[i].block);
     }
     fprintf(out, " %12.2f\n", total);
     bridge_free(bridge);
     model_free(&model);
+    return device;
+}
+
+/* The fullest GPU where the ranks, on one host, share as few GPUs as run.ranks_per_gpu allows. */
+static void print_shared(const struct deck *deck, const struct topology *all, const int *role,
+                         int n_roles, const double *mib, FILE *out)
+{
+    const int most = (int)deck->run.ranks_per_gpu, gpus = (all[0].size + most - 1) / most;
+    int fullest = 0;
+    double largest = 0.0;
+
+    for (int g = 0; g < gpus; g++) {
+        double sum = 0.0;
+        for (int r = g; r < all[0].size; r += gpus)
+            for (int i = 0; i < n_roles; i++)
+                sum += same_role(&all[r], &all[role[i]]) ? mib[i] : 0.0;
+        if (sum > largest) {
+            largest = sum;
+            fullest = g;
+        }
+    }
+    fprintf(out, "\nmemory, MiB a GPU, %d ranks on %d GPU%s of one host\n  fullest GPU %d, ranks",
+            all[0].size, gpus, gpus == 1 ? "" : "s", fullest);
+    for (int r = fullest; r < all[0].size; r += gpus)
+        fprintf(out, " %d", r);
+    fprintf(out, ": %.2f\n", largest);
 }
 
 static void print_buffers(const struct deck *deck, const struct topology *t, FILE *out)
@@ -98,12 +136,16 @@ static void print_buffers(const struct deck *deck, const struct topology *t, FIL
 static void print_memory(const struct deck *deck, const struct topology *all, const int *role,
                          int n_roles, FILE *out)
 {
+    double mib[ROLES_MAX];
+
     fprintf(out, "memory, MiB a rank\n  %-10s %5s", "role", "rank");
     for (int i = 0; i < ARENA_COUNT; i++)
         fprintf(out, " %12s", arena_names[i]);
     fprintf(out, " %12s\n", "total");
     for (int i = 0; i < n_roles; i++)
-        print_memory_row(deck, &all[role[i]], out);
+        mib[i] = print_memory_row(deck, &all[role[i]], out);
+    if (deck->run.ranks_per_gpu > 1)
+        print_shared(deck, all, role, n_roles, mib, out);
     fprintf(out, "\ngradient buffers\n  %-10s %5s %-18s %6s %15s %15s %15s %8s  %s\n", "role",
             "rank", "of", "shards", "parameters", "elements", "owned", "buckets", "overlap");
     for (int i = 0; i < n_roles; i++)

@@ -85,8 +85,10 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
 /* ---- build ----------------------------------------------------------------------------------- */
 
 void train_init(struct train *t, const struct deck *deck, const struct topology *topo,
-                struct run *run, struct errors *errors)
+                struct comm *sharers, struct run *run, struct errors *errors)
 {
+    char why[1024];
+
     memset(t, 0, sizeof *t);
     t->deck = deck;
     t->topo = topo;
@@ -98,7 +100,11 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
         data_init(&t->data, deck, DATA_TRAIN, errors);
     if (errors->count == 0)
         eval_init(&t->eval, deck, topo, errors);
-    if (errors->count > 0)
+    /* Sharers go on together or not at all. */
+    int64_t faults = errors->count;
+    if (sharers)
+        comm_host_reduce_i64(sharers, &faults, 1, COMM_MAX);
+    if (faults > 0)
         return;
     t->be = backend_select(deck);
     t->late = t->be->asynchronous;
@@ -112,8 +118,11 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
         model_plan(&t->model, &t->arenas);
         optim_plan(&t->optim, &t->arenas);
         step_plan(&t->step, &t->arenas);
-        if (pass == 0)
-            arenas_commit(&t->arenas, t->be);
+        if (pass > 0)
+            continue;
+        if (!arenas_fit(&t->arenas, t->be, sharers, why, sizeof why))
+            FATAL(EXIT_ENVIRONMENT, "%s", why);
+        arenas_commit(&t->arenas, t->be);
     }
     model_initialise(&t->model);
     optim_refresh_masters(&t->optim);

@@ -64,9 +64,10 @@ struct train_start {
  * Mistakes are collected (EXIT_CHECKPOINT). Collective over the world. */
 void train_find_start(struct train_start *s, const struct run *run, const struct deck *deck,
                       const struct topology *topo, struct errors *errors);
-/* Model, optimizer, step, data; memory; initial values. Mistakes of data are collected. Local. */
+/* Model, optimizer, step, data; memory; initial values. Mistakes of data are collected. sharers:
+ * the ranks on this rank's GPU, NULL: it has it alone. Collective over sharers. */
 void train_init(struct train *t, const struct deck *deck, const struct topology *topo,
-                struct run *run, struct errors *errors);
+                struct comm *sharers, struct run *run, struct errors *errors);
 /* The checkpoint, if any, then the trace. Mistakes are collected (EXIT_CHECKPOINT). Collective over
  * the world. */
 void train_restore(struct train *t, const struct train_start *start, struct errors *errors);

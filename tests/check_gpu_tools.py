@@ -72,6 +72,8 @@ def predicted(tap, m):
     text = m.run("--check", "--ranks", "4", os.path.join(ROOT, "input", "v2l2.nml"))[1]
     rows = {int(r[1]): r for r in (line.split() for line in text.splitlines()) if len(r) == 10 and r[0] in ("encoder", "language") and "." in r[9]}
     got = gpu.predicted(text)
+    alike = gpu.sharers(4, 2) == [[0, 2], [1, 3]] and gpu.sharers(5, 2) == [[0, 2, 4], [1, 3]] and gpu.sharers(2, 2) == [[0], [1]]
+    tap.result(alike and all(abs(gpu.wanted(got, r) - got[0] - got[2]) < 0.01 for r in ([0, 2], [1, 3])), "ranks_that_share_a_gpu_are_added_up", got)
     tap.result(sorted(got) == [0, 2] and all(abs(got[r] - (float(rows[r][9]) - float(rows[r][8]))) < 0.01 for r in got) and got[2] > 100e3,
                "the_memory_table_is_read", "%s %s" % (got, rows))
 
@@ -133,10 +135,12 @@ def script(path, text):
 SMI = """case "$*" in
 *-lms*) while :; do echo "0, 1024"; echo "1, 1024"; sleep 0.1; done ;;
 *query-gpu=index*) echo 0; echo 1 ;;
+*query-gpu=memory.total*) echo 143771; echo 143771 ;;
 *) echo "Stand-in, 1.0, 700.00 W, 143771 MiB"; echo "Stand-in, 1.0, 700.00 W, 143771 MiB" ;;
 esac
 """
-MIMO = """a=(); for x in "$@"; do case "$x" in run.backend=cuda|run.backend=shadow) x=run.backend=ref;; esac; a+=("$x"); done
+MIMO = """a=(); for x in "$@"; do case "$x" in run.backend=cuda|run.backend=shadow) x=run.backend=ref;;
+run.ranks_per_gpu=*) echo "$x ${CUDA_VISIBLE_DEVICES}" >> $(dirname $0)/shared; continue;; esac; a+=("$x"); done
 case "$*" in *--features*) %s --features | sed 's/^cuda=.*/cuda=13.0/'; exit ;; esac
 exec %s "${a[@]}"
 """
@@ -226,6 +230,7 @@ def bundle(tap, m):
         "503_mlp/fp32", "503_mlp/fp64_l2x1", "602_gpu_repeat/reference", "602_gpu_repeat/one", "602_gpu_repeat/shadow", "602_gpu_repeat/shadow_e1x1_l1x1", "602_gpu_repeat/e1x1_l1x1", "602_gpu_repeat/e1x2_l1x2_ep2_colocated"}
                and {(r["name"], r["gpus"]) for r in runs if r["state"] == "skipped"} == {("503_mlp/fp64", 1)}, "the_regression_cases_of_each_count_are_run", "\n".join(lines))
     figures(tap, b)
+    sharing(tap, b)
     code, lines, found, seconds = b.check("--gpus", "4", "-k", "operations", "-k", "sentences")
     tap.result(code == 1 and any("4 GPUs are asked for, here are 2" in x for x in lines), "gpus_that_are_not_there_are_a_failure", "\n".join(lines))
     code, lines, found, seconds = b.check("--gpus", "2", "-k", "sentences")
@@ -233,6 +238,22 @@ def bundle(tap, m):
     others = [r for r in found["results"] if r not in killed]
     tap.result(killed and killed[0]["state"] == "passed", "a_killed_rank_is_seen", "\n".join(lines))
     tap.result(len(others) == 3 and all(r["state"] == "failed" for r in others), "a_run_that_lacks_no_gpu_is_no_sentence", "\n".join(lines))
+
+
+def sharing(tap, b):
+    """Launches of more ranks than GPUs run where they are asked for, told that they share, or are skipped where their memory is too small."""
+    note = os.path.join(b.root, "bin", "shared")
+    shutil.rmtree(os.path.join(b.root, "regression", "503_mlp"))
+    code, lines, found, seconds = b.check("--gpus", "2", "--ranks-per-gpu", "2", "-k", "regression", "--limit", "200")
+    runs = {r["name"]: r["state"] for r in found["results"]}
+    with open(note) as f:
+        told = set(f.read().split("\n")[:-1])
+    tap.result(code == 0 and runs["602_gpu_repeat/e1x2_l2x1_mbs2_all"] == "passed" and runs["602_gpu_repeat/e1x1_l1x1"] == "passed" and
+               told == {"run.ranks_per_gpu=2 0,1"}, "launches_of_more_ranks_than_gpus_share_them", "%s\n%s" % (told, "\n".join(lines)))
+    shutil.copytree(os.path.join(ROOT, "regression", "631_gpu_l4"), os.path.join(b.root, "regression", "631_gpu_l4"))
+    code, lines, found, seconds = b.check("--gpus", "2", "--ranks-per-gpu", "2", "-k", "full width")
+    tap.result(code == 0 and found["skipped"] == len(found["results"]) == 2 and all("GiB of a GPU of 140.4 together" in r["note"] for r in found["results"]),
+               "what_does_not_fit_together_is_skipped", "\n".join(lines))
 
 
 def main():

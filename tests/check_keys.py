@@ -152,6 +152,7 @@ KEYS = {
     "run.mode": Probe("eval", holds(lambda b, n: n.status == 0 and n.rows == 0 and n.trace["eval/rows"] == 1, "one validation, no row"), *EVAL),
     "run.backend": Probe("cuda", ends(3, "run.backend")),
     "run.precision": Probe("fp64", changes("lm_loss", "ranks/arena_bytes")),
+    "run.ranks_per_gpu": Probe("2", table("memory"), "run.backend=cuda", "batch.global_batch_size=4", ranks=4),
     "run.deterministic": Probe("F", table("memory"), "run.backend=cuda"),
     "run.seed": Probe("7", changes("lm_loss")),
     "run.output_dir": Probe("%OUT%/elsewhere", makes("elsewhere/trace.h5")),

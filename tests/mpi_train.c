@@ -108,7 +108,7 @@ static struct outcome go(const char *name, bool late, const char *const *overrid
     topology_attach(&topo, comm_select(&deck));
     train_find_start(&start, &run, &deck, &topo, &e);
     run_begin(&run, start.iteration, false);
-    train_init(&t, &deck, &topo, &run, &e);
+    train_init(&t, &deck, &topo, NULL, &run, &e);
     ASSERT(!t.late);
     t.late = late;
     if (request.at > 0)

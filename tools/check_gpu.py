@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Every test that needs GPUs, from a bundle (tools/bundle.sh) on a host with a driver and CUDA's libraries.
 
-    check_gpu --gpus 1,2,4 --out DIR [--limit SECONDS] [-k WORD ...]
+    check_gpu --gpus 1,2,4 --out DIR [--limit SECONDS] [--ranks-per-gpu K] [-k WORD ...]
 
 For each count of GPUs, in this order: what a user is told when something is missing; every operation against the reference; the tiny
 model under compute-sanitizer; the regression cases on GPUs (fp32, and family 600 in bf16: restart, repetition, 100 iterations beside the
 reference backend); the cases of family 600 at full width, with their memory. What fits several times on the GPUs here runs at
-the same time. A count must be done within the limit: what is not is failed. One TAP line a test, at the end
+the same time. With --ranks-per-gpu launches of up to K times as many ranks run as well, several on a GPU: nothing of them is timed, and what
+does not fit is skipped. A count must be done within the limit: what is not is failed. One TAP line a test, at the end
 `N passed, N failed, N skipped`, the same in DIR/check_gpu.json with times, device and versions. Exit status 1 on any failure.
 """
 import argparse
@@ -146,11 +147,17 @@ def killed_rank(part):
 def sentences(part):
     n, batch = part.n, "batch.global_batch_size=%d" % (part.n + 1)
     cuda = (TINY, "run.backend=cuda", *TEXT_TINY)
+    large = (os.path.join(host.ROOT, "input", "lm10.nml"), "run.train_iters=1", "language.preset=nemotron_54l", "language.hybrid_layer_pattern=" + "ME" * 27)
     jobs = [lambda: told(part, "no GPU is visible", n, (*cuda, "batch.global_batch_size=%d" % n), ["no GPU can be used"], visible=()),
-            lambda: told(part, "fewer GPUs than ranks", n + 1, (*cuda, batch), ["%d ranks on this host but %d visible GPU" % (n + 1, n)]),
-            lambda: told(part, "a model larger than the GPU", n, (os.path.join(host.ROOT, "input", "lm10.nml"), "run.train_iters=1", "language.preset=nemotron_54l",
-                                                                  "language.hybrid_layer_pattern=" + "ME" * 27, "batch.global_batch_size=%d" % n),
-                         ["of device memory", "GiB"])]
+            lambda: told(part, "fewer GPUs than ranks", n + 1, (*cuda, batch), ["%d ranks on this host but %d visible GPU" % (n + 1, n), "run.ranks_per_gpu"]),
+            lambda: told(part, "a model larger than the GPU", n, (*large, "batch.global_batch_size=%d" % n), ["of device memory", "GiB"])]
+    k = part.report.ranks_per_gpu
+    if k > 1:
+        share = "run.ranks_per_gpu=%d" % k
+        jobs += [lambda: told(part, "more ranks than may share", k * n + 1, (*cuda, share, "batch.global_batch_size=%d" % (k * n + 1)),
+                              ["%d ranks on this host but %d visible GPU" % (k * n + 1, n), "run.ranks_per_gpu = %d" % k]),
+                 lambda: told(part, "models that share and do not fit together", k * n, (*large, share, "batch.global_batch_size=%d" % (k * n)),
+                              ["the %d ranks on this GPU need" % k, "of device memory", "GiB"])]
     if n > 1:
         jobs.append(lambda: killed_rank(part))
     host.together(jobs, len(jobs))
@@ -216,10 +223,12 @@ def sanitize(part):
 
 def regression(part, words, share):
     """Launches of the regression cases, as they end."""
-    ranks = [x for r in RANKS.get(part.n, (part.n,)) for x in ("--ranks", str(r))]
+    share_of = part.report.ranks_per_gpu
+    mine = part.gpus[:part.n] if share_of > 1 else part.gpus
+    ranks = [x for r in (*RANKS.get(part.n, (part.n,)), *range(part.n + 1, share_of * part.n + 1)) for x in ("--ranks", str(r))]
     traces = os.path.join(part.report.out, "traces")
     command = [sys.executable, os.path.join(host.ROOT, "regression", "run"), "--backend", "cuda", "--mimo", host.MIMO, "--mpiexec", host.MPIEXEC, *ranks,
-               "--share", str(share), "--jobs", str(max(1, share * len(part.gpus) // part.n)), "--traces", traces, *(x for w in words for x in ("-k", w))]
+               "--ranks-per-gpu", str(share_of), "--share", str(share), "--jobs", str(max(1, share * len(mine) // part.n)), "--traces", traces, *(x for w in words for x in ("-k", w))]
     seen, last = 0, None
 
     def look(text):
@@ -242,7 +251,7 @@ def regression(part, words, share):
             state = {"OK": "passed", "SKIP": "skipped"}.get(word, "failed")
             part.add(state, name, float(seconds), note or "" if state != "failed" else "\n".join(["%s %s" % (word, note or "")] + more))
             last = None
-    p = host.Program(command, host.environment(CUDA_VISIBLE_DEVICES=",".join(part.gpus))).wait(part.deadline, look, 0.5)
+    p = host.Program(command, host.environment(CUDA_VISIBLE_DEVICES=",".join(mine))).wait(part.deadline, look, 0.5)
     emit()
     if not part.late("the other launches", p) and not re.search(r"^\d+ passed, \d+ failed, \d+ skipped$", p.text, re.M):
         part.add("failed", "regression/run", p.seconds, "status %s\n%s" % (p.status, p.text))
@@ -265,11 +274,14 @@ def main():
     ap = argparse.ArgumentParser(description="every test that needs GPUs")
     host.add_options(ap)
     ap.add_argument("--limit", type=float, default=240.0, metavar="SECONDS", help="for each count of GPUs (240)")
+    ap.add_argument("--ranks-per-gpu", type=int, default=1, metavar="K", help="also launches of up to K times as many ranks as GPUs, which share them (1)")
     arg = ap.parse_args()
+    if arg.ranks_per_gpu < 1:
+        ap.error("--ranks-per-gpu %d: wanted 1 or more" % arg.ranks_per_gpu)
     wanted, there = host.counts(arg.gpus), host.gpu.visible()
     os.makedirs(os.path.join(arg.out, "traces"), exist_ok=True)
     report = Report(os.path.join(arg.out, "check_gpu.json"))
-    report.out = os.path.abspath(arg.out)
+    report.out, report.ranks_per_gpu = os.path.abspath(arg.out), arg.ranks_per_gpu
     scratch = tempfile.mkdtemp(prefix="mimo-check-gpu-")
     try:
         for n in wanted:

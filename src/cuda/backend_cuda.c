@@ -1,9 +1,9 @@
-/* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables are
- * checked member by member.
+/* backend_cuda.c - the CUDA backend's tables, memory, streams and start. C, so that the tables
+ * are checked member by member.
  *
- * One process drives one GPU. Compute runs on the stream the training loop makes. Copies from the
- * host pass through pinned memory (staging.c) and return at once; copies to the host do so too when
- * they go to memory of alloc_host.
+ * One process drives one GPU, which others may drive too (device.h). Compute runs on the stream
+ * the training loop makes. Copies from the host pass through pinned memory (staging.c) and return
+ * at once; copies to the host do so too when they go to memory of alloc_host.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,31 +30,29 @@ const char *backend_cuda_missing(void)
     return NULL;
 }
 
-bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size)
+int backend_cuda_count(char *why, size_t why_size)
 {
-    int n = 0, driver = 0, nccl = 0, major = 0, minor = 0;
+    int n = 0, driver = 0;
     const cudaError_t status = cudaGetDeviceCount(&n);
     cudaDriverGetVersion(&driver);
-    if (status != cudaSuccess || n == 0) {
-        snprintf(why, why_size, "no GPU can be used: %s (driver's CUDA %d.%d, this binary's %d.%d)",
-                 status == cudaSuccess ? "none is visible" : cudaGetErrorString(status),
-                 driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-                 CUDART_VERSION % 1000 / 10);
-        return false;
-    }
-    if (node_size > n) {
-        snprintf(why, why_size,
-                 "%d ranks on this host but %d visible GPU%s: one rank needs one GPU", node_size, n,
-                 n == 1 ? "" : "s");
-        return false;
-    }
-    CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, node_rank));
-    CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, node_rank));
+    if (status == cudaSuccess && n > 0)
+        return n;
+    snprintf(why, why_size, "no GPU can be used: %s (driver's CUDA %d.%d, this binary's %d.%d)",
+             status == cudaSuccess ? "none is visible" : cudaGetErrorString(status), driver / 1000,
+             driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    return 0;
+}
+
+bool backend_cuda_start(int gpu, bool shared, char *why, size_t why_size)
+{
+    int nccl = 0, major = 0, minor = 0;
+    CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu));
+    CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu));
     if (10 * major + minor != COMPUTE_CAPABILITY) {
         snprintf(
             why, why_size,
             "GPU %d has compute capability %d.%d; this binary's kernels are for 9.0 (H100, H200)",
-            node_rank, major, minor);
+            gpu, major, minor);
         return false;
     }
     if (ncclGetVersion(&nccl) != ncclSuccess || nccl < NCCL_OLDEST ||
@@ -66,8 +64,14 @@ bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size
             CUDNN_OLDEST);
         return false;
     }
-    CHECK_CUDA(cudaSetDevice(node_rank));
-    return true;
+    cudaError_t status =
+        shared ? cudaInitDevice(gpu, cudaDeviceScheduleBlockingSync, cudaInitDeviceFlagsAreValid)
+               : cudaSuccess;
+    if (status == cudaSuccess)
+        status = cudaSetDevice(gpu);
+    if (status != cudaSuccess)
+        snprintf(why, why_size, "GPU %d cannot be taken: %s", gpu, cudaGetErrorString(status));
+    return status == cudaSuccess;
 }
 
 /* ---- memory ---- */

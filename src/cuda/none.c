@@ -15,7 +15,13 @@ const char *backend_cuda_missing(void)
     return "this binary was built without CUDA";
 }
 
-bool backend_cuda_start(int node_size, int node_rank, char *why, size_t why_size)
+int backend_cuda_count(char *why, size_t why_size)
+{
+    snprintf(why, why_size, "%s", backend_cuda_missing());
+    return 0;
+}
+
+bool backend_cuda_start(int gpu, bool shared, char *why, size_t why_size)
 {
     snprintf(why, why_size, "%s", backend_cuda_missing());
     return false;

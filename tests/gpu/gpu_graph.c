@@ -51,7 +51,7 @@ static void job_open(struct job *j, int argc, char **argv)
     char why[256], *text = NULL;
     size_t n = sizeof tiny - 1;
     memset(j, 0, sizeof *j);
-    if (!backend_cuda_start(1, 0, why, sizeof why))
+    if (!backend_cuda_count(why, sizeof why) || !backend_cuda_start(0, false, why, sizeof why))
         FATAL(EXIT_ENVIRONMENT, "%s", why);
     if (argc > 1)
         text = read_file(argv[1], &n);
