@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 #include "log.h"
 
 enum { MAX_STREAMS = 1 << 26 };

@@ -26,7 +26,7 @@
 #include "hf_names.h"
 #include "image.h"
 #include "io_hf.h"
-#include "io_internal.h"
+#include "io_tensors.h"
 #include "tokenizer.h"
 
 static const int64_t shard_default = 5000000000;

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 #include "log.h"
 
 enum { BLOCK_BYTES_MAX = 1 << 30 };

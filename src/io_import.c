@@ -14,7 +14,7 @@
 #include "bf16.h"
 #include "hf_directory.h"
 #include "io_hf.h"
-#include "io_internal.h"
+#include "io_tensors.h"
 #include "log.h"
 
 enum { CHUNK = 1 << 17 }; /* numbers in flight */

@@ -7,7 +7,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 
 struct view {
     const char *path;

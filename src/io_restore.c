@@ -9,7 +9,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 #include "log.h"
 
 struct audit { /* rank 0's look at one file */

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 
 enum { IO_BLOCK_ELEMENTS = 1 << 20 };
 static const int64_t io_max_block_bytes = (int64_t)1 << 31;

@@ -198,11 +198,5 @@ void model_zero_grads(struct model *m);
  * data-parallel reduction. Local. */
 struct tensor model_grad_buffer(struct model *m, bool language);
 int64_t model_take_gemm_flops(struct model *m);
-/* Forward FLOPs (multiply-add = 2) per model.md 5 for throughput: language tokens
- * (Megatron-compatible and exact), encoder tile, projector row. */
-double model_flops_language_megatron(const struct deck *deck, double tokens, double sum_len2);
-double model_flops_language_exact(const struct deck *deck, double tokens, double sum_len2);
-double model_flops_encoder_tile(const struct deck *deck, double patches);
-double model_flops_projector_row(const struct deck *deck);
 
 #endif

@@ -1,6 +1,5 @@
-/* model_flops.c - forward floating-point operations of the model (multiply-add = 2), model.md 5.
- * Training = 3 x forward where a module trains. */
-#include "model.h"
+/* model_flops.c - see model_flops.h. */
+#include "model_flops.h"
 
 static double attention_flops(const struct deck *k, double tokens, double sum_len2)
 {

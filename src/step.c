@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include "ddp.h"
+#include "model_flops.h"
 #include "step.h"
 #include "timer.h"
 

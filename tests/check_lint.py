@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The rules of the source tree that a program can hold. Each rule is one test; `make lint` runs only this file."""
 import argparse
+import collections
 import functools
 import glob
 import os
@@ -191,6 +192,96 @@ def unformatted():
     return found
 
 
+# Larger than style asks, and why a cut would not make them clearer.
+LARGER = {
+    "src/backend.h": 330,                          # every operation's contract, once
+    "src/model.h": 230,                            # glossary, parameter table and the passes over them
+    "src/cuda/ssd_mma.cu:rows_kernel": 230,        # one loop with its sums in registers throughout
+}
+
+
+def sources():
+    """(path below the root, text) of every C, C++ and CUDA file of the project."""
+    for folder in ("src", "src/ref", "src/cuda", "tests", "tests/gpu"):
+        for n in sorted(os.listdir(os.path.join(ROOT, folder))):
+            if n.endswith((".c", ".h", ".cu", ".cuh", ".cpp")):
+                with open(os.path.join(ROOT, folder, n), encoding="utf-8") as f:
+                    yield folder + "/" + n, f.read()
+
+
+def oversized():
+    """Files and functions that nobody reads in one go. Headers of tests hold code and count as such."""
+    found = []
+    for path, text in sources():
+        kind = path.rsplit(".", 1)[1]
+        most = LARGER.get(path, 900 if kind in ("cu", "cuh") else 200 if kind == "h" and path.startswith("src/") else 800 if path.startswith("src/") else 900)
+        lines = text.splitlines()
+        if len(lines) > most:
+            found.append("%s has %d lines, at most %d" % (path, len(lines), most))
+        start = name = None
+        for i, line in enumerate(lines, 1):
+            if line[:1].isalpha():
+                name = next((w for w in re.findall(r"(\w+)\(", line) if not w.startswith("__")), name)
+            if line == "{":
+                start = i
+            elif line == "}" and start:
+                if i - start + 1 > LARGER.get("%s:%s" % (path, name), 120):
+                    found.append("%s:%d: %s has %d lines, at most 120" % (path, start, name, i - start + 1))
+                start = None
+    return found
+
+
+def unnamed():
+    """Files that do not begin with their name and what they are."""
+    found = []
+    for path, text in sources():
+        head = re.sub(r"^/\* ranks: [\d ]+\*/\n", "", text)
+        if not head.startswith("/* %s - " % os.path.basename(path)):
+            found.append("%s: the first line is not /* %s - ... " % (path, os.path.basename(path)))
+    return found
+
+
+def unshared(build):
+    """Exported names that no other file uses: they should be static, or go."""
+    texts = {path: text for path, text in sources()}
+    texts["deck_params.def"] = open(os.path.join(SRC, "deck_params.def"), encoding="utf-8").read()
+    words = {path: collections.Counter(re.findall(r"\w+", code_of(text))) for path, text in texts.items()}
+    found = []
+    for path in objects(build):
+        folder, stem = os.path.split(os.path.relpath(path, build))
+        if folder or not os.path.exists(os.path.join(SRC, stem[:-2] + ".c")):
+            continue
+        own = "src/%s.c" % stem[:-2]
+        for line in nm(path, "-g", "--defined-only"):
+            symbol = line.split()[-1]
+            # A header names what it declares once; twice is a macro that expands to it. The shadows' names are pasted from the list of operations.
+            used = (any(w[symbol] for p, w in words.items() if p != own and not re.match(r"src/.*\.h$", p))
+                    or sum(w[symbol] for p, w in words.items() if re.match(r"src/.*\.h$", p)) > 1)
+            if not used and symbol not in ("main", "ucp_worker_progress") and not symbol.startswith("backend_shadow_"):
+                found.append("%s: %s" % (own, symbol))
+    return found
+
+
+def job_scripts():
+    """A job requests resources and runs one line with a deck; what a run can vary is in the deck."""
+    found, folder = [], os.path.join(ROOT, "jobs")
+    for n in sorted(os.listdir(folder)):
+        if n.endswith(".sbatch"):
+            with open(os.path.join(folder, n), encoding="utf-8") as f:
+                text = f.read()
+            runs = re.findall(r"^srun .*? \./mimo (.*)$", text, re.M)
+            if len(runs) != 1 or not re.fullmatch(r"input/\w+\.nml", runs[0]) or not os.path.exists(os.path.join(ROOT, runs[0])):
+                found.append("jobs/%s: one srun line with a deck of input/, not %s" % (n, runs))
+            found += ["jobs/%s: %s" % (n, l) for l in text.splitlines() if re.match(r"\s*(make|cp|gcc|nvcc|pip|apt-get)\b", l)]
+    return found
+
+
+def machine_paths():
+    """Paths of the machine that somebody worked on."""
+    p = subprocess.run(["git", "grep", "-nIE", r"(^|[^\w.])/(home|root|work)/[a-z]"], capture_output=True, text=True, cwd=ROOT)
+    return None if p.returncode > 1 else p.stdout.splitlines()
+
+
 def main_is_short():
     text = open(os.path.join(SRC, "main.c"), encoding="utf-8").read()
     body = text[text.index("\nint main("):]
@@ -287,11 +378,17 @@ def main():
         ("no marks of unfinished work", lambda: grep(r"\b(TODO|FIXME|XXX|HACK)\b", ".c", ".h", raw=True)),
         ("p12_16 no mutable data outside log, timer and the process's own state", lambda: mutable_data(a.build)),
         ("exported names begin with their module", lambda: foreign_symbols(a.build)),
+        ("every exported name is used by another file", lambda: unshared(a.build)),
+        ("structs, unions and enums have no typedef", lambda: grep(r"\btypedef\s+(struct|union|enum)\b", ".c", ".h")),
+        ("files and functions keep to their size", oversized),
+        ("every file begins with its name and what it is", unnamed),
         ("every prototype says Local or Collective", prototypes_without_contract),
         ("main() has at most 120 lines", main_is_short),
         ("Makefile has at most 150 lines", lambda: short("Makefile", 150)),
         ("Makefile.inc has at most 60 lines", lambda: short("Makefile.inc", 60)),
         ("make help lists every target", undocumented_targets),
+        ("jobs run a deck and nothing else", job_scripts),
+        ("no file names a place of the machine it was written on", machine_paths),
         ("the map of the source names every file", unmapped),
         ("every C file is laid out by make format", unformatted),
         ("cppcheck finds nothing", cppcheck),
@@ -304,7 +401,7 @@ def main():
             continue
         found = rule()
         if found is None:
-            tap.skip(name, "the program is not installed (tools/bootstrap.sh --dev)")
+            tap.skip(name, "the program it needs is not installed (tools/bootstrap.sh --dev)")
         else:
             tap.result(not found, name, "\n".join(found))
     tap.close()

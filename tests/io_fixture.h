@@ -21,7 +21,7 @@
 #include <math.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include "io_internal.h"
+#include "io_tensors.h"
 
 static struct comm *world;
 static char scratch[IO_PATH];

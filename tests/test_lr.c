@@ -1,5 +1,5 @@
-/* Learning-rate and weight-decay curves against the vectors of training.md 2.7 and the case order
- * of 2.2. */
+/* test_lr.c - learning-rate and weight-decay curves against the vectors of training.md 2.7 and the
+ * case order of 2.2. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>

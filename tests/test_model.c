@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "model_fixture.h"
+#include "model_flops.h"
 #include "rng.h"
 
 static void open_deck(struct deck *deck, const char *text)

@@ -1,5 +1,5 @@
-/* The sentence that names the rank that holds a job up (robustness.md F26, F30); check_failures.py
- * stops real ones. */
+/* test_watchdog.c - the sentence that names the rank that holds a job up (robustness.md F26, F30);
+ * check_failures.py stops real ones. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdint.h>
