@@ -152,10 +152,10 @@ void model_local_shape(const struct model *m, const struct param *p, int64_t sha
     memcpy(shape, p->shape, sizeof p->shape);
     if (p->expert)
         shape[0] /= g->ep_size;
-    else if (p->shard == PARAM_SPLIT_ROWS)
-        shape[0] /= g->tp_size;
+    if (p->shard == PARAM_SPLIT_ROWS)
+        shape[p->expert ? 1 : 0] /= p->expert ? g->expt_tp_size : g->tp_size;
     else if (p->shard == PARAM_SPLIT_COLS)
-        shape[p->ndim - 1] /= g->tp_size;
+        shape[p->ndim - 1] /= p->expert ? g->expt_tp_size : g->tp_size;
 }
 
 int64_t model_param_numel(const struct model *m, const struct param *p)
@@ -236,29 +236,42 @@ uint64_t model_full_index(const struct model *m, const struct param *p, int64_t 
     int64_t full_cols = 1;
     for (int d = 1; d < p->ndim; d++)
         full_cols *= p->shape[d];
+    const int64_t size = p->expert ? g->expt_tp_size : g->tp_size,
+                  rank = p->expert ? g->expt_tp_rank : g->tp_rank;
     if (p->expert)
         row += g->ep_rank * (p->shape[0] / g->ep_size);
+    if (p->shard == PARAM_SPLIT_ROWS && p->expert)
+        col += rank * (full_cols / size);
     else if (p->shard == PARAM_SPLIT_ROWS)
         row = full_row(p, row, g->tp_size, g->tp_rank);
-    else if (p->shard == PARAM_SPLIT_COLS)
-        col += g->tp_rank * (full_cols / g->tp_size);
+    if (p->shard == PARAM_SPLIT_COLS) {
+        const int64_t width = p->shape[p->ndim - 1], part = width / size;
+        col = col / part * width + rank * part + col % part;
+    }
     return (uint64_t)(row * full_cols + col);
 }
 
-/* Runs of rows (of dimension 0) that lie one after the other in the full tensor are one
- * operation. */
+/* Of element (0, 0) of line i: lines are what lies along the last dimension. */
+static uint64_t line_index(const struct model *m, const struct param *p, int64_t i)
+{
+    const int64_t lines = p->ndim > 2 ? p->value.shape[1] : 1;
+    return model_full_index(m, p, i / lines, i % lines * p->value.shape[p->ndim - 1]);
+}
+
+/* Runs of lines at equal distances in the full tensor are one operation. */
 static void initialise_param(struct model *m, struct param *p)
 {
     char purpose[160];
     snprintf(purpose, sizeof purpose, "init:%s.%s", model_module_names[p->module], p->name);
     const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
-    const int64_t rows = p->value.shape[0], cols = tensor_numel(&p->value) / (rows ? rows : 1);
-    const struct tensor all = tensor_2d(p->value.data, p->value.dtype, p->value.place, rows, cols);
-    for (int64_t first = 0, end; first < rows; first = end) {
-        const uint64_t base = model_full_index(m, p, first, 0);
-        const uint64_t stride = first + 1 < rows ? model_full_index(m, p, first + 1, 0) - base : 0;
-        for (end = first + 1; end < rows; end++)
-            if (model_full_index(m, p, end, 0) != base + (uint64_t)(end - first) * stride)
+    const int64_t cols = p->ndim > 1 ? p->value.shape[p->ndim - 1] : 1;
+    const int64_t lines = tensor_numel(&p->value) / (cols ? cols : 1);
+    const struct tensor all = tensor_2d(p->value.data, p->value.dtype, p->value.place, lines, cols);
+    for (int64_t first = 0, end; first < lines; first = end) {
+        const uint64_t base = line_index(m, p, first);
+        const uint64_t stride = first + 1 < lines ? line_index(m, p, first + 1) - base : 0;
+        for (end = first + 1; end < lines; end++)
+            if (line_index(m, p, end) != base + (uint64_t)(end - first) * stride)
                 break;
         const struct tensor run = tensor_row_range(&all, first, end - first);
         m->be->initialise(m->compute, p->init, p->init_scale, key, base, stride, &run);

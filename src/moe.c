@@ -89,6 +89,7 @@ static void declare(struct model *m, struct moe *l, int i)
     struct param w1 = { .module = MODEL_LANGUAGE,
                         .ndim = 3,
                         .shape = { e, f, h },
+                        .shard = PARAM_SPLIT_ROWS,
                         .expert = true,
                         .decay = true,
                         .init = RNG_NORMAL,
@@ -98,6 +99,7 @@ static void declare(struct model *m, struct moe *l, int i)
     struct param w2 = { .module = MODEL_LANGUAGE,
                         .ndim = 3,
                         .shape = { e, h, f },
+                        .shard = PARAM_SPLIT_COLS,
                         .expert = true,
                         .decay = true,
                         .init = RNG_NORMAL,
@@ -121,7 +123,7 @@ struct moe *moe_init(struct model *m, int i)
     l->forced = deck->moe.moe_router_force_load_balancing;
     l->experts = deck->moe.num_experts;
     l->topk = deck->moe.moe_router_topk;
-    l->width = deck->moe.moe_ffn_hidden_size;
+    l->width = deck->moe.moe_ffn_hidden_size / m->topo->language.expt_tp_size;
     l->shared_width = deck->moe.moe_shared_expert_intermediate_size / m->topo->language.tp_size;
     l->eps = deck->language.layernorm_epsilon;
     l->scaling = deck->moe.moe_router_topk_scaling_factor;
@@ -130,7 +132,7 @@ struct moe *moe_init(struct model *m, int i)
     l->balance =
         l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
     l->shared_again = deck_recomputes(deck, "shared_experts");
-    if (m->topo->language.ep_size > 1)
+    if (m->topo->language.ep_size * m->topo->language.expt_tp_size > 1)
         l->dispatch = dispatch_init(m, l->experts);
     declare(m, l, i);
     return l;

@@ -162,6 +162,8 @@ void topology_attach(struct topology *t, const struct comm_ops *ops)
         attach(t, g->tp_cp.comm);
         attach(t, g->tp_dp_cp.comm);
         attach(t, g->ep.comm);
+        if (g->expt_tp_size > 1)
+            attach(t, g->tp_ep.comm);
         attach(t, g->expt_dp.comm);
     }
     attach(t, t->bridge.leaders.comm);

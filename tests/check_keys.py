@@ -173,7 +173,7 @@ KEYS = {
     "topology.llm_dp": Probe("1", table("layout"), "topology.layout=disjoint", "batch.micro_batch_size=3", "batch.global_batch_size=6",
                              ranks=4),
     "topology.llm_ep": Probe("2", table("layout", "memory"), *TWO_EACH, ranks=4),
-    "topology.llm_expt_tp": refused("2", *TWO_EACH, ranks=4),
+    "topology.llm_expt_tp": Probe("2", table("layout", "memory"), *TWO_EACH, ranks=4),
     "language.preset": Probe("nemotron_54l", table("parameters")),
     "language.hybrid_layer_pattern": Probe("M*E", table("parameters")),
     "language.hidden_size": Probe("128", table("parameters")),

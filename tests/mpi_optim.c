@@ -133,7 +133,8 @@ static struct standing standing_of(const struct job *j, const struct param *p)
     const struct grid *g = p->module == MODEL_LANGUAGE ? &j->topo.language : &j->topo.encoder;
 
     if (p->expert && ddp_separate_experts(g))
-        return (struct standing){ g->ep_rank, g->ep_size, g->expt_dp_rank, g->expt_dp_size };
+        return (struct standing){ g->ep_rank * g->expt_tp_size + g->expt_tp_rank,
+                                  g->ep_size * g->expt_tp_size, g->expt_dp_rank, g->expt_dp_size };
     if (p->shard != PARAM_REPLICATED)
         return (struct standing){ g->tp_rank, g->tp_size, g->dp_rank, g->dp_size };
     /* each tensor-parallel rank has the gradient of its own rows */
@@ -332,10 +333,15 @@ static void p12_76_78_tensor_and_expert_parallel_grids_train_like_plain_adamw(vo
                 struct topology_spec grids[2] = { { "encoder", size, 0, encoder_tp, 1, 1, 1, 1 },
                                                   { "language", size, 0, tp, 1, 1, ep, 1 } };
                 bool alone = encoder_tp == 0;
-                if (tp == 1 && ep == 1 && encoder_tp < 2)
+                if (tp == 1 && ep == 1 && encoder_tp == 1)
                     continue;
                 follow_on(world, alone ? &grids[1] : grids, alone ? 1 : 2, "stage.training_stage=3",
                           alone ? "topology.layout=language_only" : "topology.layout=colocated");
+                /* Experts cut over two ranks besides. */
+                grids[1].expt_tp = 2;
+                if (alone && size % (2 * ep) == 0)
+                    follow_on(world, &grids[1], 1, "stage.training_stage=3",
+                              "topology.layout=language_only");
             }
 }
 
