@@ -302,7 +302,7 @@ struct pass {
     bool train;
 };
 
-struct step {
+struct moe_step {
     const char *name;
     int part; /* enum timer_part, where its time is booked */
     void (*run)(struct model *m, struct moe *l, const struct pass *p);
@@ -530,7 +530,7 @@ enum { FORWARD, BACKWARD, AGAIN, DIRECTIONS, ORDER_MAX = 12 };
 
 enum { R = TIMER_ROUTER, D = TIMER_DISPATCH, X = TIMER_EXPERTS, S = TIMER_SHARED };
 
-static const struct step orders[DIRECTIONS][2][ORDER_MAX] = {
+static const struct moe_step orders[DIRECTIONS][2][ORDER_MAX] = {
     /* clang-format off */
     [FORWARD] = {
         { { "route", R, step_route }, { "send_rows", D, step_send_rows },
@@ -568,8 +568,8 @@ static const struct step orders[DIRECTIONS][2][ORDER_MAX] = {
 
 static void run_steps(struct model *m, struct moe *l, int direction, const struct pass *p)
 {
-    for (const struct step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap]; s->run;
-         s++) {
+    for (const struct moe_step *s = orders[direction][m->deck->moe.moe_shared_expert_overlap];
+         s->run; s++) {
         timer_part(s->part);
         s->run(m, l, p);
     }
@@ -580,7 +580,7 @@ void moe_print_order(const struct deck *deck, FILE *out)
     static const char *const direction[] = { [FORWARD] = "forward", [BACKWARD] = "backward" };
     for (int i = 0; i < 2; i++) {
         fprintf(out, "  expert layer, %s:", direction[i]);
-        for (const struct step *s = orders[i][deck->moe.moe_shared_expert_overlap]; s->run; s++)
+        for (const struct moe_step *s = orders[i][deck->moe.moe_shared_expert_overlap]; s->run; s++)
             fprintf(out, " %s", s->name);
         fputc('\n', out);
     }

@@ -13,7 +13,7 @@
 #include <string.h>
 #include "log.h"
 
-enum { ENCODER, LANGUAGE, PRINT_COLUMNS = 100 };
+enum { PRINT_COLUMNS = 100 };
 
 static const char *const kind_names[SCHEDULE_KIND_COUNT] = {
 #define X(kind, text) [SCHEDULE_##kind] = text,
@@ -49,7 +49,7 @@ void schedule_build(struct schedule *s, const struct topology *t, int n_microbat
         build_colocated(s);
     } else {
         const struct stage g = stage_of(s, t);
-        *(g.module == ENCODER ? &s->encoder_slots : &s->language_slots) = g.slots;
+        *(g.module == SCHEDULE_ENCODER ? &s->encoder_slots : &s->language_slots) = g.slots;
         build_stage(s, &g);
     }
 }
@@ -87,9 +87,10 @@ void schedule_print(const struct schedule *s, FILE *out)
         else if (a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD)
             snprintf(text, sizeof text, "%s(g%d,a%d)", name, a->microbatch, a->partner);
         else if (a->kind == SCHEDULE_GRAD_SYNC)
-            snprintf(text, sizeof text, "%s%s", both ? a->module == ENCODER ? "e" : "l" : "", name);
+            snprintf(text, sizeof text, "%s%s",
+                     both ? a->module == SCHEDULE_ENCODER ? "e" : "l" : "", name);
         else if (both && a->kind != SCHEDULE_LOCAL_FORWARD && a->kind != SCHEDULE_LOCAL_BACKWARD)
-            snprintf(text, sizeof text, "%s%s%d", a->module == ENCODER ? "e" : "l", name,
+            snprintf(text, sizeof text, "%s%s%d", a->module == SCHEDULE_ENCODER ? "e" : "l", name,
                      a->microbatch);
         else
             snprintf(text, sizeof text, "%s%d", name, a->microbatch);
@@ -112,7 +113,7 @@ const char *schedule_action_text(const struct action *a, char *out, size_t size)
     else if (a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD)
         snprintf(out, size, "%s(g%d,a%d)", name, a->microbatch, a->partner);
     else if (a->kind == SCHEDULE_GRAD_SYNC)
-        snprintf(out, size, "%s(%s)", name, a->module == ENCODER ? "encoder" : "language");
+        snprintf(out, size, "%s(%s)", name, a->module == SCHEDULE_ENCODER ? "encoder" : "language");
     else
         snprintf(out, size, "%s(%d)", name, a->microbatch);
     return out;
@@ -138,13 +139,14 @@ void schedule_free(struct schedule *s)
 
 static struct stage stage_of(const struct schedule *s, const struct topology *t)
 {
-    struct stage g = { .module = t->encoder.member ? ENCODER : LANGUAGE };
+    struct stage g = { .module = t->encoder.member ? SCHEDULE_ENCODER : SCHEDULE_LANGUAGE };
     const int front = t->encoder.present ? t->encoder.pp_size : 0,
               total = front + t->language.pp_size;
-    const int current = g.module == ENCODER ? t->encoder.pp_rank : front + t->language.pp_rank;
+    const int current =
+        g.module == SCHEDULE_ENCODER ? t->encoder.pp_rank : front + t->language.pp_rank;
     g.previous = current > 0;
     g.next = current < total - 1;
-    g.trains = !s->forward_only && (g.module == LANGUAGE || s->encoder_trains);
+    g.trains = !s->forward_only && (g.module == SCHEDULE_LANGUAGE || s->encoder_trains);
     /* The edge in front of stage `current` carries gradients if the stage before it trains. */
     g.gradient_to_previous =
         g.previous && !s->forward_only && (current > front || s->encoder_trains);
@@ -166,7 +168,7 @@ static void push(struct schedule *s, enum schedule_kind kind, int module, int mi
     /* At most 7 actions a micro-batch (colocated: 6) and two synchronisations. */
     if (!s->action)
         s->action = xmalloc(7 * (size_t)s->n_microbatches + 2, sizeof *s->action);
-    const int slots = module == ENCODER ? s->encoder_slots : s->language_slots;
+    const int slots = module == SCHEDULE_ENCODER ? s->encoder_slots : s->language_slots;
     s->action[s->n++] = (struct action){ .kind = kind,
                                          .module = module,
                                          .microbatch = microbatch,
@@ -179,9 +181,9 @@ static void build_stage(struct schedule *s, const struct stage *g)
 {
     const int m = s->n_microbatches, rest = m - g->warm;
     const enum schedule_kind forward =
-        g->module == ENCODER ? SCHEDULE_ENCODER_FORWARD : SCHEDULE_LANGUAGE_FORWARD;
+        g->module == SCHEDULE_ENCODER ? SCHEDULE_ENCODER_FORWARD : SCHEDULE_LANGUAGE_FORWARD;
     const enum schedule_kind backward =
-        g->module == ENCODER ? SCHEDULE_ENCODER_BACKWARD : SCHEDULE_LANGUAGE_BACKWARD;
+        g->module == SCHEDULE_ENCODER ? SCHEDULE_ENCODER_BACKWARD : SCHEDULE_LANGUAGE_BACKWARD;
     for (int f = 0; f < g->warm; f++) {
         if (g->previous)
             push(s, SCHEDULE_RECV_FORWARD, g->module, f, -1);
@@ -221,20 +223,20 @@ static void build_stage(struct schedule *s, const struct stage *g)
 static void build_colocated(struct schedule *s)
 {
     for (int m = 0; m < s->n_microbatches; m++) {
-        push(s, SCHEDULE_ENCODER_FORWARD, ENCODER, m, -1);
-        push(s, SCHEDULE_LOCAL_FORWARD, ENCODER, m, -1);
-        push(s, SCHEDULE_LANGUAGE_FORWARD, LANGUAGE, m, -1);
+        push(s, SCHEDULE_ENCODER_FORWARD, SCHEDULE_ENCODER, m, -1);
+        push(s, SCHEDULE_LOCAL_FORWARD, SCHEDULE_ENCODER, m, -1);
+        push(s, SCHEDULE_LANGUAGE_FORWARD, SCHEDULE_LANGUAGE, m, -1);
         if (s->forward_only)
             continue;
-        push(s, SCHEDULE_LANGUAGE_BACKWARD, LANGUAGE, m, -1);
+        push(s, SCHEDULE_LANGUAGE_BACKWARD, SCHEDULE_LANGUAGE, m, -1);
         if (s->encoder_trains) {
-            push(s, SCHEDULE_LOCAL_BACKWARD, LANGUAGE, m, -1);
-            push(s, SCHEDULE_ENCODER_BACKWARD, ENCODER, m, -1);
+            push(s, SCHEDULE_LOCAL_BACKWARD, SCHEDULE_LANGUAGE, m, -1);
+            push(s, SCHEDULE_ENCODER_BACKWARD, SCHEDULE_ENCODER, m, -1);
         }
     }
     if (s->forward_only)
         return;
-    push(s, SCHEDULE_GRAD_SYNC, LANGUAGE, -1, -1);
+    push(s, SCHEDULE_GRAD_SYNC, SCHEDULE_LANGUAGE, -1, -1);
     if (s->encoder_trains)
-        push(s, SCHEDULE_GRAD_SYNC, ENCODER, -1, -1);
+        push(s, SCHEDULE_GRAD_SYNC, SCHEDULE_ENCODER, -1, -1);
 }

@@ -34,9 +34,12 @@ enum schedule_kind {
         SCHEDULE_KIND_COUNT
 };
 
+/* The halves of the model, each on a grid of its own. (A parameter's module is finer: model.h.) */
+enum schedule_module { SCHEDULE_ENCODER, SCHEDULE_LANGUAGE, SCHEDULE_MODULES };
+
 struct action {
     enum schedule_kind kind;
-    int module;     /* 0 encoder, 1 language */
+    enum schedule_module module;
     int microbatch; /* of the activation that is computed or sent */
     int slot;       /* activation slot that it uses: microbatch % slots of its module */
     /* combined kinds: the micro-batch of the message that comes the other way; else -1 */

@@ -18,10 +18,10 @@
 #include <string.h>
 #include "schedule.h"
 
-enum { ENCODER, LANGUAGE, MODULES, ROUNDS = 2, TEXT = 96 };
+enum { ROUNDS = 2, TEXT = 96 };
 
 /* What happens to a micro-batch at one module of one rank. */
-enum event { RECEIVE, FORWARD, SEND, RECEIVE_GRADIENT, BACKWARD, SEND_GRADIENT, EVENTS };
+enum stage_event { RECEIVE, FORWARD, SEND, RECEIVE_GRADIENT, BACKWARD, SEND_GRADIENT, EVENTS };
 
 /* What its place in the pipeline demands of one module of one rank. */
 struct duty {
@@ -31,12 +31,12 @@ struct duty {
 
 struct position {
     int stage, n_stages;
-    bool has[MODULES];
+    bool has[SCHEDULE_MODULES];
 };
 
 static struct position position_of(const struct topology *t, int rank);
 static void duties_of(const struct topology *t, const struct schedule *s, int rank,
-                      struct duty duty[MODULES]);
+                      struct duty duty[SCHEDULE_MODULES]);
 static bool check_list(const struct topology *t, const struct schedule *s, int rank,
                        struct errors *errors);
 static bool simulate(const struct schedule *lists, const struct topology *t, int size,
@@ -47,7 +47,7 @@ static void compare_stages(const struct schedule *lists, const struct topology *
 static const char *role_of(const struct topology *t, int rank)
 {
     const struct position p = position_of(t, rank);
-    return p.has[ENCODER] ? p.has[LANGUAGE] ? "both" : "encoder" : "language";
+    return p.has[SCHEDULE_ENCODER] ? p.has[SCHEDULE_LANGUAGE] ? "both" : "encoder" : "language";
 }
 
 bool schedule_verify(const struct schedule *lists, const struct topology *ranks, int size,
@@ -102,26 +102,27 @@ static struct position position_of(const struct topology *t, int rank)
     const int front =
         t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0;
     p.n_stages = front + t->language.pp_size;
-    p.stage = p.has[LANGUAGE] ? front + stage_in(&t->language, rank) : stage_in(&t->encoder, rank);
+    p.stage = p.has[SCHEDULE_LANGUAGE] ? front + stage_in(&t->language, rank)
+                                       : stage_in(&t->encoder, rank);
     return p;
 }
 
 static void duties_of(const struct topology *t, const struct schedule *s, int rank,
-                      struct duty duty[MODULES])
+                      struct duty duty[SCHEDULE_MODULES])
 {
     const struct position p = position_of(t, rank);
-    const int slots[MODULES] = { s->encoder_slots, s->language_slots };
-    const bool both = p.has[ENCODER] && p.has[LANGUAGE];
-    memset(duty, 0, MODULES * sizeof *duty);
-    for (int m = 0; m < MODULES; m++) {
+    const int slots[SCHEDULE_MODULES] = { s->encoder_slots, s->language_slots };
+    const bool both = p.has[SCHEDULE_ENCODER] && p.has[SCHEDULE_LANGUAGE];
+    memset(duty, 0, SCHEDULE_MODULES * sizeof *duty);
+    for (int m = 0; m < SCHEDULE_MODULES; m++) {
         struct duty *d = &duty[m];
-        const bool previous = both ? m == LANGUAGE : p.stage > 0,
-                   next = both ? m == ENCODER : p.stage < p.n_stages - 1;
-        const bool trains = !s->forward_only && (m == LANGUAGE || s->encoder_trains);
+        const bool previous = both ? m == SCHEDULE_LANGUAGE : p.stage > 0,
+                   next = both ? m == SCHEDULE_ENCODER : p.stage < p.n_stages - 1;
+        const bool trains = !s->forward_only && (m == SCHEDULE_LANGUAGE || s->encoder_trains);
         /* The stage in front of a language stage belongs to the language module, or to the encoder.
          */
         const bool front_is_language =
-            m == LANGUAGE && !both &&
+            m == SCHEDULE_LANGUAGE && !both &&
             p.stage >
                 (t->encoder.present && t->layout == DECK_LAYOUT_DISJOINT ? t->encoder.pp_size : 0);
         d->here = p.has[m];
@@ -145,7 +146,7 @@ static void duties_of(const struct topology *t, const struct schedule *s, int ra
  * module cannot have. */
 struct happening {
     int module;
-    enum event event;
+    enum stage_event event;
     int microbatch;
 };
 
@@ -155,12 +156,14 @@ static int events_of(const struct action *a, struct happening out[2])
     switch (a->kind) {
     case SCHEDULE_ENCODER_FORWARD:
     case SCHEDULE_LANGUAGE_FORWARD:
-        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_FORWARD ? ENCODER : LANGUAGE,
+        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_FORWARD ? SCHEDULE_ENCODER
+                                                                         : SCHEDULE_LANGUAGE,
                                      FORWARD, a->microbatch };
         return out[0].module == own;
     case SCHEDULE_ENCODER_BACKWARD:
     case SCHEDULE_LANGUAGE_BACKWARD:
-        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_BACKWARD ? ENCODER : LANGUAGE,
+        out[0] = (struct happening){ a->kind == SCHEDULE_ENCODER_BACKWARD ? SCHEDULE_ENCODER
+                                                                          : SCHEDULE_LANGUAGE,
                                      BACKWARD, a->microbatch };
         return out[0].module == own;
     case SCHEDULE_SEND_FORWARD: out[0] = (struct happening){ own, SEND, a->microbatch }; return 1;
@@ -182,12 +185,12 @@ static int events_of(const struct action *a, struct happening out[2])
         out[1] = (struct happening){ own, RECEIVE, a->partner };
         return 2;
     case SCHEDULE_LOCAL_FORWARD:
-        out[0] = (struct happening){ ENCODER, SEND, a->microbatch };
-        out[1] = (struct happening){ LANGUAGE, RECEIVE, a->microbatch };
+        out[0] = (struct happening){ SCHEDULE_ENCODER, SEND, a->microbatch };
+        out[1] = (struct happening){ SCHEDULE_LANGUAGE, RECEIVE, a->microbatch };
         return 2;
     case SCHEDULE_LOCAL_BACKWARD:
-        out[0] = (struct happening){ LANGUAGE, SEND_GRADIENT, a->microbatch };
-        out[1] = (struct happening){ ENCODER, RECEIVE_GRADIENT, a->microbatch };
+        out[0] = (struct happening){ SCHEDULE_LANGUAGE, SEND_GRADIENT, a->microbatch };
+        out[1] = (struct happening){ SCHEDULE_ENCODER, RECEIVE_GRADIENT, a->microbatch };
         return 2;
     default: return 0;
     }
@@ -195,17 +198,17 @@ static int events_of(const struct action *a, struct happening out[2])
 
 /* Is the action one that this rank can have at all, with sane numbers? Returns NULL or what is
  * wrong. */
-static const char *malformed(const struct schedule *s, const struct duty duty[MODULES],
+static const char *malformed(const struct schedule *s, const struct duty duty[SCHEDULE_MODULES],
                              const struct action *a)
 {
     const bool combined = a->kind == SCHEDULE_SEND_FORWARD_RECV_BACKWARD ||
                           a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD;
-    const bool both = duty[ENCODER].here && duty[LANGUAGE].here;
+    const bool both = duty[SCHEDULE_ENCODER].here && duty[SCHEDULE_LANGUAGE].here;
     const bool local = a->kind == SCHEDULE_LOCAL_FORWARD || a->kind == SCHEDULE_LOCAL_BACKWARD;
     struct happening h[2];
     if ((unsigned)a->kind >= SCHEDULE_KIND_COUNT)
         return "is no action";
-    if ((unsigned)a->module >= MODULES || !duty[a->module].here)
+    if ((unsigned)a->module >= SCHEDULE_MODULES || !duty[a->module].here)
         return "is for a module that this rank does not have";
     if (a->kind == SCHEDULE_GRAD_SYNC)
         return !duty[a->module].syncs ? "is for a module that does not train" : NULL;
@@ -229,8 +232,8 @@ static const char *malformed(const struct schedule *s, const struct duty duty[MO
 }
 
 /* Every expected event of every micro-batch exactly once. */
-static bool count_events(const struct schedule *s, const struct duty duty[MODULES], const char *who,
-                         struct errors *errors)
+static bool count_events(const struct schedule *s, const struct duty duty[SCHEDULE_MODULES],
+                         const char *who, struct errors *errors)
 {
     static const char *const phrase[EVENTS] = {
         [RECEIVE] = "receives the activation of", [FORWARD] = "computes",
@@ -238,8 +241,8 @@ static bool count_events(const struct schedule *s, const struct duty duty[MODULE
         [BACKWARD] = "runs backward of",          [SEND_GRADIENT] = "sends the gradient of",
     };
     const int before = errors->count, m = s->n_microbatches;
-    int *count = xcalloc((size_t)MODULES * EVENTS * (size_t)m, sizeof *count),
-        syncs[MODULES] = { 0 };
+    int *count = xcalloc((size_t)SCHEDULE_MODULES * EVENTS * (size_t)m, sizeof *count),
+        syncs[SCHEDULE_MODULES] = { 0 };
     for (int i = 0; i < s->n; i++) {
         struct happening h[2];
         const int n = events_of(&s->action[i], h);
@@ -248,7 +251,7 @@ static bool count_events(const struct schedule *s, const struct duty duty[MODULE
         if (s->action[i].kind == SCHEDULE_GRAD_SYNC)
             syncs[s->action[i].module]++;
     }
-    for (int k = 0; k < MODULES; k++)
+    for (int k = 0; k < SCHEDULE_MODULES; k++)
         for (int e = 0; e < EVENTS && duty[k].here; e++)
             for (int b = 0; b < m && duty[k].expected[e]; b++) {
                 const int n = count[(k * EVENTS + e) * m + b];
@@ -265,11 +268,11 @@ static bool count_events(const struct schedule *s, const struct duty duty[MODULE
                                e == FORWARD || e == BACKWARD ? "repeated" : "unmatched", fault, who,
                                phrase[e], b);
             }
-    for (int k = 0; k < MODULES; k++)
+    for (int k = 0; k < SCHEDULE_MODULES; k++)
         if (duty[k].here && syncs[k] != (duty[k].syncs ? 1 : 0))
             errors_add(errors, EXIT_INTERNAL,
                        "schedule: %s reduces the gradients of its %s module %d times", who,
-                       k == ENCODER ? "encoder" : "language", syncs[k]);
+                       k == SCHEDULE_ENCODER ? "encoder" : "language", syncs[k]);
     free(count);
     return errors->count == before;
 }
@@ -280,20 +283,21 @@ struct progress {
 };
 
 /* How many micro-batches have given their slot back. */
-static int released(const struct duty duty[MODULES], const struct progress p[MODULES], int module)
+static int released(const struct duty duty[SCHEDULE_MODULES],
+                    const struct progress p[SCHEDULE_MODULES], int module)
 {
     if (duty[module].expected[BACKWARD])
         return p[module].done[BACKWARD];
     /* On one rank the language module reads the encoder's output in place. */
-    if (module == ENCODER && duty[LANGUAGE].here)
-        return released(duty, p, LANGUAGE);
+    if (module == SCHEDULE_ENCODER && duty[SCHEDULE_LANGUAGE].here)
+        return released(duty, p, SCHEDULE_LANGUAGE);
     return p[module].done[duty[module].expected[SEND] ? SEND : FORWARD];
 }
 
 /* May event h happen now? NULL or the reason why not. One message and one gradient in flight per
  * module. */
-static const char *too_early(const struct duty duty[MODULES], const struct progress p[MODULES],
-                             const struct happening *h)
+static const char *too_early(const struct duty duty[SCHEDULE_MODULES],
+                             const struct progress p[SCHEDULE_MODULES], const struct happening *h)
 {
     const struct duty *d = &duty[h->module];
     const int *done = p[h->module].done, b = h->microbatch;
@@ -332,15 +336,16 @@ static const char *too_early(const struct duty duty[MODULES], const struct progr
     }
 }
 
-static const char *sync_too_early(const struct schedule *s, const struct duty duty[MODULES],
-                                  const struct progress p[MODULES], const bool synced[MODULES],
-                                  int module)
+static const char *sync_too_early(const struct schedule *s,
+                                  const struct duty duty[SCHEDULE_MODULES],
+                                  const struct progress p[SCHEDULE_MODULES],
+                                  const bool synced[SCHEDULE_MODULES], int module)
 {
-    for (int k = 0; k < MODULES; k++)
+    for (int k = 0; k < SCHEDULE_MODULES; k++)
         for (int e = 0; e < EVENTS && duty[k].here; e++)
             if (duty[k].expected[e] && p[k].done[e] != s->n_microbatches)
                 return "micro-batches are not finished";
-    if (module == ENCODER && duty[LANGUAGE].here && !synced[LANGUAGE])
+    if (module == SCHEDULE_ENCODER && duty[SCHEDULE_LANGUAGE].here && !synced[SCHEDULE_LANGUAGE])
         return "the language module comes first";
     return NULL;
 }
@@ -348,9 +353,9 @@ static const char *sync_too_early(const struct schedule *s, const struct duty du
 static bool check_list(const struct topology *t, const struct schedule *s, int rank,
                        struct errors *errors)
 {
-    struct duty duty[MODULES];
-    struct progress progress[MODULES] = { 0 };
-    bool synced[MODULES] = { false };
+    struct duty duty[SCHEDULE_MODULES];
+    struct progress progress[SCHEDULE_MODULES] = { 0 };
+    bool synced[SCHEDULE_MODULES] = { false };
     char who[64], text[TEXT];
     duties_of(t, s, rank, duty);
     snprintf(who, sizeof who, "rank %d (%s)", rank, role_of(t, rank));
@@ -450,7 +455,7 @@ static void add_bridge_messages(struct world *w, int rank, bool source, bool out
 /* The messages of one event that crosses ranks. */
 static void add_messages(struct world *w, int rank, const struct happening *h)
 {
-    const struct grid *g = h->module == ENCODER ? &w->t->encoder : &w->t->language;
+    const struct grid *g = h->module == SCHEDULE_ENCODER ? &w->t->encoder : &w->t->language;
     const int stage = stage_in(g, rank), stride = g->size / g->pp_size;
     const bool out = h->event == SEND || h->event == SEND_GRADIENT;
     const bool gradient = h->event == SEND_GRADIENT || h->event == RECEIVE_GRADIENT;
@@ -460,7 +465,7 @@ static void add_messages(struct world *w, int rank, const struct happening *h)
         add_message(&w->actor[rank], rank + (to_next ? stride : -stride), out, gradient,
                     h->microbatch);
     else
-        add_bridge_messages(w, rank, h->module == ENCODER, out, gradient, h->microbatch);
+        add_bridge_messages(w, rank, h->module == SCHEDULE_ENCODER, out, gradient, h->microbatch);
 }
 
 static bool is_message(enum schedule_kind kind)

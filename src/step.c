@@ -431,7 +431,7 @@ static void run_grad_sync(void *ctx, const struct action *a)
     struct step *s = ctx;
 
     enter(s, TIMER_GRAD_SYNC);
-    optim_grad_sync(s->optim, a->module == 1);
+    optim_grad_sync(s->optim, a->module == SCHEDULE_LANGUAGE);
     leave(s, TIMER_GRAD_SYNC);
 }
 

@@ -102,9 +102,10 @@ static void test_p12_44_trace_of_two_stages_and_4_microbatches(void **state)
     assert_int_equal(j.list[1].language_slots, 1);
     const struct action *a = &j.list[0].action[3];
     assert_int_equal(a->kind, SCHEDULE_SEND_FORWARD_RECV_BACKWARD);
-    assert_true(a->module == 0 && a->microbatch == 1 && a->partner == 0 && a->slot == 1);
+    assert_true(a->module == SCHEDULE_ENCODER && a->microbatch == 1 && a->partner == 0 &&
+                a->slot == 1);
     a = &j.list[1].action[3];
-    assert_true(a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD && a->module == 1 &&
+    assert_true(a->kind == SCHEDULE_SEND_BACKWARD_RECV_FORWARD && a->module == SCHEDULE_LANGUAGE &&
                 a->microbatch == 0 && a->partner == 1);
     expect_sound(&j);
     job_free(&j);
@@ -282,9 +283,9 @@ static void test_the_verifier_names_the_fault(void **state)
     e->action[0].microbatch = 4;
     expect_fault(&j, "micro-batch that does not exist");
     e->action[0].microbatch = 0;
-    e->action[0].module = 1;
+    e->action[0].module = SCHEDULE_LANGUAGE;
     expect_fault(&j, "a module that this rank does not have");
-    e->action[0].module = 0;
+    e->action[0].module = SCHEDULE_ENCODER;
     l->n_microbatches = 3;
     expect_fault(&j, "rank 1 was built for 3 micro-batches, rank 0 for 4");
     l->n_microbatches = 4;
