@@ -75,15 +75,6 @@ enum { DECK_ABLATION_NONE, DECK_ABLATION_ROTATE, DECK_ABLATION_ZERO };
     } \
     ;
 #include "deck_params.def"
-#undef DECK_GROUP_BEGIN
-#undef DECK_INTEGER
-#undef DECK_REAL
-#undef DECK_LOGICAL
-#undef DECK_STRING
-#undef DECK_CHOICE
-#undef DECK_INTEGERS
-#undef DECK_STRINGS
-#undef DECK_GROUP_END
 
 struct deck_source; /* per row: origin, line, column; deck.c only */
 
@@ -98,15 +89,6 @@ struct deck {
 #define DECK_STRINGS(...)
 #define DECK_GROUP_END(group)
 #include "deck_params.def"
-#undef DECK_GROUP_BEGIN
-#undef DECK_INTEGER
-#undef DECK_REAL
-#undef DECK_LOGICAL
-#undef DECK_STRING
-#undef DECK_CHOICE
-#undef DECK_INTEGERS
-#undef DECK_STRINGS
-#undef DECK_GROUP_END
     /* Derived, no keys of their own (set by deck_resolve). */
     struct {
         int64_t padded_vocab;     /* Vp */

@@ -22,15 +22,6 @@ enum deck_row {
 #define DECK_STRINGS(group, key, ...) DECK_ROW(group, key),
 #define DECK_GROUP_END(group)
 #include "deck_params.def"
-#undef DECK_GROUP_BEGIN
-#undef DECK_INTEGER
-#undef DECK_REAL
-#undef DECK_LOGICAL
-#undef DECK_STRING
-#undef DECK_CHOICE
-#undef DECK_INTEGERS
-#undef DECK_STRINGS
-#undef DECK_GROUP_END
     DECK_ROWS
 };
 

@@ -511,7 +511,7 @@ void export_checkpoint(const char *directory, const char *checkpoint,
                           .out = out,
                           .errors = errors };
     io_start();
-    x->file = io_open_checkpoint(checkpoint, errors);
+    x->file = io_open_checkpoint(checkpoint, NULL, errors);
     if (x->file >= 0 && read_deck(x)) {
         struct io_tensors want;
         const int before = errors->count;

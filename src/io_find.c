@@ -100,36 +100,19 @@ static void verify_blocks(const char *path, hid_t file, const struct io_manifest
 }
 
 /* The file as a whole: opens, is complete, has its state. Returns it open, or -1. */
-static hid_t open_whole(const char *path, struct errors *errors)
+static hid_t open_whole(const char *path, int64_t *version, struct errors *errors)
 {
     struct train_state state;
-    char format[64] = "", layout[512], why[1200];
-    int64_t complete = 0;
-    const char *not_regular = io_why_not_regular(path), *fault = NULL;
-    if (not_regular[0]) {
-        errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
+    char layout[512];
+    hid_t file = io_open_checkpoint(path, version, errors);
+    if (file < 0)
         return -1;
-    }
-    hid_t file = io_open(path, false);
-    if (file < 0) {
-        errors_add(errors, EXIT_CHECKPOINT, "%s: error: cannot open: %s", path,
-                   io_reason(why, sizeof why));
-        return -1;
-    }
-    if (!io_get_attr_string(file, "format", format, sizeof format) ||
-        strcmp(format, "mimo-checkpoint") != 0)
-        fault = "is no checkpoint of mimo";
-    else if (!io_get_attr_i64(file, "complete", &complete) || complete != 1)
-        fault = "is incomplete: its writer was killed before it was done";
-    else {
-        if (!io_state_get(file, &state, layout, sizeof layout))
-            fault = "/state is missing or damaged";
-        free(state.train_position);
-        free(state.valid_position);
-    }
-    if (!fault)
+    const bool good = io_state_get(file, &state, layout, sizeof layout);
+    free(state.train_position);
+    free(state.valid_position);
+    if (good)
         return file;
-    errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", path, fault);
+    errors_add(errors, EXIT_CHECKPOINT, "%s: error: /state is missing or damaged", path);
     H5Fclose(file);
     return -1;
 }
@@ -144,9 +127,8 @@ static bool verify(const char *load, int64_t iteration, const struct topology *t
     struct io_manifest m = { 0 };
     io_iteration_directory(directory, sizeof directory, load, iteration);
     snprintf(path, sizeof path, "%s/checkpoint.h5", directory);
-    hid_t file = open_whole(path, errors);
+    hid_t file = open_whole(path, &version, errors);
     if (file >= 0) {
-        io_get_attr_i64(file, "format_version", &version);
         if (version == IO_CHECKPOINT_VERSION && io_manifest_get(path, file, &m, errors)) {
             verify_blocks(path, file, &m, topo->rank, topo->size, errors);
             io_manifest_free(&m);

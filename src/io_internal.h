@@ -110,8 +110,9 @@ void io_layout_text(const struct topology *topo, char *out, size_t size);
 /* All of /state, its checksum verified; the positions are the caller's to free, also on failure.
  * Local. */
 bool io_state_get(hid_t file, struct train_state *s, char *layout, size_t layout_size);
-/* A complete checkpoint open for reading; -1 with a collected mistake. Local. */
-hid_t io_open_checkpoint(const char *path, struct errors *errors);
+/* A complete checkpoint open for reading; -1 with a collected mistake. version NULL: another format
+ * than this program's is one too; else it is returned. Local. */
+hid_t io_open_checkpoint(const char *path, int64_t *version, struct errors *errors);
 /* <dir>/iter_%07d; Local. */
 void io_iteration_directory(char *out, size_t size, const char *dir, int64_t iteration);
 /* The iteration in the tracker; -1: no tracker; -2: unreadable, `why` says how. Local. */

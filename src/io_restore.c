@@ -264,10 +264,10 @@ static void audit_state(struct audit *a, const struct train_state *stored, const
 
 /* ---- load ---------------------------------------------------------------------------------- */
 
-hid_t io_open_checkpoint(const char *path, struct errors *errors)
+hid_t io_open_checkpoint(const char *path, int64_t *version, struct errors *errors)
 {
     char format[64] = "", why[1200];
-    int64_t version = 0, complete = 0;
+    int64_t found = 0, complete = 0;
     const char *not_regular = io_why_not_regular(path);
     if (not_regular[0]) {
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: %s", path, not_regular);
@@ -282,15 +282,19 @@ hid_t io_open_checkpoint(const char *path, struct errors *errors)
     if (!io_get_attr_string(file, "format", format, sizeof format) ||
         strcmp(format, "mimo-checkpoint"))
         errors_add(errors, EXIT_CHECKPOINT, "%s: error: is no checkpoint of mimo", path);
-    else if (!io_get_attr_i64(file, "format_version", &version) || version != IO_CHECKPOINT_VERSION)
+    else if ((!io_get_attr_i64(file, "format_version", &found) || found != IO_CHECKPOINT_VERSION) &&
+             !version)
         errors_add(errors, EXIT_CHECKPOINT,
-                   "%s: error: has format version %" PRId64 ", this program reads %d", path,
-                   version, IO_CHECKPOINT_VERSION);
+                   "%s: error: has format version %" PRId64 ", this program reads %d", path, found,
+                   IO_CHECKPOINT_VERSION);
     else if (!io_get_attr_i64(file, "complete", &complete) || complete != 1)
         errors_add(errors, EXIT_CHECKPOINT,
                    "%s: error: is incomplete: its writer was killed before it was done", path);
-    else
+    else {
+        if (version)
+            *version = found;
         return file;
+    }
     H5Fclose(file);
     return -1;
 }
@@ -309,7 +313,7 @@ static void audit_file(struct audit *a, const struct deck *deck, const struct to
                        const struct checkpoint_options *options, struct train_state *stored)
 {
     char layout[512] = "";
-    a->file = io_open_checkpoint(a->path, a->errors);
+    a->file = io_open_checkpoint(a->path, NULL, a->errors);
     if (a->file < 0)
         return;
     audit_deck(a, deck, !options->finetune && !options->model_only);
