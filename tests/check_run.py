@@ -588,6 +588,24 @@ def numerics(r):
                  "%s %s" % (t1["num_zeros"], t["num_zeros"]))
 
 
+def participation(r):
+    """parallel.md 6.7 in a run of two encoder lanes and two micro-batches: sample 2m + d goes to lane d. Every second sample without a
+    picture: lane 1 sees none, factor 2. Every fourth: lane 1 sees one in its first micro-batch alone, factor 1."""
+    def norm(name, stage, every, corrected):
+        got = r.go(name, "run.precision=fp64", "optimizer.clip_grad=0", "moe.moe_aux_loss_coeff=0", "stage.training_stage=%d" % stage,
+                   "data.mock_text_only_every=%d" % every, "optimizer.correct_encoder_grad_for_partial_participation=" + corrected,
+                   *grids(2, 2), ranks=4, iterations=1)
+        r.ok(name, got)
+        return float(valid(r.at(name))["grad_norm"][0])
+    projector, corrected = norm("part_projector", 1, 2, "F"), norm("part_projector_corrected", 1, 2, "T")
+    r.tap.result(projector > 0 and abs(corrected / projector - 2) < 1e-12, "p12_65_lanes_without_pictures_scale_the_encoder", (projector, corrected))
+    both, corrected = norm("part_both", 2, 2, "F"), norm("part_both_corrected", 2, 2, "T")
+    r.tap.result(both > projector and abs((corrected ** 2 - both ** 2) / (3 * projector ** 2) - 1) < 1e-9,
+                 "p12_65_the_language_model_is_not_scaled", (both, corrected, projector))
+    all_seen, corrected = norm("part_seen", 1, 4, "F"), norm("part_seen_corrected", 1, 4, "T")
+    r.tap.result(all_seen == corrected, "p12_65_one_picture_in_any_microbatch_counts", (all_seen, corrected))
+
+
 # ---- validation, batches, stages ---------------------------------------------------------------------------------------------
 
 def validation(r):
@@ -882,7 +900,7 @@ def writing(r):
 
 def main():
     r = Runs()
-    for group in (files, kept, resume, loading, stopping, signals, locks, numerics, validation, batches, samples, stages, layouts, writing):
+    for group in (files, kept, resume, loading, stopping, signals, locks, numerics, participation, validation, batches, samples, stages, layouts, writing):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()

@@ -491,6 +491,37 @@ static void m6_33_frozen_modules_have_no_gradient_memory(void **state)
     fixture_close(&f);
 }
 
+/* Of a frozen language module: with or without a coefficient no metric and the same gradient of the
+ * picture embeddings; the coefficient shows as soon as it trains. */
+static void m6_33_a_frozen_language_module_has_no_auxiliary_loss(void **state)
+{
+    for (int frozen = 0; frozen < 2; frozen++) {
+        double *gradient[2], metric = 0.0;
+        size_t bytes = 0;
+        for (int i = 0; i < 2; i++) {
+            const char *const o[] = { "run.precision=fp64",
+                                      frozen ? "stage.training_stage=1" : "stage.training_stage=2",
+                                      i ? "moe.moe_aux_loss_coeff=10"
+                                        : "moe.moe_aux_loss_coeff=0" };
+            struct fixture f;
+            fixture_open(&f, 3, o);
+            fixture_batch(&f, 0, 0);
+            fixture_forward(&f, true);
+            const struct tensor d = model_language_backward(&f.model, 0, true),
+                                sum = model_balance_metric(&f.model);
+            metric = *(double *)sum.data;
+            bytes = (size_t)tensor_numel(&d) * sizeof(double);
+            gradient[i] = xmalloc(bytes, 1);
+            memcpy(gradient[i], d.data, bytes);
+            fixture_close(&f);
+        }
+        assert_true(bytes > 0 && (metric == 0.0) == frozen);
+        assert_int_equal(memcmp(gradient[0], gradient[1], bytes) == 0, frozen);
+        free(gradient[0]);
+        free(gradient[1]);
+    }
+}
+
 /* Counting and carving ask for the same bytes. */
 static void arenas_are_filled_exactly(void **state)
 {
@@ -826,6 +857,7 @@ int main(void)
         cmocka_unit_test(m6_01_final_layernorm_bounds_the_features),
         cmocka_unit_test(m6_04_frozen_encoder_ignores_training_mode),
         cmocka_unit_test(m6_33_frozen_modules_have_no_gradient_memory),
+        cmocka_unit_test(m6_33_a_frozen_language_module_has_no_auxiliary_loss),
         cmocka_unit_test(arenas_are_filled_exactly),
         cmocka_unit_test(
             p12_40_p12_102_m6_40_embeddings_are_bf16_and_segment_ends_lie_on_the_device),
