@@ -137,4 +137,10 @@ static inline void fixture_backward(struct fixture *f)
         model_encoder_backward(&f->model, 0, &d);
 }
 
+/* Of a float tensor. */
+static inline double element(const struct tensor *t, int64_t i)
+{
+    return t->dtype == DTYPE_F64 ? ((double *)t->data)[i] : (double)((float *)t->data)[i];
+}
+
 #endif

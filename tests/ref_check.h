@@ -224,6 +224,24 @@ static inline void ref_check_value(double value, double expected, double toleran
         fail_msg("%s: %.12g, expected %.12g", what, value, expected);
 }
 
+static inline void ref_check_fill_ints(const struct tensor *t, const int *values)
+{
+    REF_CHECK_EACH(t, r, c)
+    ref_check_set(t, r, c, *values++);
+}
+
+static inline int64_t ref_check_int(const struct tensor *t, int64_t row, int64_t col)
+{
+    return (int64_t)ref_check_get(t, row, col);
+}
+
+static inline void ref_check_row(const struct tensor *t, int64_t row, const double *expected,
+                                 double tolerance, const char *what)
+{
+    for (int64_t c = 0; c < tensor_cols(t); c++)
+        ref_check_value(ref_check_get(t, row, c), expected[c], tolerance, what);
+}
+
 /* ---- finite differences ---- */
 
 /* d/ds of objective(context) at x + s*v, fourth order; x is restored to the bit. */

@@ -250,4 +250,58 @@ static inline void bench_free(struct bench *b)
         b->plain->release(b->work[--b->works]);
 }
 
+/* ---- what cases are written with ---- */
+
+/* tiny, ragged, prime, production */
+#define BY_KIND(b, t, r, p, l) ((const int64_t[]){ t, r, p, l }[(b)->kind])
+#define ROWS(b) BY_KIND(b, 2, 37, 131, 4096)
+#define COLS(b) BY_KIND(b, 4, 100, 257, 2688)
+
+/* Activations and accumulated numbers. */
+static inline struct bench_tensor *act(struct bench *b, int64_t rows, int64_t cols)
+{
+    return bench_normal(b, bench_matrix(b, b->act, rows, cols), 1);
+}
+static inline struct bench_tensor *acc(struct bench *b, int64_t rows, int64_t cols)
+{
+    return bench_normal(b, bench_matrix(b, b->acc, rows, cols), 1);
+}
+static inline struct bench_tensor *act_vector(struct bench *b, int64_t n)
+{
+    return bench_uniform(b, bench_vector(b, b->act, n), 0.5, 1.5);
+}
+static inline struct bench_tensor *acc_vector(struct bench *b, int64_t n)
+{
+    return bench_normal(b, bench_vector(b, b->acc, n), 1);
+}
+/* Outputs, and what is added to. */
+static inline struct bench_tensor *out_act(struct bench *b, int64_t rows, int64_t cols)
+{
+    return bench_matrix(b, b->act, rows, cols);
+}
+static inline struct bench_tensor *out_acc(struct bench *b, int64_t rows, int64_t cols)
+{
+    return bench_matrix(b, b->acc, rows, cols);
+}
+static inline struct bench_tensor *out_vector(struct bench *b, int64_t n)
+{
+    return bench_vector(b, b->acc, n);
+}
+static inline struct bench_tensor *sum_vector(struct bench *b, int64_t n)
+{
+    return bench_inout(acc_vector(b, n));
+}
+static inline struct bench_tensor *sum_matrix(struct bench *b, int64_t rows, int64_t cols)
+{
+    return bench_inout(acc(b, rows, cols));
+}
+static inline struct bench_tensor *index_vector(struct bench *b, int64_t n, int64_t low,
+                                                int64_t high)
+{
+    return bench_integers(b, bench_vector(b, DTYPE_I32, n), low, high);
+}
+
+#define CASE(op) static inline void case_##op(struct bench *b)
+#define CALL(op, ...) BENCH_RUN(b) b->be->op(b->stream, __VA_ARGS__)
+
 #endif
