@@ -2,9 +2,10 @@
  * mistake is listed, before a number is used.
  *
  * World rank 0 looks at the file alone: format, completion mark, links, names, types, shapes, the
- * deck's structural keys, layout, state. When nothing is wrong every rank reads its slabs and
- * verifies each block. A file is not trusted: soft and external links, virtual and external storage
- * are refused, counts are bounded, plugins are off. training.md 4.5, robustness.md 0.13 to 0.19.
+ * deck's structural keys, state. When nothing is wrong every rank reads its slabs, whatever layout
+ * wrote them, and verifies each block. A file is not trusted: soft and external links, virtual and
+ * external storage are refused, counts are bounded, plugins are off. training.md 4.5, robustness.md
+ * 0.13 to 0.19.
  */
 #include <inttypes.h>
 #include <stdlib.h>
@@ -245,10 +246,10 @@ static void audit_state(struct audit *a, const struct train_state *stored, const
         return; /* weights do not depend on layout or streams */
     io_layout_text(topo, now, sizeof now);
     if (strcmp(layout, now))
-        errors_add(a->errors, EXIT_CHECKPOINT,
-                   "%s: error: was written by the layout '%s', this run has '%s': resuming on "
-                   "another layout is not built yet",
-                   a->path, printable(shown, sizeof shown, layout), now);
+        log_line(
+            "%s was written by the layout '%s', this run has '%s': its numbers go on up to the "
+            "order of sums",
+            a->path, printable(shown, sizeof shown, layout), now);
     const char *const word[2] = { "training", "validation" };
     int64_t then[2] = { stored->n_train_streams, stored->n_valid_streams },
             here[2] = { state->n_train_streams, state->n_valid_streams };

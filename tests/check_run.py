@@ -269,12 +269,6 @@ def resume(r):
     log = read(r.at("parts_fan_in_fp64"), "run.log")
     r.tap.result(log.count("program: mimo") == 2, "a_resumed_run_appends_to_the_log")
     resume_case(r, "real_data", 2, *r.real(), *grids(1, 1))
-    for title, ranks, layout in (("more_ranks", 4, grids(2, 2)), ("other_grids", 3, grids(2, 1)), ("one_rank", 0, ())):
-        before = read(r.at("parts_fan_out_fp32"), "run.log")
-        got = r.go("parts_fan_out_fp32", "batch.micro_batch_size=2", *RICH, *layout, ranks=ranks, iterations=12, save=True)
-        r.ok("resume_on_%s_is_refused_with_a_sentence" % title, got, 5, "error:", "layout")
-        r.tap.result(read(r.at("parts_fan_out_fp32"), "EXIT").startswith("5 "), "resume_on_%s_writes_EXIT" % title)
-        r.tap.result(read(r.at("parts_fan_out_fp32"), "run.log").startswith(before), "resume_on_%s_loses_no_log" % title)
     got = r.go("parts_fan_out_fp32", "batch.micro_batch_size=2", *RICH, *grids(1, 2), "lr.lr_decay_iters=10", ranks=3, iterations=12, save=True)
     r.ok("p12_92_a_longer_run_goes_on", got)
     r.tap.result(read(r.at("parts_fan_out_fp32", "ckpt", "latest_checkpointed_iteration.txt")).strip() == "12" and
@@ -285,6 +279,51 @@ def resume(r):
                  "a_longer_run_rewrites_the_trace", t["iteration"])
     got = r.go("parts_fan_out_fp32", "batch.micro_batch_size=2", *RICH, *grids(1, 2), "lr.lr_decay_iters=10", ranks=3, iterations=12, save=True)
     r.ok("nothing_to_train_is_success", got, 0, "nothing to train")
+
+
+def colocated(encoder, language, *more):
+    """(tp, dp) of both."""
+    return ("topology.layout=colocated", *("topology.%s_%s=%d" % (g, k, n) for g, size in (("encoder", encoder), ("llm", language))
+                                           for k, n in zip(("tp", "dp"), size)), *more)
+
+
+def resharding(r):
+    """A checkpoint of each layout, read by another: every tensor, moment and counter bit by bit; and the run goes on there as the unbroken
+    one does on one rank. From row to row tp, dp, ep, expt_tp and the grids' ranks change."""
+    more = ("run.precision=fp64", "stage.training_stage=3", "batch.micro_batch_size=2", "data.mock_text_only_every=3",
+            "optimizer.overlap_grad_reduce=T", "optimizer.ddp_bucket_size=5000")
+    layouts = [("one", 0, ()), ("dp", 4, grids(2, 2)), ("tp_ep", 4, colocated((2, 2), (2, 2), "topology.llm_ep=2")),
+               ("parts", 4, colocated((1, 4), (1, 4), "topology.llm_ep=2", "topology.llm_expt_tp=2")),
+               ("tp_parts", 2, colocated((2, 1), (2, 1), "topology.llm_expt_tp=2")), ("fan_in", 3, grids(2, 1))]
+    if not r.ok("unbroken_on_one_rank", r.go("unbroken", *more, iterations=6, batch=8, save=True)):
+        return
+    want = valid(r.at("unbroken"))
+    for i, (a, ranks, layout) in enumerate(layouts):
+        b, b_ranks, b_layout = layouts[(i + 1) % len(layouts)]
+        name = "%s_to_%s" % (a, b)
+        got = r.go(a, *more, *layout, "run.exit_interval=3", ranks=ranks, iterations=6, batch=8, save=True)
+        if not r.ok("saved_on_" + a, got, 75):
+            continue
+        got = r.go("again_" + a, *more, *b_layout, "checkpoint.load=" + r.at(a, "ckpt"), "run.exit_interval=3", ranks=b_ranks, iterations=3, batch=8,
+                   save=True)
+        r.ok("read_%s" % name, got, 0, "written by the layout", "nothing to train")
+        same = differing(*(everything(checkpoint(r.at(x), 3)) for x in (a, "again_" + a)),
+                         lambda k: timing(k) or k.startswith(("deck", "manifest", "code")) or k == "state/layout")
+        r.tap.result(not same, "p12_90_%s_reads_every_bit" % name, same)
+        got = r.go(a, *more, *b_layout, ranks=b_ranks, iterations=6, batch=8, save=True)
+        if not r.ok("goes_on_%s" % name, got, 0, "written by the layout"):
+            continue
+        t = valid(r.at(a))
+        worst = max(np.max(np.abs(t[k] / want[k] - 1)) for k in ("lm_loss", "grad_norm"))
+        r.tap.result(list(t["iteration"]) == [1, 2, 3, 4, 5, 6] and worst < 1e-9 and all(np.array_equal(t[k], want[k]) for k in (
+            "moe/tokens_per_expert", "num_tokens", "consumed_samples", "learning_rate")), "p12_90_%s_goes_on_like_the_unbroken_run" % name, worst)
+    real = (*r.real(), "run.precision=fp64", "batch.micro_batch_size=2")
+    r.go("real_whole", *real, *grids(1, 1), ranks=2, iterations=6, save=True)
+    r.ok("real_data_stop", r.go("real_moved", *real, *grids(1, 1), "run.exit_interval=3", ranks=2, iterations=6, save=True), 75)
+    r.ok("real_data_go_on_elsewhere", r.go("real_moved", *real, *grids(1, 2), ranks=3, iterations=6, save=True), 0, "written by the layout")
+    a, b = valid(r.at("real_whole")), valid(r.at("real_moved"))
+    r.tap.result(np.array_equal(a["num_tokens"], b["num_tokens"]) and np.array_equal(a["patches"], b["patches"]) and
+                 np.max(np.abs(a["lm_loss"] / b["lm_loss"] - 1)) < 1e-9, "p12_90_the_stream_of_samples_goes_on", (a["lm_loss"], b["lm_loss"]))
 
 
 def loading(r):
@@ -900,7 +939,7 @@ def writing(r):
 
 def main():
     r = Runs()
-    for group in (files, kept, resume, loading, stopping, signals, locks, numerics, participation, validation, batches, samples, stages, layouts, writing):
+    for group in (files, kept, resume, resharding, loading, stopping, signals, locks, numerics, participation, validation, batches, samples, stages, layouts, writing):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()
