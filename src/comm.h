@@ -1,12 +1,15 @@
 /* comm.h - collectives and point-to-point messages behind one struct of function pointers.
  *
- * Two planes. The DEVICE plane (struct comm_ops) moves tensors that lie where the backend computes;
- * its calls are ordered by a stream like kernels are and may return before they are done (comm_mpi
- * does so for reduce_scatter, all_gather and all_to_all_v on a stream that is marked `deferred`,
- * and completes them in drain; a NCCL implementation enqueues everything). Until then their memory
- * is theirs. The HOST plane (comm_host_*) moves small host metadata (shapes, counts, status) over
- * MPI at any time; it blocks. Every call names the order rule: all ranks of a communicator make the
- * same calls in the same order. A failed message is fatal (check.h), never a status.
+ * Two planes:
+ *   device  struct comm_ops moves tensors that lie where the backend computes. Its calls are
+ *           ordered by a stream like kernels are and may return before they are done; until they
+ *           are, nobody else may touch their tensors. (comm_mpi returns early for reduce_scatter,
+ *           all_gather and all_to_all_v on a stream that is marked `deferred`, and completes them
+ *           in drain; comm_nccl enqueues everything.)
+ *   host    comm_host_* moves small metadata (shapes, counts, status) over MPI at any time; it
+ *           blocks.
+ * One rule of order: all ranks of a communicator make the same calls in the same order. A failed
+ * message is fatal (check.h), never a status.
  */
 #ifndef MIMO_COMM_H
 #define MIMO_COMM_H

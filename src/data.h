@@ -50,8 +50,9 @@ struct picture_batch {
     int64_t *tiles_per_sample; /* [samples] */
     int64_t *rows_per_sample;  /* [samples] embeddings after pixel shuffle */
     int64_t rows;              /* sum */
-    double (*cpe)
-        [4]; /* [tiles] scale_x scale_y off_x off_y, keyed by (seed, "cpe", sample index, tile of the sample) */
+    /* [tiles] scale_x scale_y off_x off_y, drawn by (seed, "cpe", sample index, tile of the
+     * sample) */
+    double (*cpe)[4];
     /* [patches, 3*p*p] float, or double in an fp64 run: normalised, (channel,y,x) per patch */
     void *pixels;
     int64_t *sample_index; /* [samples] */

@@ -6,9 +6,12 @@
  * tensor-parallel rank > 0. One exchange over the world brings every rank's sums and its part of
  * the loss to all of them, and each comes to the same decision (backend.h's decide_update): a rank
  * outside a grid has zeros there, so the sum over the world in the order of the ranks is that over
- * the grid. Clip: c = min(1, clip/(norm + 1e-6)), one coefficient for all modules. Nothing of this
- * waits for the host: what AdamW multiplies gradients with lies on the device, and is negative
- * where the update is left out.
+ * the grid.
+ *
+ * Clip. c = min(1, clip/(norm + 1e-6)), one coefficient for all modules.
+ *
+ * Nothing of this waits for the host: what AdamW multiplies gradients with lies on the device, and
+ * is negative where the update is left out.
  */
 #include <math.h>
 #include <stdio.h>

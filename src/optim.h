@@ -22,7 +22,7 @@ struct optim {
     struct stream *stream;
     struct tensor scalar; /* acc [n_params] sums of squares */
     struct tensor zeros;  /* I64 [MODEL_MODULES] */
-    /* acc, owned gradients that are summed over language tp, one after the other; numel 0 when tp =
+    /* acc, owned gradients that are summed over language tp, one after the other; empty when tp is
      * 1 */
     struct tensor replicated;
     /* F64 [ranks, 1+MODEL_MODULES] of backend.h's decide_update; this rank fills its row */
@@ -46,10 +46,10 @@ struct optim_result {
     int64_t num_zeros;  /* -1 when not asked */
 };
 
+/* What the optimizer works with; the model's parameter table is complete. Local. */
 void optim_init(struct optim *o, const struct deck *deck, const struct topology *topo,
-                struct model *model,
-                /* Local */
-                const struct backend_ops *be, const struct comm_ops *comm, struct stream *stream);
+                struct model *model, const struct backend_ops *be, const struct comm_ops *comm,
+                struct stream *stream);
 /* Masters, moments (only for owned elements) and scalars; after model_plan. Local. */
 void optim_plan(struct optim *o, struct arenas *arenas);
 /* masters = parameters as they are now: after initialisation and after any load of weights without
@@ -73,9 +73,10 @@ double optim_participation(double all, double seen);
  * no parameter, under either policy. Collective over the world. */
 void optim_begin(struct optim *o, const struct tensor *loss_sum, double n_tokens,
                  double encoder_factor, double lr, double weight_decay);
-/* What became of it, once the host has waited for an event recorded after it; before the next
- * optim_begin, whose AdamW counts from o->step. A loss or norm that is not finite under policy
- * 'abort' is fatal (EXIT_NUMERICS) naming module and iteration. Collective over the world. */
+/* What became of the update, once the host has waited for an event recorded after optim_begin. To
+ * be called before the next optim_begin, whose AdamW counts from o->step. A loss or norm that is
+ * not finite under policy 'abort' is fatal (EXIT_NUMERICS) naming module and iteration. Collective
+ * over the world. */
 struct optim_result optim_finish(struct optim *o);
 /* Both, waiting in between. Collective over the world. */
 struct optim_result optim_step(struct optim *o, double n_tokens, double encoder_factor, double lr,

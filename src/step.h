@@ -72,8 +72,8 @@ struct step {
         double *sum; /* the world's */
         bool open;   /* there is one */
     } pending;
-    /* its numbers are on the host: mark[last]; before it began, or the one before it was done: the
-     * other */
+    /* mark[last]: the pending iteration's numbers are on the host. mark[1 - last]: where its time
+     * starts - when it began, or when the numbers of the iteration before it were there. */
     struct event mark[2];
     int last;
     struct tensor host_balance; /* acc [1] */
@@ -99,11 +99,14 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
 /* Needs deck, model and bridge of *s alone. Local. */
 void step_plan(struct step *s, struct arenas *arenas);
 /* An iteration is three calls, in this order; a second one may begin before the first is finished,
- * but not be updated. step_begin: all micro-batches of iteration `iteration` (0-based); request
- * [STEP_REQUESTS] = what any rank asked for. step_update: its update, with this learning rate and
- * weight decay. step_finish: waits for its numbers and fills `row` but for consumed_samples;
- * iteration_seconds is the time since the last call without saving and evaluation, of the device
- * where it has a clock. Collective over the world. */
+ * but not be updated.
+ *   step_begin   all micro-batches of iteration `iteration` (0-based); request [STEP_REQUESTS] =
+ *                what any rank asked for
+ *   step_update  its update, with this learning rate and weight decay
+ *   step_finish  waits for its numbers and fills `row` but for consumed_samples; iteration_seconds
+ *                is the time since the last call without saving and evaluation, of the device where
+ *                it has a clock
+ * Collective over the world. */
 void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request);
 void step_update(struct step *s, double lr, double weight_decay);
 struct step_result step_finish(struct step *s, struct trace_row *row);

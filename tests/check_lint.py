@@ -297,7 +297,8 @@ def short(path, most):
 def unmapped():
     """Source files that the map, src/README.md, does not name in their folder's tables, and names there without a file."""
     with open(os.path.join(SRC, "README.md"), encoding="utf-8") as f:
-        parts = re.split(r"^### (ref|cuda)/\n(.*?)(?=^##|\Z)", f.read(), flags=re.M | re.S)
+        text = re.sub(r"^## Words\n.*?(?=^## )", "", f.read(), flags=re.M | re.S)
+    parts = re.split(r"^### (ref|cuda)/\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S)
     mapped = {"": "".join(parts[::3]), **dict(zip(parts[1::3], parts[2::3]))}
     found = []
     for folder, text in mapped.items():

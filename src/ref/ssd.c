@@ -12,9 +12,11 @@
  *
  * L_ij = a_{j+1}...a_i comes from L_{i-1,j} by one factor a_i = exp(del_i A) <= 1, in double;
  * carry, tail and keep are such products too. Nothing is ever divided and no exponent is positive.
- * Sums over tokens are in double, matrix products are the BLAS's. Backward first walks the segment
- * forward and keeps the state before each chunk, then walks the chunks backwards with the adjoint
- * state Gm. Scratch: see `scratch_of`; it is large enough for one segment of all tokens.
+ * Sums over tokens are in double, matrix products are the BLAS's.
+ *
+ * Backward first walks the segment forward and keeps the state before each chunk, then walks the
+ * chunks backwards with the adjoint state Gm. Scratch: see `scratch_of`; it is large enough for one
+ * segment of all tokens.
  */
 #include <string.h>
 #include "ssd.h"
