@@ -22,6 +22,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include "io_tensors.h"
+#include "mpi_world.h"
 
 static struct comm *world;
 static char scratch[IO_PATH];
@@ -166,13 +167,9 @@ static inline const char *checkpoint_file(char out[IO_PATH], const char *name, i
 /* MPI and the scratch directory; false: no MPI. */
 static inline bool fixture_start(int *argc, char ***argv)
 {
-    char why[256];
-    if (!comm_start(argc, argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
+    world = mpi_world(argc, argv);
+    if (!world)
         return false;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
     io_start();
     snprintf(scratch, sizeof scratch, "%.3000s/mimo-io-XXXXXX",
              getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");

@@ -20,6 +20,7 @@
 #include <unistd.h>
 #include <cmocka.h>
 #include "bridge.h"
+#include "mpi_world.h"
 
 /* rows of a sample: half of the tiny sequence at most */
 enum { MICROBATCHES = 4, MAX_ROWS = 32 };
@@ -693,15 +694,9 @@ static void p12_26_fan_in_and_fan_out_of_four_with_577_rows(void **state)
 
 int main(int argc, char **argv)
 {
-    struct comm *world;
-    char why[512];
-
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 3;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    struct comm *world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_prestate(name, world)
         TEST(p12_27_plain_and_combined_calls_give_identical_rows),

@@ -12,6 +12,7 @@
 #include "comm.h"
 #include "timer.h"
 #include "topology.h"
+#include "mpi_world.h"
 
 enum { GUARD = 77 };
 
@@ -530,14 +531,9 @@ static void test_ranks_that_wait_give_the_core_away(struct comm *c)
 
 int main(int argc, char **argv)
 {
-    struct comm *world;
-    char why[512];
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 3;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    struct comm *world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     static const struct {
         const char *name;
         void (*run)(struct comm *);

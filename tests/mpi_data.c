@@ -5,6 +5,7 @@
  * Every rank is one language lane (odd ones also read pictures) of a data set with broken samples.
  */
 #include "data_fixture.h"
+#include "mpi_world.h"
 
 static struct comm *world;
 
@@ -88,13 +89,9 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(gathered_positions_are_those_of_one_rank_that_reads_everything),
     };
-    char why[256];
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 1;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);
     comm_finish(world);
     return failed;

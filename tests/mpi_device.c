@@ -12,6 +12,7 @@
 #include "check.h"
 #include "comm.h"
 #include "device.h"
+#include "mpi_world.h"
 
 static const char *const variables[] = { "NCCL_HOSTID", "NCCL_NET", "NCCL_SOCKET_IFNAME",
                                          "NCCL_MNNVL_ENABLE" };
@@ -153,14 +154,9 @@ static void test_what_sharers_want_is_added_up(struct comm *world)
 
 int main(int argc, char **argv)
 {
-    struct comm *world;
-    char why[512];
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 3;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    struct comm *world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     static const struct {
         const char *name;
         void (*run)(struct comm *);

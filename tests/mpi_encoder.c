@@ -12,6 +12,7 @@
 #include "linear.h"
 #include "model_fixture.h"
 #include "rng.h"
+#include "mpi_world.h"
 
 enum { SAMPLES = 8, WIDEST_ENCODER = 4, WIDEST_LANGUAGE = 2 };
 
@@ -582,14 +583,9 @@ static void m6_24_image_gradient_is_not_multiplied_by_the_language_tp_size(void 
 
 int main(int argc, char **argv)
 {
-    struct comm *world;
-    char why[512];
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 3;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    struct comm *world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_prestate(name, world)
         TEST(affine_projector_dynamic_resolution),

@@ -18,6 +18,7 @@
 #include "linear.h"
 #include "model_fixture.h"
 #include "rng.h"
+#include "mpi_world.h"
 
 /* picture embeddings of every micro-batch; ranks that recompute at most, more show nothing new */
 enum { ROWS = 5, RECOMPUTE_RANKS = 4 };
@@ -648,14 +649,10 @@ int main(int argc, char **argv)
     } grid[] = { { 1, 1, 1 }, { 2, 1, 1 }, { 1, 2, 1 }, { 2, 2, 1 }, { 1, 4, 1 },
                  { 2, 4, 1 }, { 1, 8, 1 }, { 2, 8, 1 }, { 1, 1, 2 }, { 2, 1, 2 },
                  { 2, 2, 2 }, { 1, 2, 4 }, { 2, 1, 4 } };
-    char why[512];
     int planned = 0, n = 0;
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
+    world = mpi_world(&argc, &argv);
+    if (!world)
         return EXIT_ENVIRONMENT;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
     for (size_t i = 0; i < sizeof grid / sizeof grid[0]; i++) {
         parts = grid[i].parts;
         if (fits(grid[i].tp, grid[i].ep))

@@ -17,6 +17,7 @@
 #include <cmocka.h>
 #include "ddp.h"
 #include "optim.h"
+#include "mpi_world.h"
 
 struct job {
     struct comm *world;
@@ -592,15 +593,9 @@ static void p12_73_expert_bias_follows_the_counts_of_all_lanes(void **state)
 
 int main(int argc, char **argv)
 {
-    struct comm *world;
-    char why[512];
-
-    if (!comm_start(&argc, &argv, &world, why, sizeof why)) {
-        fprintf(stderr, "%s\n", why);
-        return 3;
-    }
-    check_on_abort(comm_abort);
-    check_identify(world->rank, world->size, "test", NULL);
+    struct comm *world = mpi_world(&argc, &argv);
+    if (!world)
+        return EXIT_ENVIRONMENT;
     const struct CMUnitTest tests[] = {
 #define TEST(name) cmocka_unit_test_prestate(name, world)
         TEST(m6_35_p12_63_76_77_78_84_every_module_trains_like_plain_adamw),
