@@ -84,28 +84,46 @@ __device__ __forceinline__ float pair_dot(unsigned pair, float low, float high)
 
 enum {
     WALK_COLS = 64,
-    WALK_LD = WALK_COLS + PAD,
     WALK_THREADS = 256,
     WALK_STAGES = 3,
     WALK_NT = WALK_COLS / 2 / 8,
-    WALK_PIECES = Q * P / 8 / WALK_THREADS
+    WALK_PIECES = Q * 8 / WALK_THREADS
 };
 
+/* Rows of 128 bytes without padding: a row's eight pieces of 16 bytes are kept in the order that
+ * row mod 8 gives by exclusive or, so that neither the copies, whole lines, nor the loads of eight
+ * rows' equal pieces meet in a bank. */
 struct walk_stage {
-    bf16 left[Q * LD_P], right[Q * WALK_LD];
+    bf16 left[Q * P], right[Q * WALK_COLS];
 };
+
+__device__ __forceinline__ int mixed(int row, int piece)
+{
+    return row * P + (piece ^ row % 8) * 8;
+}
+
+/* Rows of 64 elements. */
+__device__ __forceinline__ void copy_mixed(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
+{
+    enum { STEP = WALK_THREADS / 8 };
+    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+    to += mixed(row, piece);
+    from += row * from_ld + piece * 8;
+#pragma unroll
+    for (int r = 0; r < Q; r += STEP)
+        copy_async(to + r * P, from + r * from_ld, row + r < rows);
+}
 
 /* x and B, or gy and C. */
 __device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a,
                                            const ssd_chunk &k, int h, int g, int n0, bool adjoint)
 {
-    copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h),
-                               adjoint ? a.dy.ld : a.xbc.ld, k.rows);
-    copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0,
-                                       a.xbc.ld, k.rows);
+    copy_mixed(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld,
+               k.rows);
+    copy_mixed(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
 }
 
-/* What a thread needs of a chunk's rates: the factors of the rows of which copy_rows has it copy a
+/* What a thread needs of a chunk's rates: the factors of the rows of which copy_mixed has it copy a
  * piece, and keep. */
 struct walk_rates {
     float row[WALK_PIECES], keep;
@@ -114,7 +132,7 @@ struct walk_rates {
         const float *from = (adjoint ? a.carry : a.push) + a.rates_at(c, h);
 #pragma unroll
         for (int i = 0; i < WALK_PIECES; i++)
-            row[i] = from[(threadIdx.x + i * WALK_THREADS) / (P / 8)];
+            row[i] = from[threadIdx.x / 8 + i * WALK_THREADS / 8];
         keep = a.carry[a.rates_at(c, h) + Q - 1];
     }
     /* A thread's own pieces of left, before anyone else reads them. */
@@ -122,8 +140,8 @@ struct walk_rates {
     {
 #pragma unroll
         for (int i = 0; i < WALK_PIECES; i++) {
-            const int piece = threadIdx.x + i * WALK_THREADS;
-            uint4 &v = *(uint4 *)(left + piece / (P / 8) * LD_P + piece % (P / 8) * 8);
+            uint4 &v =
+                *(uint4 *)(left + mixed(threadIdx.x / 8 + i * WALK_THREADS / 8, threadIdx.x % 8));
             const uint4 w = v;
             v = make_uint4(scaled(w.x, row[i], row[i]), scaled(w.y, row[i], row[i]),
                            scaled(w.z, row[i], row[i]), scaled(w.w, row[i], row[i]));
@@ -191,13 +209,19 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 state[i][e] *= rates.keep;
-        const unsigned left = down<LD_P>(s.left) + 2 * p0,
-                       right = across<WALK_LD>(s.right) + 2 * own;
+        /* As down() and across() would have it: k is a multiple of 8, so a lane's pieces are the
+         * same in all steps. */
+        const unsigned left =
+            shared_address(s.left + mixed(lane / 16 * 8 + lane % 8, p0 / 8 + lane / 8 % 2));
+        const unsigned right = shared_address(s.right + mixed(lane % 16, own / 8 + lane / 16));
+        const unsigned next_right =
+            shared_address(s.right + mixed(lane % 16, own / 8 + 2 + lane / 16));
 #pragma unroll
         for (int k = 0; k < Q; k += 16) {
             unsigned f[4];
-            load_matrices_transposed(f, left + 2 * k * LD_P);
-            multiply_row<WALK_NT / 2>(state, f, right + 2 * k * WALK_LD);
+            load_matrices_transposed(f, left + 2 * k * P);
+            multiply_row<1>(*(float(*)[2][4]) & state[0], f, right + 2 * k * P);
+            multiply_row<1>(*(float(*)[2][4]) & state[2], f, next_right + 2 * k * P);
         }
     }
 }
@@ -622,23 +646,32 @@ __device__ __forceinline__ square square_of(int k)
     return square{ r * TILE, (k - r * (r + 1) / 2) * TILE };
 }
 
-/* What the last head's sums have added to row's carried part, and keep <Gm, St>. `before` is the
- * thread's own. */
-__device__ __forceinline__ void finish_head(const bc_shared &s, const ssd_args<bf16> &a, int c,
-                                            int h, float &before)
-{
-    const int r = threadIdx.x, parity = h % 2;
-    if (r < Q) {
-        const float now = s.carried[parity][0][r] + s.carried[parity][1][r];
-        a.row[a.rates_at(c, h) + r] += now - before;
-        before = now;
-    } else if (r == Q) {
-        float sum = 0;
-        for (int i = 0; i < BC_WARPS; i++)
-            sum += s.keep[parity][i];
-        a.keep_dot[c * a.heads + h] = a.carry[a.rates_at(c, h) + Q - 1] * sum;
+/* A head's end, a barrier later: a thread of the first Q has a row, the next one the chunk. */
+struct head_end {
+    float row, keep, before; /* row's sum so far; keep; the last head's C . dC */
+    __device__ __forceinline__ void begin(const bc_stage &in, const ssd_args<bf16> &a, int c, int h)
+    {
+        if (threadIdx.x < Q)
+            row = a.row[a.rates_at(c, h) + threadIdx.x];
+        keep = in.carry[Q - 1];
     }
-}
+    /* What the head's sums have added to row's carried part, and keep <Gm, St>. */
+    __device__ __forceinline__ void finish(const bc_shared &s, const ssd_args<bf16> &a, int c,
+                                           int h)
+    {
+        const int r = threadIdx.x, parity = h % 2;
+        if (r < Q) {
+            const float now = s.carried[parity][0][r] + s.carried[parity][1][r];
+            a.row[a.rates_at(c, h) + r] = row + (now - before);
+            before = now;
+        } else if (r == Q) {
+            float sum = 0;
+            for (int i = 0; i < BC_WARPS; i++)
+                sum += s.keep[parity][i];
+            a.keep_dot[c * a.heads + h] = keep * sum;
+        }
+    }
+};
 
 /* dB_j = sum_i R_ij C_i + sum over heads of push_j Gm^T x_j, dC_i = sum_j R_ij B_j + sum over heads
  * of carry_i St^T gy_i, R_ij = sum over heads of L_ij del_j (gy_i.x_j). A pair of warps has sixteen
@@ -655,7 +688,8 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    float mix[SHARE][2][4] = {}, db[HALF_NT][4] = {}, dc[HALF_NT][4] = {}, before = 0;
+    float mix[SHARE][2][4] = {}, db[HALF_NT][4] = {}, dc[HALF_NT][4] = {};
+    head_end last = {};
     const int start = group * per, end = start + per;
     copy_rows<N, BC_THREADS>(s.b, a.b(k.first, group), a.xbc.ld, k.rows);
     copy_rows<N, BC_THREADS>(s.c, a.c(k.first, group), a.xbc.ld, k.rows);
@@ -669,7 +703,8 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
             copy_stage(s.stage[(h + 1 - start) % 2], a, k, c, h + 1);
         copies_end();
         if (h > start)
-            finish_head(s, a, c, h - 1, before);
+            last.finish(s, a, c, h - 1);
+        last.begin(in, a, c, h);
         const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P,
                        gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
 #pragma unroll
@@ -731,7 +766,7 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
             s.keep[h % 2][warp] = dot;
     }
     __syncthreads();
-    finish_head(s, a, c, end - 1, before);
+    last.finish(s, a, c, end - 1);
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
         if (warp + i * BC_WARPS >= SQUARES)
