@@ -18,16 +18,7 @@
 #include "ssd.h"
 #include "tiles.cuh"
 
-enum {
-    Q = 128,
-    P = 64,
-    N = 128,
-    PAD = 8,
-    LD_N = N + PAD,
-    LD_P = P + PAD,
-    TILE = 16,
-    TILES = Q / TILE
-};
+enum { Q = 128, P = 64, N = 128, TILE = 16, TILES = Q / TILE, ALIGNMENT = 256 };
 
 /* Rows of COLS elements, zero from row `rows` on. Nothing is read for those, whatever their
  * address. */
@@ -36,11 +27,12 @@ __device__ __forceinline__ void copy_rows(bf16 *to, const bf16 *from, int64_t fr
 {
     enum { PIECES = COLS / 8, STEP = THREADS / PIECES };
     const int row = threadIdx.x / PIECES, c = threadIdx.x % PIECES * 8;
-    to += row * (COLS + PAD) + c;
+    static_assert(STEP % 8 == 0, "a thread's pieces lie in the same place of their rows");
+    to += place<COLS>(row, c);
     from += row * from_ld + c;
 #pragma unroll
     for (int r = 0; r < Q; r += STEP)
-        copy_async(to + r * (COLS + PAD), from + r * from_ld, row + r < rows);
+        copy_async(to + r * COLS, from + r * from_ld, row + r < rows);
 }
 
 /* A state [P,N]. */
@@ -48,11 +40,12 @@ template <int THREADS> __device__ __forceinline__ void copy_state(bf16 *to, cons
 {
     enum { PIECES = N / 8, STEP = THREADS / PIECES };
     const int row = threadIdx.x / PIECES, c = threadIdx.x % PIECES * 8;
-    to += row * LD_N + c;
+    static_assert(STEP % 8 == 0, "a thread's pieces lie in the same place of their rows");
+    to += place<N>(row, c);
     from += row * N + c;
 #pragma unroll
     for (int r = 0; r < P; r += STEP)
-        copy_async(to + r * LD_N, from + r * N, true);
+        copy_async(to + r * N, from + r * N, true);
 }
 
 /* Q numbers, by the 32 threads from `first` on. */
@@ -90,40 +83,21 @@ enum {
     WALK_PIECES = Q * 8 / WALK_THREADS
 };
 
-/* Rows of 128 bytes without padding: a row's eight pieces of 16 bytes are kept in the order that
- * row mod 8 gives by exclusive or, so that neither the copies, whole lines, nor the loads of eight
- * rows' equal pieces meet in a bank. */
 struct walk_stage {
     bf16 left[Q * P], right[Q * WALK_COLS];
 };
-
-__device__ __forceinline__ int mixed(int row, int piece)
-{
-    return row * P + (piece ^ row % 8) * 8;
-}
-
-/* Rows of 64 elements. */
-__device__ __forceinline__ void copy_mixed(bf16 *to, const bf16 *from, int64_t from_ld, int rows)
-{
-    enum { STEP = WALK_THREADS / 8 };
-    const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
-    to += mixed(row, piece);
-    from += row * from_ld + piece * 8;
-#pragma unroll
-    for (int r = 0; r < Q; r += STEP)
-        copy_async(to + r * P, from + r * from_ld, row + r < rows);
-}
 
 /* x and B, or gy and C. */
 __device__ __forceinline__ void copy_stage(walk_stage &s, const ssd_args<bf16> &a,
                                            const ssd_chunk &k, int h, int g, int n0, bool adjoint)
 {
-    copy_mixed(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h), adjoint ? a.dy.ld : a.xbc.ld,
-               k.rows);
-    copy_mixed(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0, a.xbc.ld, k.rows);
+    copy_rows<P, WALK_THREADS>(s.left, adjoint ? a.gy(k.first, h) : a.x(k.first, h),
+                               adjoint ? a.dy.ld : a.xbc.ld, k.rows);
+    copy_rows<WALK_COLS, WALK_THREADS>(s.right, (adjoint ? a.c(k.first, g) : a.b(k.first, g)) + n0,
+                                       a.xbc.ld, k.rows);
 }
 
-/* What a thread needs of a chunk's rates: the factors of the rows of which copy_mixed has it copy a
+/* What a thread needs of a chunk's rates: the factors of the rows of which copy_rows has it copy a
  * piece, and keep. */
 struct walk_rates {
     float row[WALK_PIECES], keep;
@@ -140,8 +114,8 @@ struct walk_rates {
     {
 #pragma unroll
         for (int i = 0; i < WALK_PIECES; i++) {
-            uint4 &v =
-                *(uint4 *)(left + mixed(threadIdx.x / 8 + i * WALK_THREADS / 8, threadIdx.x % 8));
+            uint4 &v = *(uint4 *)(left + place<P>(threadIdx.x / 8 + i * WALK_THREADS / 8,
+                                                  threadIdx.x % 8 * 8));
             const uint4 w = v;
             v = make_uint4(scaled(w.x, row[i], row[i]), scaled(w.y, row[i], row[i]),
                            scaled(w.z, row[i], row[i]), scaled(w.w, row[i], row[i]));
@@ -152,7 +126,7 @@ struct walk_rates {
 /* Warps: four times sixteen rows of the state, twice 32 columns. gridDim.z 2: the adjoint too. */
 static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<bf16> a)
 {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(ALIGNMENT) char memory[];
     walk_stage *stages = (walk_stage *)memory;
     const int h = blockIdx.x, group = a.group_of(h), n0 = blockIdx.y * WALK_COLS,
               warp = warp_index(), lane = threadIdx.x % WARP, count = *a.count;
@@ -209,35 +183,29 @@ static __global__ void __launch_bounds__(WALK_THREADS, 2) walk_kernel(ssd_args<b
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 state[i][e] *= rates.keep;
-        /* As down() and across() would have it: k is a multiple of 8, so a lane's pieces are the
-         * same in all steps. */
-        const unsigned left =
-            shared_address(s.left + mixed(lane / 16 * 8 + lane % 8, p0 / 8 + lane / 8 % 2));
-        const unsigned right = shared_address(s.right + mixed(lane % 16, own / 8 + lane / 16));
-        const unsigned next_right =
-            shared_address(s.right + mixed(lane % 16, own / 8 + 2 + lane / 16));
+        const unsigned left = down<P>(s.left) ^ 2 * p0,
+                       right = across<WALK_COLS>(s.right) ^ 2 * own;
 #pragma unroll
         for (int k = 0; k < Q; k += 16) {
             unsigned f[4];
             load_matrices_transposed(f, left + 2 * k * P);
-            multiply_row<1>(*(float(*)[2][4]) & state[0], f, right + 2 * k * P);
-            multiply_row<1>(*(float(*)[2][4]) & state[2], f, next_right + 2 * k * P);
+            multiply_row<WALK_NT / 2>(state, f, right + 2 * k * WALK_COLS);
         }
     }
 }
 
 /* ---- y, or dx and the sums over decays ---- */
 
-enum { ROWS_THREADS = 256, P_NT = P / 8, NEAR = 5, FAR = (TILES - NEAR) * (TILES - NEAR + 1) / 2 };
+enum { ROWS_THREADS = 256, P_NT = P / 8, NEAR = 4, FAR = (TILES - NEAR) * (TILES - NEAR + 1) / 2 };
 
 struct rows_shared {
-    bf16 own[Q * LD_N]; /* C; backward B */
+    bf16 own[Q * N]; /* C; backward B */
     union {
         /* B; backward C: until their product is there */
-        bf16 other[Q * LD_N];
+        bf16 other[Q * N];
         struct {
             /* entering and x; adjoint and gy */
-            bf16 state[P * LD_N], values[Q * LD_P];
+            bf16 state[P * N], values[Q * P];
         };
     };
     /* of this head and the next */
@@ -245,7 +213,7 @@ struct rows_shared {
 };
 
 struct rows_backward_shared {
-    bf16 x[Q * LD_P];
+    bf16 x[Q * P];
     /* C.B of tiles that registers have no room for */
     float4 far[FAR][2][WARP];
     float row[TILES][Q], e[Q], through[Q], skip[TILES];
@@ -254,7 +222,7 @@ struct rows_backward_shared {
 /* Forward has room for the x of the next head, in turn; backward reads x and gy of a head at
  * once. */
 template <bool BACKWARD> struct rows_memory : rows_shared {
-    bf16 odd[Q * LD_P];
+    bf16 odd[Q * P];
     __device__ __forceinline__ bf16 *values_of(int h)
     {
         return h % 2 ? odd : values;
@@ -319,7 +287,7 @@ __device__ __forceinline__ void store_column_sums(const float (&q)[4], float *ou
 template <bool BACKWARD>
 static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<bf16> a, int most)
 {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(ALIGNMENT) char memory[];
     rows_memory<BACKWARD> &s = *(rows_memory<BACKWARD> *)memory;
     const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(),
               lane = threadIdx.x % WARP;
@@ -339,18 +307,18 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
     __syncthreads();
     constexpr int KEPT = BACKWARD ? NEAR : TILES;
     float near[KEPT][2][4];
-    const unsigned own = across<LD_N>(s.own) + 2 * tile * TILE * LD_N;
+    const unsigned own = across<N>(s.own) + 2 * tile * TILE * N;
     {
         float cb[TILES][2][4] = {};
-        const unsigned other = down<LD_N>(s.other);
+        const unsigned other = down<N>(s.other);
 #pragma unroll 1
         for (int n = 0; n < N; n += 16) {
             unsigned f[4];
-            load_matrices(f, own + 2 * n);
+            load_matrices(f, own ^ 2 * n);
 #pragma unroll
             for (int i = 0; i < TILES; i++)
                 if (i < blocks)
-                    multiply_column<1, LD_N>(cb[i], f, other + 2 * (column_of(i) * LD_N + n));
+                    multiply_column<1, N>(cb[i], f, (other ^ 2 * n) + 2 * column_of(i) * N);
         }
 #pragma unroll
         for (int i = 0; i < TILES; i++)
@@ -385,12 +353,12 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
             copies_end();
         }
         {
-            const unsigned state = down<LD_N>(s.state);
+            const unsigned state = again(down<N>(s.state)), own_again = again(own);
 #pragma unroll
             for (int n = 0; n < N; n += 16) {
                 unsigned f[4];
-                load_matrices(f, own + 2 * n);
-                multiply_column<P_NT / 2, LD_N>(sum, f, state + 2 * n);
+                load_matrices(f, own_again ^ 2 * n);
+                multiply_column<P_NT / 2, N>(sum, f, state ^ 2 * n);
             }
         }
         __syncthreads();
@@ -405,6 +373,7 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
         const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]),
                     scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
         float column0 = 0, column1 = 0, diagonal = 0;
+        const int swap = again(8 * g); /* place() of a lane's rows */
 #pragma unroll
         for (int i = 0; i < P_NT; i++) {
             sum[i][0] *= scale0;
@@ -412,9 +381,9 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
             sum[i][2] *= scale1;
             sum[i][3] *= scale1;
             if constexpr (BACKWARD) {
-                column0 += pair_dot(*(const unsigned *)&s.x[r0 * LD_P + 8 * i + 2 * t], sum[i][0],
-                                    sum[i][1]);
-                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * LD_P + 8 * i + 2 * t],
+                column0 += pair_dot(*(const unsigned *)&s.x[r0 * P + (8 * i ^ swap) + 2 * t],
+                                    sum[i][0], sum[i][1]);
+                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * P + (8 * i ^ swap) + 2 * t],
                                     sum[i][2], sum[i][3]);
             }
         }
@@ -425,21 +394,22 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
                 s.through[r0 + 8] = through1;
             }
         }
-        const unsigned values = across<LD_P>(head), values_down = down<LD_P>(head),
-                       x = across<LD_P>(s.own_x()) + 2 * tile * TILE * LD_P;
+        const unsigned values = across<P>(head), values_down = down<P>(head),
+                       x = across<P>(s.own_x()) + 2 * tile * TILE * P;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             if (i >= blocks)
                 break;
             const int column = column_of(i);
+            const unsigned left = again(x), right = again(values_down) + 2 * column * P;
             float gx[2][4] = {}, rows[4];
             unsigned m[4];
             if constexpr (BACKWARD) {
 #pragma unroll
                 for (int p = 0; p < P; p += 16) {
                     unsigned f[4];
-                    load_matrices(f, x + 2 * p);
-                    multiply_column<1, LD_P>(gx, f, values_down + 2 * (column * LD_P + p));
+                    load_matrices(f, left ^ 2 * p);
+                    multiply_column<1, P>(gx, f, right ^ 2 * p);
                 }
             }
 #pragma unroll
@@ -483,7 +453,7 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
                     }
                 }
             }
-            multiply_row<P_NT / 2>(sum, m, values + 2 * column * LD_P);
+            multiply_row<P_NT / 2>(sum, m, again(values) + 2 * column * P);
             if constexpr (BACKWARD) {
                 if (i == 0) /* columns of a lane's rows g and g+8: 8j + 2t + e */
                     diagonal = g / 2 != t ? 0.0f
@@ -496,12 +466,12 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
                     del1 = BACKWARD ? del[r0 + 8] : 1.0f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = r0 + 8 * half;
+            const int row = r0 + 8 * half, swap = again(8 * g);
             const float factor = half ? del1 : del0;
             unsigned w[P_NT];
 #pragma unroll
             for (int i = 0; i < P_NT; i++) {
-                const unsigned v = *(const unsigned *)&head[row * LD_P + 8 * i + 2 * t];
+                const unsigned v = *(const unsigned *)&head[row * P + (8 * i ^ swap) + 2 * t];
                 w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v),
                             factor * sum[i][2 * half + 1] + skip * high_half(v));
             }
@@ -556,15 +526,15 @@ enum {
 };
 
 struct bc_stage {
-    bf16 x[Q * LD_P], gy[Q * LD_P], entering[P * LD_N], adjoint[P * LD_N];
+    bf16 x[Q * P], gy[Q * P], entering[P * N], adjoint[P * N];
     float cs[Q], del[Q], carry[Q], push[Q];
 };
 
 struct bc_shared {
-    bf16 b[Q * LD_N], c[Q * LD_N];
+    bf16 b[Q * N], c[Q * N];
     union {
         bc_stage stage[2];
-        bf16 mix[Q * LD_N];
+        bf16 mix[Q * N];
     };
     float carried[2][2][Q], keep[2][BC_WARPS]; /* by parity of the head */
 };
@@ -591,22 +561,22 @@ __device__ __forceinline__ void add_scaled(float (&sum)[HALF_NT][4], unsigned le
 #pragma unroll
     for (int p = 0; p < P; p += 16) {
         unsigned f[4];
-        load_matrices(f, left + 2 * p);
+        load_matrices(f, left ^ 2 * p);
         f[0] = scaled(f[0], scale0, scale0);
         f[1] = scaled(f[1], scale1, scale1);
         f[2] = scaled(f[2], scale0, scale0);
         f[3] = scaled(f[3], scale1, scale1);
-        multiply_row<HALF_NT / 2>(sum, f, right + 2 * p * LD_N);
+        multiply_row<HALF_NT / 2>(sum, f, right + 2 * p * N);
     }
 }
 
 __device__ __forceinline__ float states_dot(const bc_stage &s)
 {
     float sum = 0;
-    const int first = threadIdx.x / (N / 8) * LD_N + threadIdx.x % (N / 8) * 8;
+    const int first = threadIdx.x * 8;
 #pragma unroll
     for (int r = 0; r < P; r += BC_THREADS / (N / 8)) {
-        const int at = first + r * LD_N;
+        const int at = first + r * N; /* in whatever order: both lie alike */
         const uint4 u = *(const uint4 *)(s.entering + at), v = *(const uint4 *)(s.adjoint + at);
         sum += pair_dot(u.x, low_half(v.x), high_half(v.x)) +
                pair_dot(u.y, low_half(v.y), high_half(v.y)) +
@@ -646,6 +616,24 @@ __device__ __forceinline__ square square_of(int k)
     return square{ r * TILE, (k - r * (r + 1) / 2) * TILE };
 }
 
+/* A warp's squares of R. */
+__device__ __forceinline__ void store_squares(const float (&mix)[SHARE][2][4], int warp, bf16 *to)
+{
+    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        if (warp + i * BC_WARPS >= SQUARES)
+            break;
+        const square q = square_of(warp + i * BC_WARPS);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            bf16 *at = to + place<N>(q.row + g, q.column + 8 * j) + 2 * t;
+            *(unsigned *)at = pack(mix[i][j][0], mix[i][j][1]);
+            *(unsigned *)(at + 8 * N) = pack(mix[i][j][2], mix[i][j][3]);
+        }
+    }
+}
+
 /* A head's end, a barrier later: a thread of the first Q has a row, the next one the chunk. */
 struct head_end {
     float row, keep, before; /* row's sum so far; keep; the last head's C . dC */
@@ -679,7 +667,7 @@ struct head_end {
  * A head's carry_i gy_i St C_i is what C_i . (dC_i so far) grows by. */
 static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16> a)
 {
-    extern __shared__ __align__(16) char memory[];
+    extern __shared__ __align__(ALIGNMENT) char memory[];
     bc_shared &s = *(bc_shared *)memory;
     const int c = blockIdx.x, group = blockIdx.y, per = a.heads / a.groups, warp = warp_index(),
               lane = threadIdx.x % WARP;
@@ -705,22 +693,22 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
         if (h > start)
             last.finish(s, a, c, h - 1);
         last.begin(in, a, c, h);
-        const unsigned x = across<LD_P>(in.x) + 2 * tile * TILE * LD_P,
-                       gy = across<LD_P>(in.gy) + 2 * tile * TILE * LD_P;
+        const unsigned x = across<P>(in.x) + 2 * tile * TILE * P,
+                       gy = across<P>(in.gy) + 2 * tile * TILE * P;
 #pragma unroll
         for (int i = 0; i < SHARE; i++) {
             if (warp + i * BC_WARPS >= SQUARES)
                 break;
             const square q = square_of(warp + i * BC_WARPS);
-            const unsigned right = down<LD_P>(in.x) + 2 * q.column * LD_P,
-                           left = across<LD_P>(in.gy) + 2 * q.row * LD_P;
+            const unsigned right = again(down<P>(in.x)) + 2 * q.column * P,
+                           left = again(across<P>(in.gy)) + 2 * q.row * P;
             const float cs0 = in.cs[q.row + g], cs1 = in.cs[q.row + g + 8];
             float gx[2][4] = {};
 #pragma unroll
             for (int p = 0; p < P; p += 16) {
                 unsigned f[4];
-                load_matrices(f, left + 2 * p);
-                multiply_column<1, LD_P>(gx, f, right + 2 * p);
+                load_matrices(f, left ^ 2 * p);
+                multiply_column<1, P>(gx, f, right ^ 2 * p);
             }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
@@ -745,13 +733,15 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
                 for (int e = 0; e < 4; e++)
                     mix[i][j][e] += gx[j][e];
         }
-        add_scaled(dc, gy, in.carry[r0], in.carry[r0 + 8], across<LD_N>(in.entering) + 2 * n0);
+        add_scaled(dc, again(gy), in.carry[r0], in.carry[r0 + 8],
+                   again(across<N>(in.entering)) ^ 2 * n0);
         float dot0 = 0, dot1 = 0;
+        const int swap = again(8 * g); /* place() of a lane's rows */
 #pragma unroll
         for (int i = 0; i < HALF_NT; i++) {
-            dot0 += pair_dot(*(const unsigned *)&s.c[r0 * LD_N + n0 + 8 * i + 2 * t], dc[i][0],
-                             dc[i][1]);
-            dot1 += pair_dot(*(const unsigned *)&s.c[(r0 + 8) * LD_N + n0 + 8 * i + 2 * t],
+            dot0 += pair_dot(*(const unsigned *)&s.c[r0 * N + n0 + (8 * i ^ swap) + 2 * t],
+                             dc[i][0], dc[i][1]);
+            dot1 += pair_dot(*(const unsigned *)&s.c[(r0 + 8) * N + n0 + (8 * i ^ swap) + 2 * t],
                              dc[i][2], dc[i][3]);
         }
         dot0 = row_lanes(dot0);
@@ -760,40 +750,30 @@ static __global__ void __launch_bounds__(BC_THREADS, 1) bc_kernel(ssd_args<bf16>
             s.carried[h % 2][half][r0] = dot0;
             s.carried[h % 2][half][r0 + 8] = dot1;
         }
-        add_scaled(db, x, in.push[r0], in.push[r0 + 8], across<LD_N>(in.adjoint) + 2 * n0);
+        add_scaled(db, again(x), in.push[r0], in.push[r0 + 8],
+                   again(across<N>(in.adjoint)) ^ 2 * n0);
         const float dot = states_dot(in);
         if (lane == 0)
             s.keep[h % 2][warp] = dot;
     }
     __syncthreads();
     last.finish(s, a, c, end - 1);
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        if (warp + i * BC_WARPS >= SQUARES)
-            break;
-        const square q = square_of(warp + i * BC_WARPS);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            bf16 *at = s.mix + (q.row + g) * LD_N + q.column + 8 * j + 2 * t;
-            *(unsigned *)at = pack(mix[i][j][0], mix[i][j][1]);
-            *(unsigned *)(at + 8 * LD_N) = pack(mix[i][j][2], mix[i][j][3]);
-        }
-    }
+    store_squares(mix, warp, s.mix);
     __syncthreads();
-    const unsigned left = across<LD_N>(s.mix) + 2 * tile * TILE * LD_N,
-                   above = down<LD_N>(s.mix) + 2 * tile * TILE;
-    const unsigned b = across<LD_N>(s.b) + 2 * n0, other = across<LD_N>(s.c) + 2 * n0;
+    const unsigned left = across<N>(s.mix) + 2 * tile * TILE * N,
+                   above = down<N>(s.mix) ^ 2 * tile * TILE;
+    const unsigned b = across<N>(s.b) ^ 2 * n0, other = across<N>(s.c) ^ 2 * n0;
 #pragma unroll 1
     for (int i = 0; i <= tile; i++) {
         unsigned f[4];
-        load_matrices(f, left + 2 * i * TILE);
-        multiply_row<HALF_NT / 2>(dc, f, b + 2 * i * TILE * LD_N);
+        load_matrices(f, left ^ 2 * i * TILE);
+        multiply_row<HALF_NT / 2>(dc, f, b + 2 * i * TILE * N);
     }
 #pragma unroll 1
     for (int i = tile; i < TILES; i++) {
         unsigned f[4];
-        load_matrices_transposed(f, above + 2 * i * TILE * LD_N);
-        multiply_row<HALF_NT / 2>(db, f, other + 2 * i * TILE * LD_N);
+        load_matrices_transposed(f, above + 2 * i * TILE * N);
+        multiply_row<HALF_NT / 2>(db, f, other + 2 * i * TILE * N);
     }
     store_half(dc, a.dc(k.first, group) + n0, a.dxbc.ld, r0, k.rows);
     store_half(db, a.db(k.first, group) + n0, a.dxbc.ld, r0, k.rows);

@@ -88,24 +88,42 @@ __device__ __forceinline__ unsigned scaled(unsigned pair, float low, float high)
     return pack(low_half(pair) * low, high_half(pair) * high);
 }
 
-/* A lane's address in a tile of rows of LD elements. A left operand [m][k] takes load_matrices
- * ACROSS, kept as [k][m] load_matrices_transposed DOWN; a right operand [k][n] takes
- * load_matrices_transposed ACROSS, kept as [n][k] load_matrices DOWN. Right operands come in pairs,
- * 16 columns: elements 0, 1 and 2, 3. */
+/* Tiles in shared memory have rows of LD = 64 or 128 elements, no padding, and begin on 256 bytes.
+ * Of a row's pieces of eight elements, piece i lies where i ^ row % 8 would: neither the copies of
+ * whole rows nor the loads of eight rows' equal pieces meet in a bank. An address moves by rows,
+ * multiples of 8, with + 2 * rows * LD, and by columns, multiples of 16, with ^ 2 * columns, as
+ * long as those bits are not set yet. */
+template <int LD> __device__ __forceinline__ int place(int row, int column)
+{
+    return row * LD + (column ^ row % 8 * 8);
+}
+
+/* A lane's address. A left operand [m][k] takes load_matrices ACROSS, kept as [k][m]
+ * load_matrices_transposed DOWN; a right operand [k][n] takes load_matrices_transposed ACROSS, kept
+ * as [n][k] load_matrices DOWN. Right operands come in pairs, 16 columns: elements 0, 1 and 2, 3.
+ */
 template <int LD> __device__ __forceinline__ unsigned across(const bf16 *tile)
 {
     const int lane = threadIdx.x % WARP;
-    return shared_address(tile) + 2 * (lane % 16 * LD + lane / 16 * 8);
+    return shared_address(tile + place<LD>(lane % 16, lane / 16 * 8));
 }
 
 template <int LD> __device__ __forceinline__ unsigned down(const bf16 *tile)
 {
     const int lane = threadIdx.x % WARP;
-    return shared_address(tile) + 2 * ((lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8);
+    return shared_address(tile + place<LD>(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8));
+}
+
+/* The same number, but the compiler does not know: what follows from it is computed again where it
+ * is used, not kept in registers that are not there. */
+__device__ __forceinline__ unsigned again(unsigned x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 /* sum[2*i], sum[2*i+1] += a * columns 16i.. of one step of 16 along k, of a right operand kept
- * [k][n] whose first element's address is `at`. */
+ * [k][n]; `at` is the address of its first column, a multiple of 16 * PAIRS. */
 template <int PAIRS, int NT>
 __device__ __forceinline__ void multiply_row(float (&sum)[NT][4], const unsigned (&a)[4],
                                              unsigned at)
@@ -113,7 +131,7 @@ __device__ __forceinline__ void multiply_row(float (&sum)[NT][4], const unsigned
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         unsigned b[4];
-        load_matrices_transposed(b, at + 32 * i);
+        load_matrices_transposed(b, at ^ 32 * i);
         multiply(sum[2 * i], a, b[0], b[1]);
         multiply(sum[2 * i + 1], a, b[2], b[3]);
     }
