@@ -211,36 +211,93 @@ struct adam {
     float lr, b1, c1, b2, c2, correct1, correct2, eps, wd;
 };
 
+/* Neighbouring threads have neighbouring pieces of 16 bytes of F32: the four streams that are read
+ * and the three that are written back move in whole lines. A thread has AT_ONCE pieces on their
+ * way. */
+enum { PIECE = 4, AT_ONCE = 2, RUN = THREADS * PIECE * AT_ONCE };
+
+template <bool VEC>
+__device__ __forceinline__ void load_piece(const float *p, int n, float (&v)[PIECE])
+{
+    if (VEC && n == PIECE) {
+        const float4 raw = *(const float4 *)p;
+        v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+        v[i] = i < n ? p[i] : 0.0f;
+}
+
+template <bool VEC>
+__device__ __forceinline__ void store_piece(float *p, int n, const float (&v)[PIECE])
+{
+    if (VEC && n == PIECE) {
+        *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+        if (i < n)
+            p[i] = v[i];
+}
+
+template <bool VEC>
+__device__ __forceinline__ void store_piece(bf16 *p, int n, const float (&v)[PIECE])
+{
+    if (VEC && n == PIECE) {
+        const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]),
+                             high = __floats2bfloat162_rn(v[2], v[3]);
+        *(uint2 *)p = make_uint2(*(const unsigned *)&low, *(const unsigned *)&high);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; i++)
+        if (i < n)
+            p[i] = from_float<bf16>(v[i]);
+}
+
+__device__ __forceinline__ int piece_size(int64_t n, int64_t at)
+{
+    return n - at < PIECE ? (n > at ? (int)(n - at) : 0) : PIECE;
+}
+
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(adam o, const double *wide_factor, matrix<const float> grad, matrix<float> master,
-                 matrix<float> m, matrix<float> v, matrix<T> param)
+    adamw_kernel(adam o, const double *wide_factor, int64_t n, const float *grad, float *master,
+                 float *m, float *v, T *param)
 {
-    const int64_t per_row = (grad.cols + CHUNK - 1) / CHUNK, n = grad.rows * per_row;
     const float factor = (float)*wide_factor;
+    const int64_t start = blockIdx.x * (int64_t)RUN + threadIdx.x * PIECE;
+    float g[AT_ONCE][PIECE], p[AT_ONCE][PIECE], first[AT_ONCE][PIECE], second[AT_ONCE][PIECE];
     if (factor < 0)
         return;
-    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < n;
-         i += (int64_t)gridDim.x * THREADS) {
-        const int64_t r = i / per_row, c = i % per_row * CHUNK;
-        const int size = chunk_size(grad.cols, c);
-        float g[CHUNK], p[CHUNK], first[CHUNK], second[CHUNK];
-        load_chunk<VEC>(grad.row(r) + c, size, g);
-        load_chunk<VEC>(master.row(r) + c, size, p);
-        load_chunk<VEC>(m.row(r) + c, size, first);
-        load_chunk<VEC>(v.row(r) + c, size, second);
 #pragma unroll
-        for (int j = 0; j < CHUNK; j++) {
-            const float x = g[j] * factor;
-            first[j] = o.b1 * first[j] + o.c1 * x;
-            second[j] = o.b2 * second[j] + o.c2 * x * x;
-            p[j] -= o.lr *
-                    (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
+    for (int k = 0; k < AT_ONCE; k++) {
+        const int64_t at = start + k * THREADS * PIECE;
+        const int size = piece_size(n, at);
+        load_piece<VEC>(grad + at, size, g[k]);
+        load_piece<VEC>(master + at, size, p[k]);
+        load_piece<VEC>(m + at, size, first[k]);
+        load_piece<VEC>(v + at, size, second[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        const int64_t at = start + k * THREADS * PIECE;
+        const int size = piece_size(n, at);
+#pragma unroll
+        for (int j = 0; j < PIECE; j++) {
+            const float x = g[k][j] * factor;
+            first[k][j] = o.b1 * first[k][j] + o.c1 * x;
+            second[k][j] = o.b2 * second[k][j] + o.c2 * x * x;
+            p[k][j] -=
+                o.lr * (first[k][j] * o.correct1 / (sqrtf(second[k][j] * o.correct2) + o.eps) +
+                        o.wd * p[k][j]);
         }
-        store_chunk<VEC>(master.row(r) + c, size, p);
-        store_chunk<VEC>(m.row(r) + c, size, first);
-        store_chunk<VEC>(v.row(r) + c, size, second);
-        store_chunk<VEC>(param.row(r) + c, size, p);
+        store_piece<VEC>(master + at, size, p[k]);
+        store_piece<VEC>(m + at, size, first[k]);
+        store_piece<VEC>(v + at, size, second[k]);
+        store_piece<VEC>(param + at, size, p[k]);
     }
 }
 
@@ -251,6 +308,7 @@ extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, 
     const int64_t n = tensor_numel(grad);
     ASSERT(factor->dtype == DTYPE_F64 && step >= 1 && tensor_numel(master) == n &&
            tensor_numel(m) == n && tensor_numel(v) == n && tensor_numel(param) == n);
+    ASSERT(all_dense({ grad, master, m, v, param }));
     if (n == 0)
         return;
     const adam o = { (float)lr,
@@ -266,9 +324,9 @@ extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, 
         using T = decltype(zero);
         by_flag(chunks_aligned({ grad, master, m, v, param }), [&](auto vec) {
             adamw_kernel<decltype(vec)::value, T>
-                <<<blocks_of(n, 4 * BLOCKS), THREADS, 0, cuda_stream_of(s)>>>(
-                    o, (const double *)factor->data, flat<const float>(grad), flat<float>(master),
-                    flat<float>(m), flat<float>(v), flat<T>(param));
+                <<<blocks_for(n, RUN), THREADS, 0, cuda_stream_of(s)>>>(
+                    o, (const double *)factor->data, n, (const float *)grad->data,
+                    (float *)master->data, (float *)m->data, (float *)v->data, (T *)param->data);
         });
     });
     CHECK_LAUNCH();
