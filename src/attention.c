@@ -49,10 +49,10 @@ struct attention *attention_init(struct model *m, int i)
              i);
     l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_qkv.weight", i);
-    l->qkv_weight = model_add_matrix(m, &p, (n + 2 * g) * d, h, PARAM_SPLIT_ROWS, sigma);
+    l->qkv_weight = linear_add(m, &p, (n + 2 * g) * d, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.self_attention.linear_proj.weight", i);
-    l->proj_weight = model_add_matrix(m, &p, h, n * d, PARAM_SPLIT_COLS,
-                                      sigma / sqrt((double)deck->derived.num_layers));
+    l->proj_weight = linear_add(m, &p, h, n * d, PARAM_SPLIT_COLS,
+                                sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 

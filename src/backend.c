@@ -61,7 +61,7 @@ void backend_grouped_act_forward(const struct backend_ops *be, struct stream *s,
         be->grouped_act_forward(s, a, w, offsets, prob, h, y);
         return;
     }
-    be->grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, tensor_rows(h), h);
+    be->grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, tensor_rows(h), 0.0, h);
     be->expert_act_forward(s, h, prob, y);
 }
 
@@ -72,7 +72,7 @@ void backend_grouped_act_backward(const struct backend_ops *be, struct stream *s
         be->grouped_act_backward(s, a, w, offsets, h, prob, dh, dprob, y);
         return;
     }
-    be->grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, tensor_rows(h), dh);
+    be->grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, tensor_rows(h), 0.0, dh);
     be->expert_act_backward(s, h, prob, dh, dh, dprob, y);
 }
 

@@ -96,10 +96,10 @@ struct backend_ops {
                  in_t c, out_t d);
     /* Experts e = 0..E-1 own rows offsets[e]..offsets[e+1] (I32 [E+1], device) of the row matrices;
      * w [E, out, in]. NT: c[rows, out] = a[rows, in] w_e^T     NN: c[rows, in] = a[rows, out] w_e
-     * TN: w_e (here c [E, out, in], acc) += a[rows, out]^T b[rows, in]. max_rows bounds offsets[E]
-     * (host). Empty experts are legal. */
+     * TN: w_e (here c [E, out, in], acc) = beta*w_e + a[rows, out]^T b[rows, in]. beta is 0 or 1,
+     * in NT and NN 0. max_rows bounds offsets[E] (host). Empty experts are legal. */
     void (*grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
-                         int64_t max_rows, out_t c);
+                         int64_t max_rows, double beta, out_t c);
     /* y += x; dtypes may differ */
     void (*add)(struct stream *s, in_t x, out_t y);
     void (*add_bias)(struct stream *s, in_t bias, out_t y); /* y[r,:] += bias */

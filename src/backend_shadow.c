@@ -134,7 +134,7 @@ static double experts_steps(int64_t rows, in_t w)
 }
 
 void backend_shadow_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b,
-                                 in_t offsets, int64_t max_rows, out_t c_)
+                                 in_t offsets, int64_t max_rows, double beta, out_t c_)
 {
     const bool tn = mode == BACKEND_GROUPED_TN;
     in_t w = tn ? c_ : b;
@@ -150,9 +150,9 @@ void backend_shadow_grouped_gemm(struct stream *s, enum backend_grouped mode, in
     else
         shadow_sums(&c, length, terms);
     const struct tensor stack = tensor_reshape(tn ? hc : hb, 3, e.shape);
-    c.primary->grouped_gemm(s, mode, a, b, offsets, max_rows, c_);
+    c.primary->grouped_gemm(s, mode, a, b, offsets, max_rows, beta, c_);
     c.truth->grouped_gemm(&c.cpu, mode, ha, tn ? hb : &stack, &e.offsets, shadow_count(&e.rows),
-                          tn ? &stack : hc);
+                          beta, tn ? &stack : hc);
     shadow_end(&c);
 }
 
@@ -174,7 +174,7 @@ void backend_shadow_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t o
     const struct tensor stack = tensor_reshape(hw, 3, e.shape);
     c.primary->grouped_act_forward(s, a, w, offsets, prob, h, y);
     c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NT, ha, &stack, &e.offsets, shadow_count(&e.rows),
-                          hh);
+                          0.0, hh);
     c.truth->expert_act_forward(&c.cpu, hh, hprob, hy);
     shadow_end(&c);
 }
@@ -197,7 +197,7 @@ void backend_shadow_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t 
     const struct tensor stack = tensor_reshape(hw, 3, e.shape);
     c.primary->grouped_act_backward(s, a, w, offsets, h, prob, dh, dprob, y);
     c.truth->grouped_gemm(&c.cpu, BACKEND_GROUPED_NN, ha, &stack, &e.offsets, shadow_count(&e.rows),
-                          hdh);
+                          0.0, hdh);
     c.truth->expert_act_backward(&c.cpu, hh, hprob, hdh, hdh, hdprob, hy);
     shadow_end(&c);
 }

@@ -199,6 +199,17 @@ static void order(struct ddp *d, struct ddp_buffer *b, struct stream *first, str
     d->model->be->stream_wait(later, &b->event);
 }
 
+/* What the backward passes gave no product is zero in memory as well (model_begin_grads). */
+static void finish_bucket(struct ddp *d, const struct ddp_buffer *b, const struct ddp_bucket *k)
+{
+    for (int i = k->first_slot; i < k->end_slot; i++) {
+        struct param *p = &d->model->param[b->slot[i].param];
+        if (p->fresh)
+            d->model->be->fill(d->model->compute, &p->grad, 0.0);
+        p->fresh = false;
+    }
+}
+
 static void reduce_bucket(struct ddp *d, struct ddp_buffer *b, int i, struct stream *s)
 {
     const struct ddp_bucket *k = &b->bucket[i];
@@ -207,6 +218,9 @@ static void reduce_bucket(struct ddp *d, struct ddp_buffer *b, int i, struct str
 
     ASSERT(i == b->reduced);
     b->reduced++;
+    finish_bucket(d, b, k);
+    if (s != d->model->compute)
+        order(d, b, d->model->compute, s);
     if (b->group->size > 1)
         d->model->comm->reduce_scatter(b->group->comm, &all, &own, COMM_SUM, s);
 }
@@ -230,10 +244,8 @@ void ddp_ready(struct ddp *d, bool language, int first)
             continue;
         while (b->ready < b->n_slots && b->slot[b->ready].param >= first)
             b->ready++;
-        while (b->reduced < b->n_buckets && b->bucket[b->reduced].end_slot <= b->ready) {
-            order(d, b, d->model->compute, &b->stream);
+        while (b->reduced < b->n_buckets && b->bucket[b->reduced].end_slot <= b->ready)
             reduce_bucket(d, b, b->reduced, &b->stream);
-        }
     }
 }
 

@@ -85,8 +85,9 @@ void ddp_last_backward(struct ddp *d, bool language);
 /* Gradients of all parameters of this grid with index >= first are final if this is the last
  * backward; starts what can be reduced. Collective over the buffers' groups when overlap is on. */
 void ddp_ready(struct ddp *d, bool language, int first);
-/* Every gradient of this grid is summed over its group into the owned slices. Under overlap a
- * parameter that never became ready is fatal. Collective over the buffers' groups. */
+/* Every gradient of this grid is whole in memory (model_begin_grads) and summed over its group into
+ * the owned slices. Under overlap a parameter that never became ready is fatal. Collective over the
+ * buffers' groups. */
 void ddp_reduce(struct ddp *d, bool language);
 /* The owned slices of the values have changed: bring them to every rank, or start to. Collective
  * over the buffers' groups. */

@@ -89,7 +89,7 @@ struct language *language_init(struct model *m)
     snprintf(p.name, sizeof p.name, "decoder.final_norm.weight");
     lm->final_norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "output_layer.weight");
-    lm->output = model_add_matrix(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
+    lm->output = linear_add(m, &p, vp, h, PARAM_SPLIT_ROWS, sigma);
     return lm;
 }
 

@@ -7,6 +7,21 @@ const struct tensor *param_grad(const struct param *p)
     return p->trainable ? &p->grad : NULL;
 }
 
+int linear_add(struct model *m, const struct param *base, int64_t out, int64_t in,
+               enum param_shard shard, double std)
+{
+    struct param p = *base;
+    p.products = true;
+    return model_add_matrix(m, &p, out, in, shard, std);
+}
+
+double param_grad_beta(struct param *p)
+{
+    const bool first = p->fresh;
+    p->fresh = false;
+    return first ? 0.0 : 1.0;
+}
+
 static void count_flops(struct model *m, const struct param *w, int64_t rows)
 {
     m->gemm_flops += 2 * rows * tensor_rows(&w->value) * tensor_cols(&w->value);
@@ -19,12 +34,12 @@ void linear_forward(struct model *m, const struct param *w, const struct tensor 
     count_flops(m, w, tensor_rows(x));
 }
 
-void linear_weight_backward(struct model *m, const struct param *w, const struct tensor *x,
+void linear_weight_backward(struct model *m, struct param *w, const struct tensor *x,
                             const struct tensor *dy)
 {
     if (!w->trainable)
         return;
-    m->be->gemm(m->compute, true, false, 1.0, dy, x, 1.0, &w->grad, &w->grad);
+    m->be->gemm(m->compute, true, false, 1.0, dy, x, param_grad_beta(w), &w->grad, &w->grad);
     count_flops(m, w, tensor_rows(dy));
 }
 
@@ -37,7 +52,7 @@ void linear_input_backward(struct model *m, const struct param *w, const struct 
     count_flops(m, w, tensor_rows(dy));
 }
 
-void linear_backward(struct model *m, const struct param *w, const struct tensor *x,
+void linear_backward(struct model *m, struct param *w, const struct tensor *x,
                      const struct tensor *dy, double beta, const struct tensor *dx)
 {
     linear_weight_backward(m, w, x, dy);
@@ -99,13 +114,13 @@ void linear_row_forward(struct model *m, const struct param *w, const struct ten
     m->be->add(m->compute, residual, y);
 }
 
-void linear_row_backward(struct model *m, const struct param *w, const struct tensor *a,
+void linear_row_backward(struct model *m, struct param *w, const struct tensor *a,
                          const struct tensor *dy, const struct tensor *da)
 {
     linear_backward(m, w, a, linear_gather(m, dy, &m->gathered), 0.0, da);
 }
 
-void linear_column_backward(struct model *m, const struct param *w, const struct tensor *u,
+void linear_column_backward(struct model *m, struct param *w, const struct tensor *u,
                             const struct tensor *dz, const struct tensor *du)
 {
     if (alone(m)) {

@@ -12,16 +12,20 @@
 
 #include "model.h"
 
+/* model_add_matrix for a weight that only this file's functions use. Local. */
+int linear_add(struct model *m, const struct param *base, int64_t out, int64_t in,
+               enum param_shard shard, double std);
+
 /* y [rows,out] = x [rows,in] W^T + residual (act [rows,out], may be y's own memory; NULL = 0).
  * Local. */
 void linear_forward(struct model *m, const struct param *w, const struct tensor *x,
                     const struct tensor *residual, const struct tensor *y);
 /* dW += dy^T x unless W is frozen; dx [rows,in] = beta*dx + dy W unless dx is NULL. Local. */
-void linear_backward(struct model *m, const struct param *w, const struct tensor *x,
+void linear_backward(struct model *m, struct param *w, const struct tensor *x,
                      const struct tensor *dy, double beta, const struct tensor *dx);
 
 /* The two halves. Local. */
-void linear_weight_backward(struct model *m, const struct param *w, const struct tensor *x,
+void linear_weight_backward(struct model *m, struct param *w, const struct tensor *x,
                             const struct tensor *dy);
 void linear_input_backward(struct model *m, const struct param *w, const struct tensor *dy,
                            double beta, const struct tensor *dx);
@@ -46,15 +50,18 @@ void linear_reduce(struct model *m, const struct tensor *full, const struct tens
 void linear_row_forward(struct model *m, const struct param *w, const struct tensor *a,
                         const struct tensor *residual, const struct tensor *y);
 /* Row-parallel backward: da [T,in/t] from dy [T/t,H]. Collective over language tp. */
-void linear_row_backward(struct model *m, const struct param *w, const struct tensor *a,
+void linear_row_backward(struct model *m, struct param *w, const struct tensor *a,
                          const struct tensor *dy, const struct tensor *da);
 /* Column-parallel backward: du [T/t,H] = this rank's rows of the sum of dz W, dW += dz^T u with u
  * [T/t,H] gathered again. Collective over language tp. */
-void linear_column_backward(struct model *m, const struct param *w, const struct tensor *u,
+void linear_column_backward(struct model *m, struct param *w, const struct tensor *u,
                             const struct tensor *dz, const struct tensor *du);
 
 /* The gradient tensor of a parameter, or NULL when it is frozen: what backend entries take.
  * Local. */
 const struct tensor *param_grad(const struct param *p);
+/* beta of the next product that is added to p's gradient: 0 for the first of an iteration
+ * (param.fresh), else 1. Local. */
+double param_grad_beta(struct param *p);
 
 #endif

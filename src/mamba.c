@@ -69,7 +69,7 @@ static void declare(struct model *m, struct mamba *l, int i)
                        .n_blocks = 5,
                        .block_rows = { di, di, gn, gn, mh } };
     snprintf(w.name, sizeof w.name, "%s.in_proj.weight", prefix);
-    l->in_proj = model_add_matrix(m, &w, 2 * di + 2 * gn + mh, h, PARAM_SPLIT_ROWS, sigma);
+    l->in_proj = linear_add(m, &w, 2 * di + 2 * gn + mh, h, PARAM_SPLIT_ROWS, sigma);
 
     struct param c = { .module = MODEL_LANGUAGE,
                        .ndim = 3,
@@ -95,8 +95,8 @@ static void declare(struct model *m, struct mamba *l, int i)
     snprintf(p.name, sizeof p.name, "%s.norm.weight", prefix);
     l->gate_norm = model_add_vector(m, &p, di, PARAM_SPLIT_ROWS, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "%s.out_proj.weight", prefix);
-    l->out_proj = model_add_matrix(m, &p, h, di, PARAM_SPLIT_COLS,
-                                   sigma / sqrt((double)deck->derived.num_layers));
+    l->out_proj =
+        linear_add(m, &p, h, di, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
 }
 
 struct mamba *mamba_init(struct model *m, int i)

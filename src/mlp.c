@@ -28,10 +28,10 @@ struct mlp *mlp_init(struct model *m, int i)
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc1.layer_norm_weight", i);
     l->norm = model_add_vector(m, &p, h, PARAM_REPLICATED, RNG_ONES, 0.0);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc1.weight", i);
-    l->fc1 = model_add_matrix(m, &p, ffn, h, PARAM_SPLIT_ROWS, sigma);
+    l->fc1 = linear_add(m, &p, ffn, h, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "decoder.layers.%d.mlp.linear_fc2.weight", i);
-    l->fc2 = model_add_matrix(m, &p, h, ffn, PARAM_SPLIT_COLS,
-                              sigma / sqrt((double)deck->derived.num_layers));
+    l->fc2 =
+        linear_add(m, &p, h, ffn, PARAM_SPLIT_COLS, sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 

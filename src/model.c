@@ -206,10 +206,37 @@ struct tensor model_grad_buffer(struct model *m, bool language)
 
 void model_zero_grads(struct model *m)
 {
+    for (int i = 0; i < m->n_params; i++)
+        m->param[i].fresh = false;
     for (int language = 0; language < 2; language++) {
         const struct tensor g = model_grad_buffer(m, language);
         if (tensor_numel(&g) > 0)
             m->be->fill(m->compute, &g, 0.0);
+    }
+}
+
+static void clear(struct model *m, const struct ddp_buffer *b, int64_t first, int64_t end)
+{
+    const struct tensor run = tensor_1d((char *)b->grad.data + (size_t)first * dtype_bytes(m->acc),
+                                        m->acc, b->grad.place, end - first);
+    if (end > first)
+        m->be->fill(m->compute, &run, 0.0);
+}
+
+void model_begin_grads(struct model *m)
+{
+    for (int i = 0; i < m->ddp->n; i++) {
+        const struct ddp_buffer *b = &m->ddp->buffer[i];
+        int64_t end = 0; /* of what is zero already or need not be */
+        for (int k = 0; k < b->n_slots; k++) {
+            struct param *p = &m->param[b->slot[k].param];
+            p->fresh = p->products;
+            if (!p->fresh)
+                continue;
+            clear(m, b, end, b->slot[k].start);
+            end = b->slot[k].start + b->slot[k].numel;
+        }
+        clear(m, b, end, b->numel);
     }
 }
 

@@ -48,6 +48,8 @@ struct param {
     bool decay;                           /* weight decay: ndim > 1 and no bias */
     bool trainable;                       /* and has gradient, master and moments on this rank */
     bool buffer;                          /* no gradient ever, kept in acc (expert_bias) */
+    bool products; /* its gradient is a sum of matrix products and nothing else */
+    bool fresh;    /* its gradient is zero, but not in memory: the next product overwrites it */
     /* replicated but fed with sequence-parallel rows: gradients are summed over language tp */
     bool sum_tp;
     /* of rng.h: a function of (seed, name, global element index) only */
@@ -193,6 +195,10 @@ struct param *model_expert_bias(struct model *m, int moe_layer);
 /* loss sum, metric; not the expert counts */
 void model_zero_accumulators(struct model *m);
 void model_zero_grads(struct model *m);
+/* The same for backward passes that ddp_reduce follows: the memory of a gradient that is a sum of
+ * products (param.products) is left to the first of these, which saves a pass that clears it and
+ * one that reads it. Local. */
+void model_begin_grads(struct model *m);
 /* All gradients of one grid's trainable parameters on this rank as one flat acc tensor (alignment
  * gaps hold zeros); numel 0 when none. language = false: vision and projector. For the
  * data-parallel reduction. Local. */

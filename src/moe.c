@@ -91,6 +91,7 @@ static void declare(struct model *m, struct moe *l, int i)
                         .shape = { e, f, h },
                         .shard = PARAM_SPLIT_ROWS,
                         .expert = true,
+                        .products = true,
                         .decay = true,
                         .init = RNG_NORMAL,
                         .init_scale = sigma };
@@ -101,6 +102,7 @@ static void declare(struct model *m, struct moe *l, int i)
                         .shape = { e, h, f },
                         .shard = PARAM_SPLIT_COLS,
                         .expert = true,
+                        .products = true,
                         .decay = true,
                         .init = RNG_NORMAL,
                         .init_scale = so };
@@ -109,9 +111,9 @@ static void declare(struct model *m, struct moe *l, int i)
     l->shared_fc1 = l->shared_fc2 = -1;
     if (fs > 0) {
         snprintf(p.name, sizeof p.name, "%s.mlp.shared_experts.linear_fc1.weight", prefix);
-        l->shared_fc1 = model_add_matrix(m, &p, fs, h, PARAM_SPLIT_ROWS, sigma);
+        l->shared_fc1 = linear_add(m, &p, fs, h, PARAM_SPLIT_ROWS, sigma);
         snprintf(p.name, sizeof p.name, "%s.mlp.shared_experts.linear_fc2.weight", prefix);
-        l->shared_fc2 = model_add_matrix(m, &p, h, fs, PARAM_SPLIT_COLS, so);
+        l->shared_fc2 = linear_add(m, &p, h, fs, PARAM_SPLIT_COLS, so);
     }
 }
 
@@ -363,7 +365,7 @@ static void step_experts(struct model *m, struct moe *l, const struct pass *p)
     if (!p->y)
         return;
     be->grouped_gemm(s, BACKEND_GROUPED_NT, &a, &model_param(m, l->fc2)->value, &r.offsets, r.n,
-                     &yp);
+                     0.0, &yp);
     count_expert_flops(m, l, r.n, 1);
 }
 
@@ -466,7 +468,7 @@ static void back_experts(struct model *m, struct moe *l, const struct pass *p)
 {
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
-    const struct param *fc1 = model_param(m, l->fc1), *fc2 = model_param(m, l->fc2);
+    struct param *fc1 = model_param(m, l->fc1), *fc2 = model_param(m, l->fc2);
     const struct expert_rows r = expert_rows(l);
     const struct tensor h = tensor_first(&l->h, r.n), a = tensor_first(&l->a, r.n),
                         da = tensor_first(&l->da, r.n);
@@ -475,14 +477,16 @@ static void back_experts(struct model *m, struct moe *l, const struct pass *p)
     backend_grouped_act_backward(be, s, &dy, &fc2->value, &r.offsets, &h, &r.prob, &da, &drow,
                                  fc2->trainable ? &a : NULL);
     if (fc2->trainable)
-        be->grouped_gemm(s, BACKEND_GROUPED_TN, &dy, &a, &r.offsets, r.n, &fc2->grad);
+        be->grouped_gemm(s, BACKEND_GROUPED_TN, &dy, &a, &r.offsets, r.n, param_grad_beta(fc2),
+                         &fc2->grad);
     if (fc1->trainable) {
         if (!l->dispatch)
             /* what was received lies in its own memory */
             be->gather_rows(s, &l->hn, &l->row_token, &l->copies);
-        be->grouped_gemm(s, BACKEND_GROUPED_TN, &da, &r.x, &r.offsets, r.n, &fc1->grad);
+        be->grouped_gemm(s, BACKEND_GROUPED_TN, &da, &r.x, &r.offsets, r.n, param_grad_beta(fc1),
+                         &fc1->grad);
     }
-    be->grouped_gemm(s, BACKEND_GROUPED_NN, &da, &fc1->value, &r.offsets, r.n, &yp);
+    be->grouped_gemm(s, BACKEND_GROUPED_NN, &da, &fc1->value, &r.offsets, r.n, 0.0, &yp);
     count_expert_flops(m, l, r.n, 2 + (fc1->trainable ? 1 : 0) + (fc2->trainable ? 1 : 0));
 }
 

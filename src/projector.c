@@ -35,7 +35,7 @@ struct projector *projector_init(struct model *m, int64_t width)
     if (!mlp) {
         ASSERT(h % m->topo->encoder.tp_size == 0);
         snprintf(p.name, sizeof p.name, "encoder.weight");
-        l->fc1 = model_add_matrix(m, &p, h, width, PARAM_SPLIT_ROWS, sigma);
+        l->fc1 = linear_add(m, &p, h, width, PARAM_SPLIT_ROWS, sigma);
         return l;
     }
     l->hidden = 4 * width;
@@ -44,10 +44,10 @@ struct projector *projector_init(struct model *m, int64_t width)
         l->norm = model_add_vector(m, &p, width, PARAM_REPLICATED, RNG_ONES, 0.0);
     }
     snprintf(p.name, sizeof p.name, "encoder.linear_fc1.weight");
-    l->fc1 = model_add_matrix(m, &p, l->hidden, width, PARAM_SPLIT_ROWS, sigma);
+    l->fc1 = linear_add(m, &p, l->hidden, width, PARAM_SPLIT_ROWS, sigma);
     snprintf(p.name, sizeof p.name, "encoder.linear_fc2.weight");
-    l->fc2 = model_add_matrix(m, &p, h, l->hidden, PARAM_SPLIT_COLS,
-                              sigma / sqrt((double)deck->derived.num_layers));
+    l->fc2 = linear_add(m, &p, h, l->hidden, PARAM_SPLIT_COLS,
+                        sigma / sqrt((double)deck->derived.num_layers));
     return l;
 }
 

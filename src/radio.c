@@ -98,7 +98,7 @@ static int add_matrix(struct model *m, const char *prefix, const char *name, int
 {
     struct param p = { .module = MODEL_VISION };
     snprintf(p.name, sizeof p.name, "%s%s", prefix, name);
-    return model_add_matrix(m, &p, out, in, shard, std);
+    return linear_add(m, &p, out, in, shard, std);
 }
 
 /* sigma and sigma/sqrt(L) are the language model's values (model.md 2.1). */

@@ -48,14 +48,14 @@ void replicated_gather_forward(struct model *m, struct replicated_columns *c, co
     }
 }
 
-void replicated_gather_backward(struct model *m, const struct param *w, const struct tensor *x,
+void replicated_gather_backward(struct model *m, struct param *w, const struct tensor *x,
                                 const struct tensor *dy, const struct tensor *dx)
 {
     const struct tensor own = columns_of(m, dy, m->topo->encoder.tp_rank);
     replicated_column_backward(m, w, x, &own, dx);
 }
 
-void replicated_column_backward(struct model *m, const struct param *w, const struct tensor *x,
+void replicated_column_backward(struct model *m, struct param *w, const struct tensor *x,
                                 const struct tensor *dz, const struct tensor *dx)
 {
     if (ranks(m) == 1 || !dx) {

@@ -26,11 +26,11 @@ void replicated_gather_forward(struct model *m, struct replicated_columns *c, co
                                const struct tensor *x, const struct tensor *y);
 /* Its backward: dW += dy^T x with this rank's columns of dy [rows,out]; dx [rows,in] = dy W unless
  * NULL. Collective over encoder tp. */
-void replicated_gather_backward(struct model *m, const struct param *w, const struct tensor *x,
+void replicated_gather_backward(struct model *m, struct param *w, const struct tensor *x,
                                 const struct tensor *dy, const struct tensor *dx);
 /* Column-parallel backward: dW += dz^T x, dx [rows,in] = sum over ranks of dz W unless NULL; dz
  * [rows,out/t]. Collective over encoder tp. */
-void replicated_column_backward(struct model *m, const struct param *w, const struct tensor *x,
+void replicated_column_backward(struct model *m, struct param *w, const struct tensor *x,
                                 const struct tensor *dz, const struct tensor *dx);
 /* Row-parallel: y [rows,out] = residual + bias + sum over ranks of a W^T; residual and bias may be
  * NULL, y is not residual's memory. Collective over encoder tp. */

@@ -607,7 +607,7 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
     if (!s->pending.open)
         s->be->event_record(&s->mark[s->last], s->stream);
     timer_start(TIMER_OPTIMIZER);
-    model_zero_grads(s->model);
+    model_begin_grads(s->model);
     timer_stop(TIMER_OPTIMIZER);
     run_schedule(s, &s->train);
     timer_start(TIMER_GRAD_SYNC);

@@ -60,8 +60,8 @@ BROKEN(gemm,
        (s, ta, tb, alpha, a, b, beta, c, d), d)
 BROKEN(grouped_gemm,
        (struct stream * s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
-        int64_t max_rows, out_t c),
-       (s, mode, a, b, offsets, max_rows, c), c)
+        int64_t max_rows, double beta, out_t c),
+       (s, mode, a, b, offsets, max_rows, beta, c), c)
 BROKEN(add, (struct stream * s, in_t x, out_t y), (s, x, y), y)
 BROKEN(add_bias, (struct stream * s, in_t bias, out_t y), (s, bias, y), y)
 BROKEN(bias_backward, (struct stream * s, in_t dy, out_t dbias), (s, dy, dbias), dbias)

@@ -99,16 +99,19 @@ CASE(grouped_gemm)
     const int64_t rows = e.rows + 5; /* some belong to no expert */
     struct bench_tensor *dw =
         bench_inout(bench_normal(b, bench_make(b, b->acc, 3, e.w->t.shape, false), 1));
+    struct bench_tensor *first = bench_make(b, b->acc, 3, e.w->t.shape, false);
     struct bench_tensor *x = act(b, rows, e.in), *dy = act(b, rows, e.out),
                         *y = out_act(b, rows, e.out), *dx = out_act(b, rows, e.in);
     BENCH_RUN(b)
     {
-        b->be->grouped_gemm(b->stream, BACKEND_GROUPED_NT, &x->t, &e.w->t, &e.offsets->t, rows,
+        b->be->grouped_gemm(b->stream, BACKEND_GROUPED_NT, &x->t, &e.w->t, &e.offsets->t, rows, 0.0,
                             &y->t);
         b->be->grouped_gemm(b->stream, BACKEND_GROUPED_NN, &dy->t, &e.w->t, &e.offsets->t, rows,
-                            &dx->t);
-        b->be->grouped_gemm(b->stream, BACKEND_GROUPED_TN, &dy->t, &x->t, &e.offsets->t, rows,
+                            0.0, &dx->t);
+        b->be->grouped_gemm(b->stream, BACKEND_GROUPED_TN, &dy->t, &x->t, &e.offsets->t, rows, 1.0,
                             &dw->t);
+        b->be->grouped_gemm(b->stream, BACKEND_GROUPED_TN, &dy->t, &x->t, &e.offsets->t, rows, 0.0,
+                            &first->t);
     }
 }
 

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "ddp.h"
 #include "model_fixture.h"
 #include "rng.h"
 
@@ -70,6 +71,56 @@ static void gradients_accumulate_over_microbatches(void **state)
     for (int64_t i = 0; i < n; i++)
         assert_true(fabs(sum[i] - element(&p->grad, i)) <= 1e-13 * scale);
     free(sum);
+    fixture_close(&f);
+}
+
+/* What an iteration begins with instead of zeros: after any history two micro-batches leave the
+ * same gradients, of experts without tokens, of a frozen and of an idle encoder as well. */
+static void gradients_need_no_clearing_where_products_overwrite_them(void **state)
+{
+    static const char *const o[] = { "batch.global_batch_size=4", "data.mock_text_only_every=1",
+                                     "moe.num_experts=128", "moe.moe_router_topk=1" };
+    struct fixture f;
+    char *cleared = NULL;
+    fixture_open(&f, 4, o);
+    for (int begun = 0; begun < 2; begun++) {
+        if (begun)
+            model_begin_grads(&f.model);
+        else
+            model_zero_grads(&f.model);
+        int left = 0;
+        for (int i = 0; i < f.model.n_params; i++) {
+            struct param *p = &f.model.param[i];
+            if (p->fresh)
+                memset(p->grad.data, 0xff,
+                       (size_t)tensor_numel(&p->grad) * dtype_bytes(p->grad.dtype));
+            left += p->fresh;
+        }
+        assert_int_equal(left > 0, begun);
+        for (int m = 0; m < 2; m++) {
+            f.data.position[0] = f.data.position[f.data.n_streams - 1] = 0;
+            fixture_batch(&f, 0, m);
+            fixture_forward(&f, true);
+            fixture_backward(&f);
+        }
+        for (int language = 0; language < 2; language++)
+            ddp_reduce(f.model.ddp, language);
+        const struct tensor grads[] = { model_grad_buffer(&f.model, false),
+                                        model_grad_buffer(&f.model, true) };
+        const size_t bytes =
+            (size_t)(tensor_numel(&grads[0]) + tensor_numel(&grads[1])) * dtype_bytes(f.model.acc);
+        char *all = xcalloc(bytes, 1);
+        memcpy(all, grads[0].data, (size_t)tensor_numel(&grads[0]) * dtype_bytes(f.model.acc));
+        memcpy(all + (size_t)tensor_numel(&grads[0]) * dtype_bytes(f.model.acc), grads[1].data,
+               (size_t)tensor_numel(&grads[1]) * dtype_bytes(f.model.acc));
+        for (int i = 0; i < f.model.n_params; i++)
+            assert_false(f.model.param[i].fresh);
+        if (begun)
+            assert_memory_equal(cleared, all, bytes);
+        free(cleared);
+        cleared = all;
+    }
+    free(cleared);
     fixture_close(&f);
 }
 
@@ -654,6 +705,7 @@ int main(void)
         cmocka_unit_test(m6_21_all_masked_microbatch_has_zero_language_gradient),
         cmocka_unit_test(m6_20_ignored_label_gives_a_finite_loss),
         cmocka_unit_test(gradients_accumulate_over_microbatches),
+        cmocka_unit_test(gradients_need_no_clearing_where_products_overwrite_them),
         cmocka_unit_test(m6_15_p12_59_auxiliary_gradient_is_that_of_all_tokens),
         cmocka_unit_test(m6_22_gradients_do_not_depend_on_the_split_into_microbatches),
         cmocka_unit_test(m6_32_p12_32_36_embeddings_that_do_not_match_the_tokens_end_the_job),

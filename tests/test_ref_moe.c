@@ -156,7 +156,7 @@ static void grouped_forward(bool fp64, const struct tensor *in, const struct ten
 {
     const struct grouped *g = context;
     REF_CHECK_OP(fp64, grouped_gemm)
-    (NULL, BACKEND_GROUPED_NT, &in[0], &in[1], &g->offsets, g->max_rows, &out[0]);
+    (NULL, BACKEND_GROUPED_NT, &in[0], &in[1], &g->offsets, g->max_rows, 0.0, &out[0]);
 }
 
 static void grouped_backward(bool fp64, const struct tensor *in, const struct tensor *out,
@@ -165,9 +165,9 @@ static void grouped_backward(bool fp64, const struct tensor *in, const struct te
 {
     const struct grouped *g = context;
     REF_CHECK_OP(fp64, grouped_gemm)
-    (NULL, BACKEND_GROUPED_NN, &dout[0], &in[1], &g->offsets, g->max_rows, &din[0]);
+    (NULL, BACKEND_GROUPED_NN, &dout[0], &in[1], &g->offsets, g->max_rows, 0.0, &din[0]);
     REF_CHECK_OP(fp64, grouped_gemm)
-    (NULL, BACKEND_GROUPED_TN, &dout[0], &in[0], &g->offsets, g->max_rows, &din[1]);
+    (NULL, BACKEND_GROUPED_TN, &dout[0], &in[0], &g->offsets, g->max_rows, 1.0, &din[1]);
 }
 
 static void grouped_check(int experts, const int *offsets, int64_t n_out, int64_t n_in)
@@ -231,9 +231,9 @@ static void test_grouped_gemm_touches_only_owned_rows(void **state)
     for (int64_t r = 0; r < 4; r++)
         for (int64_t i = 0; i < 3; i++)
             ref_check_set(&a, r, i, 1);
-    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_NT, &a, &w, &offsets, 6, &c);
-    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_NN, &c, &w, &offsets, 6, &da);
-    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_TN, &c, &a, &offsets, 6, &dw);
+    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_NT, &a, &w, &offsets, 6, 0.0, &c);
+    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_NN, &c, &w, &offsets, 6, 0.0, &da);
+    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_TN, &c, &a, &offsets, 6, 1.0, &dw);
     for (int64_t r = 0; r < 6; r++) {
         for (int64_t i = 0; i < 2; i++)
             assert_true(r < 4 ? ref_check_get(&c, r, i) == 3 : isnan(ref_check_get(&c, r, i)));
@@ -244,6 +244,13 @@ static void test_grouped_gemm_touches_only_owned_rows(void **state)
         for (int64_t r = 0; r < 2; r++)
             for (int64_t i = 0; i < 3; i++)
                 assert_true(ref_check_get(&dw, 2 * e + r, i) == (e == 1 ? 10 : 16));
+    /* Without a sum so far nothing of the memory is left, of an expert without rows neither. */
+    ref_check_fill(&dw, NAN);
+    ref_grouped_gemm_f64(NULL, BACKEND_GROUPED_TN, &c, &a, &offsets, 6, 0.0, &dw);
+    for (int64_t e = 0; e < 3; e++)
+        for (int64_t r = 0; r < 2; r++)
+            for (int64_t i = 0; i < 3; i++)
+                assert_true(ref_check_get(&dw, 2 * e + r, i) == (e == 1 ? 0 : 6));
     struct tensor *all[] = { &offsets, &a, &w, &dw, &c, &da };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         ref_check_free(all[i]);

@@ -8,7 +8,7 @@
 #include "grouped.h"
 #include "vector.cuh"
 
-enum { TILE = 64, DEPTH = 16, THREADS = 256, PER_THREAD = 4, LINE = 256 };
+enum { TILE = 64, DEPTH = 16, THREADS = 256, PER_THREAD = 4, LINE = 256, CLEAR_BLOCKS = 16 };
 enum { WORKSPACE_PER_SM = 1024 }; /* five descriptors of 128 bytes at most */
 
 /* A product in terms of groups: which extent is the experts' rows, where matrices start and how
@@ -85,7 +85,7 @@ static int64_t tiles_of(int64_t n)
 
 template <class T, class D>
 static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
-                  int64_t max_rows, out_t c)
+                  int64_t max_rows, double beta, out_t c)
 {
     in_t w = mode == BACKEND_GROUPED_TN ? c : b;
     const int64_t experts = w->shape[0], out = w->shape[1], in = w->shape[2];
@@ -102,7 +102,7 @@ static void plain(struct stream *s, enum backend_grouped mode, in_t a, in_t b, i
         p.a_m = 1, p.a_k = a->ld;
         p.b_k = b->ld, p.b_n = 1, p.b_rows = b->ld;
         p.ldc = in, p.c_group = out * in;
-        p.add = true;
+        p.add = beta != 0;
         row_tiles = tiles_of(out);
     } else {
         const bool nt = mode == BACKEND_GROUPED_NT;
@@ -236,8 +236,18 @@ extern "C" [[noreturn]] void cuda_grouped_refused(const struct grouped *g)
           cudaGetErrorString(cudaGetLastError()));
 }
 
+/* Matrices of experts without rows, which CUTLASS passes over. */
+static __global__ void clear_empty_kernel(const int32_t *offsets, int64_t each, float *w)
+{
+    if (offsets[blockIdx.y] != offsets[blockIdx.y + 1])
+        return;
+    for (int64_t i = blockIdx.x * (int64_t)THREADS + threadIdx.x; i < each;
+         i += (int64_t)gridDim.x * THREADS)
+        w[blockIdx.y * each + i] = 0.0f;
+}
+
 static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
-                       out_t c)
+                       double beta, out_t c)
 {
     const struct grouped g = set_up(s, mode, a, b, offsets, c, c);
     if (mode == BACKEND_GROUPED_NT)
@@ -245,7 +255,13 @@ static void by_cutlass(struct stream *s, enum backend_grouped mode, in_t a, in_t
     else if (mode == BACKEND_GROUPED_NN)
         cuda_grouped_nn(&g);
     else
-        cuda_grouped_tn(&g);
+        cuda_grouped_tn(&g, (float)beta);
+    if (mode == BACKEND_GROUPED_TN && beta == 0) {
+        clear_empty_kernel<<<dim3(CLEAR_BLOCKS, (unsigned)c->shape[0]), THREADS, 0,
+                             cuda_stream_of(s)>>>((const int32_t *)offsets->data,
+                                                  c->shape[1] * c->shape[2], (float *)c->data);
+        CHECK_LAUNCH();
+    }
 }
 
 /* Whether TMA can address all of it. */
@@ -255,7 +271,7 @@ static bool addressable(int64_t out, int64_t in, std::initializer_list<in_t> vie
 }
 
 extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, in_t a, in_t b,
-                                  in_t offsets, int64_t max_rows, out_t c)
+                                  in_t offsets, int64_t max_rows, double beta, out_t c)
 {
     const bool tn = mode == BACKEND_GROUPED_TN;
     in_t w = tn ? c : b, other = tn ? b : c;
@@ -266,17 +282,24 @@ extern "C" void cuda_grouped_gemm(struct stream *s, enum backend_grouped mode, i
     ASSERT(tensor_cols(a) == (mode == BACKEND_GROUPED_NT ? in : out));
     ASSERT(tensor_cols(other) == (mode == BACKEND_GROUPED_NT ? out : in));
     ASSERT(max_rows <= INT32_MAX && out <= INT32_MAX && in <= INT32_MAX);
-    if (max_rows == 0 || experts == 0 || out == 0 || in == 0)
+    ASSERT(beta == 0 || (beta == 1 && tn));
+    if (experts == 0 || out == 0 || in == 0)
         return;
+    if (max_rows == 0) {
+        if (tn && beta == 0)
+            CHECK_CUDA(cudaMemsetAsync(c->data, 0, (size_t)tensor_numel(c) * sizeof(float),
+                                       cuda_stream_of(s)));
+        return;
+    }
     if (a->dtype == DTYPE_BF16 && addressable(out, in, { a, b, c }))
-        by_cutlass(s, mode, a, b, offsets, c);
+        by_cutlass(s, mode, a, b, offsets, beta, c);
     else
         by_type(a, [&](auto zero) {
             using T = decltype(zero);
             if (tn)
-                plain<T, float>(s, mode, a, b, offsets, max_rows, c);
+                plain<T, float>(s, mode, a, b, offsets, max_rows, beta, c);
             else
-                plain<T, T>(s, mode, a, b, offsets, max_rows, c);
+                plain<T, T>(s, mode, a, b, offsets, max_rows, 0, c);
         });
 }
 
@@ -294,7 +317,7 @@ extern "C" void cuda_grouped_act_forward(struct stream *s, in_t a, in_t w, in_t 
            tensor_rows(y) == rows && tensor_cols(y) == out);
     if (a->dtype != DTYPE_BF16 || !addressable(out, in, { a, w, h, y }) || rows == 0 || out == 0 ||
         in == 0) {
-        cuda_grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, rows, h);
+        cuda_grouped_gemm(s, BACKEND_GROUPED_NT, a, w, offsets, rows, 0, h);
         cuda_expert_act_forward(s, h, prob, y);
         return;
     }
@@ -332,7 +355,7 @@ extern "C" void cuda_grouped_act_backward(struct stream *s, in_t a, in_t w, in_t
     const size_t bytes = (size_t)(begin + rows * tiles * (int64_t)sizeof(float));
     if (a->dtype != DTYPE_BF16 || !addressable(out, in, { a, w, h, dh, y }) || rows == 0 ||
         out == 0 || in == 0 || bytes > cuda_context_of(s)->scratch_bytes) {
-        cuda_grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, rows, dh);
+        cuda_grouped_gemm(s, BACKEND_GROUPED_NN, a, w, offsets, rows, 0, dh);
         cuda_expert_act_backward(s, h, prob, dh, dh, dprob, y);
         return;
     }

@@ -44,10 +44,10 @@ struct grouped_act {
 };
 
 /* BF16 operands, 16-byte aligned rows; accumulation in fp32. D: BF16 for nt and nn, F32 for tn,
- * which adds to it. */
+ * which adds to beta D. */
 void cuda_grouped_nt(const struct grouped *g);
 void cuda_grouped_nn(const struct grouped *g);
-void cuda_grouped_tn(const struct grouped *g);
+void cuda_grouped_tn(const struct grouped *g, float beta);
 /* d = relu(h)^2 prob, second = h = a b; d = dh from c = h and dy = a b, second = relu(h)^2 prob,
  * partial. */
 void cuda_grouped_nt_act(const struct grouped *g, const struct grouped_act *act);

@@ -22,10 +22,10 @@ static double add_balance_gradient(const real *score, const int64_t *count, doub
 static const int32_t *check_offsets(in_t offsets, int64_t experts, int64_t max_rows);
 
 void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t b, in_t offsets,
-                       int64_t max_rows, out_t c)
+                       int64_t max_rows, double beta, out_t c)
 {
     in_t w = mode == BACKEND_GROUPED_TN ? c : b;
-    ASSERT(w->ndim == 3);
+    ASSERT(w->ndim == 3 && (beta == 0 || (beta == 1 && mode == BACKEND_GROUPED_TN)));
     const int64_t experts = w->shape[0], out = w->shape[1], in = w->shape[2];
     const int32_t *first = check_offsets(offsets, experts, max_rows);
     ref_expect_dense(w, REF_DTYPE, experts * out * in);
@@ -39,6 +39,8 @@ void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t
     for (int64_t e = 0; e < experts; e++) {
         const int rows = first[e + 1] - first[e], n_out = ref_int(out), n_in = ref_int(in);
         real *we = (real *)w->data + e * out * in;
+        if (rows == 0 && mode == BACKEND_GROUPED_TN && beta == 0)
+            memset(we, 0, (size_t)(out * in) * sizeof *we);
         if (rows == 0 || out == 0 || in == 0)
             continue;
         const real *from = ref_row(a, first[e]);
@@ -54,7 +56,7 @@ void REF(grouped_gemm)(struct stream *s, enum backend_grouped mode, in_t a, in_t
             break;
         case BACKEND_GROUPED_TN:
             REF_GEMM(CblasRowMajor, CblasTrans, CblasNoTrans, n_out, n_in, rows, 1, from,
-                     ref_int(a->ld), row, ref_int(b->ld), 1, we, n_in);
+                     ref_int(a->ld), row, ref_int(b->ld), (real)beta, we, n_in);
             break;
         }
     }

@@ -94,12 +94,13 @@ static void compare_matrices(struct gpu_check *g, struct gpu_tensor *dw, const i
     free(index);
 }
 
-static void product_case(struct gpu_check *g, enum backend_grouped mode, enum dtype dtype,
-                         int64_t experts, int64_t rows, int64_t in, int64_t out, enum spread spread)
+static void product_case(struct gpu_check *g, enum backend_grouped mode, double beta,
+                         enum dtype dtype, int64_t experts, int64_t rows, int64_t in, int64_t out,
+                         enum spread spread)
 {
-    if (!gpu_case(g, "grouped_gemm", "%s %lld experts %lldx%lld->%lld %s %s", mode_name[mode],
-                  (long long)experts, (long long)rows, (long long)in, (long long)out,
-                  spread_name[spread], dtype_name(dtype)))
+    if (!gpu_case(g, "grouped_gemm", "%s%s %lld experts %lldx%lld->%lld %s %s", mode_name[mode],
+                  beta != 0 ? " +=" : "", (long long)experts, (long long)rows, (long long)in,
+                  (long long)out, spread_name[spread], dtype_name(dtype)))
         return;
     const bool tn = mode == BACKEND_GROUPED_TN;
     const int64_t spare = 5, a_cols = mode == BACKEND_GROUPED_NT ? in : out,
@@ -110,16 +111,17 @@ static void product_case(struct gpu_check *g, enum backend_grouped mode, enum dt
     struct gpu_tensor *offsets = gpu_vector(g, DTYPE_I32, experts + 1);
     fill_offsets(g, offsets, rows, spread);
     gpu_normal(g, a, 1);
-    gpu_normal(g, w, 1);
+    if (!tn || beta != 0)
+        gpu_normal(g, w, 1);
     if (tn) {
         gpu_normal(g, other, 1);
         gpu_inout(w);
     }
     struct gpu_tensor *b = tn ? other : w, *c = tn ? w : other;
-    gpu_run(g)
-        cuda_grouped_gemm(g->stream, mode, &a->dev, &b->dev, &offsets->dev, rows + spare, &c->dev);
+    gpu_run(g) cuda_grouped_gemm(g->stream, mode, &a->dev, &b->dev, &offsets->dev, rows + spare,
+                                 beta, &c->dev);
     backend_ref_f32.grouped_gemm(g->cpu, mode, &a->host, &b->host, &offsets->host, rows + spare,
-                                 &c->host);
+                                 beta, &c->host);
     if (tn) {
         compare_matrices(g, c, offsets->host.data, rows);
     } else {
@@ -163,7 +165,7 @@ static void act_forward_case(struct gpu_check *g, enum dtype dtype, int64_t expe
     gpu_run(g) cuda_grouped_act_forward(g->stream, &a->dev, &w->dev, &offsets->dev, &prob->dev,
                                         &h->dev, &y->dev);
     backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NT, &a->host, &w->host, &offsets->host,
-                                 rows, &h->host);
+                                 rows, 0, &h->host);
     backend_ref_f32.expert_act_forward(g->cpu, &h->host, &prob->host, &y->host);
     gpu_close(g, h, "h", gpu_summing(dtype, in));
     gpu_close(g, y, "y", act_bound(dtype, rows * out, in));
@@ -192,7 +194,7 @@ static void act_backward_case(struct gpu_check *g, enum dtype dtype, int64_t exp
     gpu_run(g) cuda_grouped_act_backward(g->stream, &a->dev, &w->dev, &offsets->dev, &h->dev,
                                          &prob->dev, &dh->dev, &dprob->dev, again ? &y->dev : NULL);
     backend_ref_f32.grouped_gemm(g->cpu, BACKEND_GROUPED_NN, &a->host, &w->host, &offsets->host,
-                                 rows, &dh->host);
+                                 rows, 0, &dh->host);
     backend_ref_f32.expert_act_backward(g->cpu, &h->host, &prob->host, &dh->host, &dh->host,
                                         &dprob->host, again ? &y->host : NULL);
     gpu_close(g, dh, "dh", act_bound(dtype, rows * in, out));
@@ -216,9 +218,10 @@ static void small_cases(struct gpu_check *g)
         for (int mode = BACKEND_GROUPED_NT; mode <= BACKEND_GROUPED_TN; mode++)
             for (int type = 0; type < 2; type++)
                 for (int spread = EVEN; spread <= SKEWED; spread++)
-                    product_case(g, (enum backend_grouped)mode, type ? DTYPE_BF16 : DTYPE_F32,
-                                 shape[i][0], shape[i][1], shape[i][2], shape[i][3],
-                                 (enum spread)spread);
+                    for (int beta = 0; beta <= (mode == BACKEND_GROUPED_TN); beta++)
+                        product_case(g, (enum backend_grouped)mode, beta,
+                                     type ? DTYPE_BF16 : DTYPE_F32, shape[i][0], shape[i][1],
+                                     shape[i][2], shape[i][3], (enum spread)spread);
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         for (int type = 0; type < 2; type++)
             for (int spread = RANDOM; spread <= SKEWED; spread++) {
@@ -260,6 +263,7 @@ static struct tensor host_matrix(int64_t rows, int64_t cols)
 
 struct production {
     enum backend_grouped mode;
+    double beta; /* of TN */
     int64_t experts, rows, in, out;
     struct gpu_tensor *offsets, *a, *b, *c, *pattern_a, *pattern_b, *pattern_c;
     struct gpu_tensor *h, *prob, *y, *dprob; /* of the activation */
@@ -285,10 +289,10 @@ static void reference(struct gpu_check *g, const struct production *p, int64_t e
                         b = host_matrix(tn ? rows : p->out, p->in);
     host_rows(p->pattern_a, at[e], &a);
     host_rows(p->pattern_b, tn ? at[e] : e * p->out, &b);
-    if (tn)
+    if (p->beta != 0)
         host_rows(p->pattern_c, e * p->out, c);
-    backend_ref_f32.gemm(g->cpu, tn, p->mode == BACKEND_GROUPED_NT, 1, &a, &b, tn ? 1 : 0,
-                         tn ? c : NULL, c);
+    backend_ref_f32.gemm(g->cpu, tn, p->mode == BACKEND_GROUPED_NT, 1, &a, &b, p->beta,
+                         p->beta != 0 ? c : NULL, c);
     free(a.data);
     free(b.data);
 }
@@ -329,7 +333,7 @@ static int ascending(const void *a, const void *b)
 static void grouped_call(struct gpu_check *g, const struct production *p)
 {
     cuda_grouped_gemm(g->stream, p->mode, &p->a->dev, &p->b->dev, &p->offsets->dev, p->rows,
-                      &p->c->dev);
+                      p->beta, &p->c->dev);
 }
 
 /* The same arithmetic as one matrix product: the first expert's weights for all rows. */
@@ -339,7 +343,7 @@ static void dense_call(struct gpu_check *g, const struct production *p)
     const struct gpu_tensor *w = tn ? p->c : p->b;
     const struct tensor one = tensor_row_range(&w->dev, 0, p->out);
     if (tn)
-        cuda_gemm(g->stream, true, false, 1, &p->a->dev, &p->b->dev, 1, &one, &one);
+        cuda_gemm(g->stream, true, false, 1, &p->a->dev, &p->b->dev, p->beta, &one, &one);
     else
         cuda_gemm(g->stream, false, nt, 1, &p->a->dev, &one, 0, NULL, &p->c->dev);
 }
@@ -377,8 +381,8 @@ static void time_in_turn(struct gpu_check *g, const struct production *p, const 
         }
     for (int i = 0; i <= LAUNCHES; i++)
         CHECK_CUDA(cudaEventDestroy(event[i]));
-    printf("# in turn, hot: %s %lld experts %lld->%lld:", mode_name[p->mode], (long long)p->experts,
-           (long long)p->in, (long long)p->out);
+    printf("# in turn, hot: %s%s %lld experts %lld->%lld:", mode_name[p->mode],
+           p->beta != 0 ? " +=" : "", (long long)p->experts, (long long)p->in, (long long)p->out);
     for (int w = 0; w < ways; w++) {
         qsort(us[w], ROUNDS * LAUNCHES, sizeof us[w][0], ascending);
         const double median = us[w][ROUNDS * LAUNCHES / 2];
@@ -388,15 +392,18 @@ static void time_in_turn(struct gpu_check *g, const struct production *p, const 
     printf("\n");
 }
 
-static void production_case(struct gpu_check *g, enum backend_grouped mode, int64_t experts,
-                            int64_t rows, int64_t in, int64_t out, enum spread spread, bool time)
+static void production_case(struct gpu_check *g, enum backend_grouped mode, double beta,
+                            int64_t experts, int64_t rows, int64_t in, int64_t out,
+                            enum spread spread, bool time)
 {
-    if (!gpu_case(g, "grouped_gemm", "%s production %lld experts %lldx%lld->%lld %s",
-                  mode_name[mode], (long long)experts, (long long)rows, (long long)in,
-                  (long long)out, spread_name[spread]))
+    if (!gpu_case(g, "grouped_gemm", "%s%s production %lld experts %lldx%lld->%lld %s",
+                  mode_name[mode], beta != 0 ? " +=" : "", (long long)experts, (long long)rows,
+                  (long long)in, (long long)out, spread_name[spread]))
         return;
     const bool tn = mode == BACKEND_GROUPED_TN, nt = mode == BACKEND_GROUPED_NT;
-    struct production p = { .mode = mode, .experts = experts, .rows = rows, .in = in, .out = out };
+    struct production p = {
+        .mode = mode, .beta = beta, .experts = experts, .rows = rows, .in = in, .out = out
+    };
     p.offsets = gpu_vector(g, DTYPE_I32, experts + 1);
     fill_offsets(g, p.offsets, rows, spread);
     p.pattern_a = gpu_matrix(g, DTYPE_BF16, 1013, nt ? in : out);
@@ -407,11 +414,12 @@ static void production_case(struct gpu_check *g, enum backend_grouped mode, int6
     gpu_normal(g, p.pattern_c, 1);
     p.a = repeated(g, rows, p.pattern_a);
     p.b = repeated(g, tn ? rows : experts * out, p.pattern_b);
-    if (tn) {
+    if (beta != 0) {
         p.c = repeated(g, experts * out, p.pattern_c);
         gpu_inout(p.c);
     } else
-        p.c = gpu_device_only(g, DTYPE_BF16, rows, nt ? out : in);
+        p.c = tn ? gpu_device_only(g, DTYPE_F32, experts * out, in)
+                 : gpu_device_only(g, DTYPE_BF16, rows, nt ? out : in);
     struct gpu_tensor *w = tn ? p.c : p.b;
     const struct tensor flat = w->dev;
     w->dev = tensor_view(flat.data, flat.dtype, PLACE_DEVICE, 3, (int64_t[]){ experts, out, in });
@@ -496,11 +504,14 @@ static void act_production_case(struct gpu_check *g, enum backend_grouped mode, 
 static void production_cases(struct gpu_check *g, bool time)
 {
     for (int mode = BACKEND_GROUPED_NT; mode <= BACKEND_GROUPED_TN; mode++)
-        production_case(g, (enum backend_grouped)mode, 128, 49152, 2688, 1856, RANDOM, time);
-    production_case(g, BACKEND_GROUPED_NT, 128, 49152, 1856, 2688, RANDOM, time);
-    production_case(g, BACKEND_GROUPED_NT, 128, 49152, 2688, 1856, SKEWED, time);
-    production_case(g, BACKEND_GROUPED_NT, 64, 49152, 2688, 1856, RANDOM, time);
-    production_case(g, BACKEND_GROUPED_TN, 64, 49152, 2688, 1856, RANDOM, time);
+        for (int beta = 0; beta <= (mode == BACKEND_GROUPED_TN); beta++)
+            production_case(g, (enum backend_grouped)mode, beta, 128, 49152, 2688, 1856, RANDOM,
+                            time);
+    production_case(g, BACKEND_GROUPED_NT, 0, 128, 49152, 1856, 2688, RANDOM, time);
+    production_case(g, BACKEND_GROUPED_NT, 0, 128, 49152, 2688, 1856, SKEWED, time);
+    production_case(g, BACKEND_GROUPED_NT, 0, 64, 49152, 2688, 1856, RANDOM, time);
+    for (int beta = 0; beta < 2; beta++)
+        production_case(g, BACKEND_GROUPED_TN, beta, 64, 49152, 2688, 1856, RANDOM, time);
     for (int64_t experts = 64; experts <= 128; experts *= 2) {
         act_production_case(g, BACKEND_GROUPED_NT, experts, time);
         act_production_case(g, BACKEND_GROUPED_NN, experts, time);
