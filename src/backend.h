@@ -150,13 +150,15 @@ struct backend_ops {
     void (*embed_merge_backward)(struct stream *s, in_t ids, in_t image_row, in_t dout,
                                  int64_t first, out_t dtable, out_t dimage);
 
-    /* ---- loss (vocabulary rows [first, first+cols) of Vp on this rank; the caller reduces mx, se,
-     * pl over tp) --- */
-    /* mx acc [T] */
-    void (*loss_max)(struct stream *s, in_t logits, out_t mx);
-    /* se = sum exp(logit-mx); pl = logit[label]-mx, 0 when the label is not in this rank's rows. */
-    void (*loss_sum)(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se,
-                     out_t pl);
+    /* ---- loss (vocabulary rows [first, first+cols) of Vp on this rank; the caller reduces mx,
+     * then se and pl over tp) --- */
+    /* mx = the row's largest logit, se = sum exp(logit-mx); acc [T]; -infinity and 0 without
+     * columns. */
+    void (*loss_sum)(struct stream *s, in_t logits, out_t mx, out_t se);
+    /* mx the largest of all ranks' own, which loss_sum gave (mx itself on one rank): se *=
+     * exp(own-mx); pl = logit[label]-mx, 0 when the label is not in this rank's rows. */
+    void (*loss_label)(struct stream *s, in_t logits, in_t labels, int64_t first, in_t own, in_t mx,
+                       out_t se, out_t pl);
     /* loss[t] = log(se)-pl (acc [T]); total acc [1] += sum loss*mask (mask acc [T]). */
     void (*loss_finish)(struct stream *s, in_t se, in_t pl, in_t mask, out_t loss, out_t total);
     /* logits become dlogits = (exp(logit-mx)/se - onehot) * mask, in place. */

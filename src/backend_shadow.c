@@ -393,29 +393,28 @@ void backend_shadow_embed_merge_backward(struct stream *s, in_t ids, in_t image_
 
 /* ---- loss ---- */
 
-void backend_shadow_loss_max(struct stream *s, in_t logits, out_t mx)
-{
-    BEGIN(loss_max, tensor_numel(logits));
-    const struct shadow_pick rows = shadow_rows(&c, tensor_rows(logits));
-    const in_t hlogits = IN(logits, &rows, NULL);
-    const out_t hmx = OUT(mx, &rows, NULL);
-    c.primary->loss_max(s, logits, mx);
-    c.truth->loss_max(&c.cpu, hlogits, hmx);
-    shadow_end(&c);
-}
-
-void backend_shadow_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx,
-                             out_t se, out_t pl)
+void backend_shadow_loss_sum(struct stream *s, in_t logits, out_t mx, out_t se)
 {
     BEGIN(loss_sum, 4 * tensor_numel(logits));
     const struct shadow_pick rows = shadow_rows(&c, tensor_rows(logits));
-    const in_t hlogits = IN(logits, &rows, NULL), hlabels = IN(labels, &rows, NULL),
-               hmx = IN(mx, &rows, NULL);
-    const out_t hse = OUT(se, &rows, NULL);
+    const in_t hlogits = IN(logits, &rows, NULL);
+    const out_t hmx = OUT(mx, &rows, NULL), hse = OUT(se, &rows, NULL);
     shadow_sums(&c, tensor_cols(logits) + 200, 0);
-    const out_t hpl = OUT(pl, &rows, NULL);
-    c.primary->loss_sum(s, logits, labels, first, mx, se, pl);
-    c.truth->loss_sum(&c.cpu, hlogits, hlabels, first, hmx, hse, hpl);
+    c.primary->loss_sum(s, logits, mx, se);
+    c.truth->loss_sum(&c.cpu, hlogits, hmx, hse);
+    shadow_end(&c);
+}
+
+void backend_shadow_loss_label(struct stream *s, in_t logits, in_t labels, int64_t first, in_t own,
+                               in_t mx, out_t se, out_t pl)
+{
+    BEGIN(loss_label, tensor_numel(pl));
+    const struct shadow_pick rows = shadow_rows(&c, tensor_rows(logits));
+    const in_t hlogits = IN(logits, &rows, NULL), hlabels = IN(labels, &rows, NULL),
+               hown = IN(own, &rows, NULL), hmx = IN(mx, &rows, NULL);
+    const out_t hse = OUT(se, &rows, NULL), hpl = OUT(pl, &rows, NULL);
+    c.primary->loss_label(s, logits, labels, first, own, mx, se, pl);
+    c.truth->loss_label(&c.cpu, hlogits, hlabels, first, hown, hmx, hse, hpl);
     shadow_end(&c);
 }
 

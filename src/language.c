@@ -36,13 +36,14 @@ struct language {
     int embedding, final_norm, output; /* parameter indices */
     double eps;
     struct ragged batch;
-    struct tensor ids, labels;      /* I64 [T] */
-    struct tensor mask;             /* acc [T] */
-    struct tensor image_row;        /* I32 [T] */
-    struct tensor x_last;           /* [T/t,H] output of the last layer */
-    struct tensor rs, hidden;       /* acc [T/t], [T/t,H]: final norm */
-    struct tensor logits;           /* [T,Vp/t], in backward their gradient */
-    struct tensor mx, se, pl, loss; /* acc [T] */
+    struct tensor ids, labels; /* I64 [T] */
+    struct tensor mask;        /* acc [T] */
+    struct tensor image_row;   /* I32 [T] */
+    struct tensor x_last;      /* [T/t,H] output of the last layer */
+    struct tensor rs, hidden;  /* acc [T/t], [T/t,H]: final norm */
+    struct tensor logits;      /* [T,Vp/t], in backward their gradient */
+    struct tensor own_mx, mx, se, pl,
+        loss; /* acc [T]; of this rank's words: with tensor parallelism only */
     struct tensor loss_sum, metric; /* acc [1] over micro-batches */
     struct tensor dx, dhidden;      /* [T/t,H] */
     struct tensor dimage;           /* [rows,H] */
@@ -139,6 +140,8 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     lm->hidden = arena_2d(acts, "language.hidden", m->act, local, h);
     lm->logits = arena_2d(acts, "language.logits", m->act, t, vp);
     lm->mx = arena_1d(acts, "language.loss_max", m->acc, t);
+    lm->own_mx =
+        m->topo->language.tp_size > 1 ? arena_1d(acts, "language.loss_own_max", m->acc, t) : lm->mx;
     lm->se = arena_1d(acts, "language.loss_sum_exp", m->acc, t);
     lm->pl = arena_1d(acts, "language.loss_label", m->acc, t);
     lm->loss = arena_1d(acts, "language.loss", m->acc, t);
@@ -245,10 +248,13 @@ static void loss(struct model *m, struct language *lm)
     const struct backend_ops *be = m->be;
     const struct group *tp = &m->topo->language.tp;
     struct stream *s = m->compute;
-    be->loss_max(s, &lm->logits, &lm->mx);
-    if (tp->size > 1)
+    be->loss_sum(s, &lm->logits, &lm->own_mx, &lm->se);
+    if (tp->size > 1) {
+        be->copy(s, &lm->own_mx, &lm->mx);
         m->comm->all_reduce(tp->comm, &lm->mx, COMM_MAX, s);
-    be->loss_sum(s, &lm->logits, &lm->labels, first_word(m), &lm->mx, &lm->se, &lm->pl);
+    }
+    be->loss_label(s, &lm->logits, &lm->labels, first_word(m), &lm->own_mx, &lm->mx, &lm->se,
+                   &lm->pl);
     if (tp->size > 1) {
         m->comm->all_reduce(tp->comm, &lm->se, COMM_SUM, s);
         m->comm->all_reduce(tp->comm, &lm->pl, COMM_SUM, s);

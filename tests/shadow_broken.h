@@ -100,10 +100,11 @@ BROKEN(embed_merge_backward,
        (struct stream * s, in_t ids, in_t image_row, in_t dout, int64_t first, out_t dtable,
         out_t dimage),
        (s, ids, image_row, dout, first, dtable, dimage), dimage ? dimage : dtable)
-BROKEN(loss_max, (struct stream * s, in_t logits, out_t mx), (s, logits, mx), mx)
-BROKEN(loss_sum,
-       (struct stream * s, in_t logits, in_t labels, int64_t first, in_t mx, out_t se, out_t pl),
-       (s, logits, labels, first, mx, se, pl), pl)
+BROKEN(loss_sum, (struct stream * s, in_t logits, out_t mx, out_t se), (s, logits, mx, se), se)
+BROKEN(loss_label,
+       (struct stream * s, in_t logits, in_t labels, int64_t first, in_t own, in_t mx, out_t se,
+        out_t pl),
+       (s, logits, labels, first, own, mx, se, pl), pl)
 BROKEN(loss_finish, (struct stream * s, in_t se, in_t pl, in_t mask, out_t loss, out_t total),
        (s, se, pl, mask, loss, total), total)
 BROKEN(loss_backward,

@@ -315,9 +315,10 @@ static inline void loss_cases(struct bench *b, int calls)
                         *total = sum_vector(b, 1);
     BENCH_RUN(b)
     {
-        b->be->loss_max(b->stream, &logits->t, &mx->t);
+        b->be->loss_sum(b->stream, &logits->t, &mx->t, &se->t);
         if (calls > 1)
-            b->be->loss_sum(b->stream, &logits->t, &labels->t, first, &mx->t, &se->t, &pl->t);
+            b->be->loss_label(b->stream, &logits->t, &labels->t, first, &mx->t, &mx->t, &se->t,
+                              &pl->t);
         if (calls > 2)
             b->be->loss_finish(b->stream, &se->t, &pl->t, &mask->t, &loss->t, &total->t);
         if (calls > 3)
@@ -326,11 +327,11 @@ static inline void loss_cases(struct bench *b, int calls)
     }
 }
 
-CASE(loss_max)
+CASE(loss_sum)
 {
     loss_cases(b, 1);
 }
-CASE(loss_sum)
+CASE(loss_label)
 {
     loss_cases(b, 2);
 }

@@ -33,8 +33,8 @@ static void pieces_free(struct pieces *p)
 /* The three forward steps on one rank that holds the whole vocabulary. */
 static void forward_all(bool fp64, const struct tensor *logits, const struct pieces *p)
 {
-    REF_CHECK_OP(fp64, loss_max)(NULL, logits, &p->mx);
-    REF_CHECK_OP(fp64, loss_sum)(NULL, logits, &p->labels, 0, &p->mx, &p->se, &p->pl);
+    REF_CHECK_OP(fp64, loss_sum)(NULL, logits, &p->mx, &p->se);
+    REF_CHECK_OP(fp64, loss_label)(NULL, logits, &p->labels, 0, &p->mx, &p->mx, &p->se, &p->pl);
     REF_CHECK_OP(fp64, loss_finish)(NULL, &p->se, &p->pl, &p->mask, &p->loss, &p->total);
 }
 
@@ -106,7 +106,7 @@ static void gradient_of_logits(void **state)
     }
 }
 
-/* loss_max and loss_sum on vocabulary shards of `per` columns of the same buffer, reduced as the
+/* loss_sum and loss_label on vocabulary shards of `per` columns of the same buffer, reduced as the
  * caller does it, against one rank that holds all; then the gradient of the shards in place.
  * Labels: one of each shard, padded rows of the vocabulary, -100 and beyond. */
 static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64_t per)
@@ -137,12 +137,14 @@ static void shards_against_whole(bool fp64, int64_t tokens, int64_t vocab, int64
             view.data = (char *)parts.data + (size_t)first * dtype_bytes(parts.dtype);
             view.shape[1] = vocab - first < per ? vocab - first : per;
             if (pass == 0)
-                REF_CHECK_OP(fp64, loss_max)(NULL, &view, &shard.mx);
-            else if (pass == 1)
-                REF_CHECK_OP(fp64, loss_sum)
-            (NULL, &view, &whole.labels, first, &sum.mx, &shard.se, &shard.pl);
-            else REF_CHECK_OP(fp64, loss_backward)(NULL, &whole.labels, first, &sum.mx, &sum.se,
-                                                   &whole.mask, &view);
+                REF_CHECK_OP(fp64, loss_sum)(NULL, &view, &shard.mx, &shard.se);
+            else if (pass == 1) { /* what pass 0 gave, of which the last shard's is left */
+                REF_CHECK_OP(fp64, loss_sum)(NULL, &view, &shard.mx, &shard.se);
+                REF_CHECK_OP(fp64, loss_label)
+                (NULL, &view, &whole.labels, first, &shard.mx, &sum.mx, &shard.se, &shard.pl);
+            } else
+                REF_CHECK_OP(fp64, loss_backward)
+            (NULL, &whole.labels, first, &sum.mx, &sum.se, &whole.mask, &view);
             for (int64_t t = 0; t < tokens && pass < 2; t++) {
                 if (pass == 0)
                     ref_check_set(
@@ -271,8 +273,12 @@ static void no_tokens_and_no_columns_are_legal(void **state)
         forward_all(fp64, &logits, &p);
         REF_CHECK_OP(fp64, loss_backward)(NULL, &p.labels, 0, &p.mx, &p.se, &p.mask, &logits);
         ref_check_value(ref_check_get(&p.total, 0, 0), 0, 0, "total of no tokens");
-        REF_CHECK_OP(fp64, loss_max)(NULL, &empty, &q.mx);
-        assert_true(ref_check_get(&q.mx, 0, 2) == -INFINITY);
+        REF_CHECK_OP(fp64, loss_sum)(NULL, &empty, &q.mx, &q.se);
+        assert_true(ref_check_get(&q.mx, 0, 2) == -INFINITY && ref_check_get(&q.se, 0, 2) == 0);
+        ref_check_fill(&q.labels, 1);
+        ref_check_fill(&q.loss, 5);
+        REF_CHECK_OP(fp64, loss_label)(NULL, &empty, &q.labels, 0, &q.mx, &q.loss, &q.se, &q.pl);
+        assert_true(ref_check_get(&q.se, 0, 2) == 0 && ref_check_get(&q.pl, 0, 2) == 0);
         ref_check_free(&logits);
         ref_check_free(&empty);
         pieces_free(&p);

@@ -16,8 +16,8 @@ extern "C" {
     X(copy) X(fill) X(cast) X(initialise) X(gemm) X(grouped_gemm) X(add) X(add_bias) \
     X(bias_backward) X(activation_forward) X(activation_backward) X(rmsnorm_forward) \
     X(rmsnorm_backward) X(layernorm_forward) X(layernorm_backward) X(attention_forward) \
-    X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) X(embed_merge_backward) X(loss_max) \
-    X(loss_sum) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) \
+    X(gather_rows) X(gather_sum_rows) X(embed_merge_forward) X(embed_merge_backward) X(loss_sum) \
+    X(loss_label) X(loss_finish) X(loss_backward) X(conv_forward) X(conv_backward) X(ssd_forward) \
     X(ssd_backward) X(gated_norm_forward) X(gated_norm_backward) X(router_forward) \
     X(router_balance) X(router_balance_loss) X(router_backward) X(moe_sort) X(dispatch_order) \
     X(moe_unsort_prob) X(expert_act_forward) X(expert_act_backward) X(grouped_act_forward) \

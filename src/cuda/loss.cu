@@ -1,10 +1,10 @@
 /* loss.cu - cross entropy over vocabulary rows spread on ranks (model.md 1.9). A block has a row of
- * logits; the caller reduces mx (max), se and pl (sum) over its group in between. All sums are fp32
- * in a fixed order; the total is added up in double.
+ * logits; the caller reduces mx (max), then se and pl (sum) over its group in between. All sums are
+ * fp32 in a fixed order; the total is added up in double.
  */
 #include "vector.cuh"
 
-enum { THREADS = 512 };
+enum { THREADS = 512, AT_ONCE = 4 };
 
 /* f(values, their number, first column) for every chunk of a row, thread by thread. */
 template <bool VEC, class T, class F>
@@ -18,44 +18,73 @@ __device__ __forceinline__ void each_chunk(T *row, int64_t cols, F f)
     }
 }
 
-template <bool VEC, class T>
-static __global__ void __launch_bounds__(THREADS) max_kernel(matrix<const T> logits, float *mx)
+/* exp(x), x <= 0. Of differences of numbers in bf16 the hardware's, which is good to 2^-22 (1-x).
+ */
+template <class T> __device__ __forceinline__ float exponential(float x)
 {
-    __shared__ float shared[WARP];
-    float most = -INFINITY;
-    each_chunk<VEC>(logits.row(blockIdx.x), logits.cols,
-                    [&](const float(&v)[CHUNK], int n, int64_t) {
-#pragma unroll
-                        for (int i = 0; i < CHUNK; i++)
-                            most = i < n ? fmaxf(most, v[i]) : most;
-                    });
-    most = block_max(most, shared);
-    if (threadIdx.x == 0)
-        mx[blockIdx.x] = most;
+    return sizeof(T) == 2 ? __expf(x) : expf(x);
 }
 
+/* Maximum and sum in one pass: a thread keeps its sum relative to the largest it has seen, chunks
+ * AT_ONCE at a time. Threads that have seen nothing finite hold 0 relative to -infinity; not a
+ * number stays in the sum. */
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
-    sum_kernel(matrix<const T> logits, const int64_t *labels, int64_t first, const float *mx,
-               float *se, float *pl)
+    sum_kernel(matrix<const T> logits, float *mx, float *se)
 {
     __shared__ float shared[WARP];
     const T *row = logits.row(blockIdx.x);
-    const float most = mx[blockIdx.x];
-    float sum = 0;
-    each_chunk<VEC>(row, logits.cols, [&](const float(&v)[CHUNK], int n, int64_t) {
-        float part = 0;
+    float most = -INFINITY, sum = 0;
+    for (int64_t c = threadIdx.x * (int64_t)CHUNK; c < logits.cols;
+         c += (int64_t)THREADS * CHUNK * AT_ONCE) {
+        chunk<T> part[AT_ONCE];
+        float v[CHUNK], top = most, add = 0;
 #pragma unroll
-        for (int i = 0; i < CHUNK; i++)
-            part += i < n ? expf(v[i] - most) : 0.0f;
-        sum += part;
-    });
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) {
-        const int64_t label = labels[blockIdx.x] - first;
-        se[blockIdx.x] = sum;
-        pl[blockIdx.x] = label >= 0 && label < logits.cols ? to_float(row[label]) - most : 0.0f;
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int64_t at = c + k * THREADS * CHUNK;
+            part[k] = read_chunk<VEC>(row + at, chunk_size(logits.cols, at));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int n = chunk_size(logits.cols, c + k * THREADS * CHUNK);
+            widen_chunk(part[k], v);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++)
+                top = i < n ? fmaxf(top, v[i]) : top;
+        }
+        if (top > most)
+            sum *= expf(most - top);
+        most = top;
+        const float shift = most == -INFINITY ? 0 : most;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int n = chunk_size(logits.cols, c + k * THREADS * CHUNK);
+            widen_chunk(part[k], v);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++)
+                add += i < n ? exponential<T>(v[i] - shift) : 0.0f;
+        }
+        sum += add;
     }
+    const float all = block_max(most, shared);
+    sum = block_sum(most == all ? sum : sum * expf(most - all), shared);
+    if (threadIdx.x == 0) {
+        mx[blockIdx.x] = all;
+        se[blockIdx.x] = sum;
+    }
+}
+
+template <class T>
+static __global__ void __launch_bounds__(THREADS)
+    label_kernel(matrix<const T> logits, const int64_t *labels, int64_t first, const float *own,
+                 const float *mx, float *se, float *pl)
+{
+    const int64_t t = blockIdx.x * (int64_t)THREADS + threadIdx.x;
+    if (t >= logits.rows)
+        return;
+    const int64_t label = labels[t] - first;
+    se[t] *= expf(own[t] - mx[t]);
+    pl[t] = label >= 0 && label < logits.cols ? to_float(logits.row(t)[label]) - mx[t] : 0.0f;
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -91,7 +120,7 @@ static __global__ void __launch_bounds__(THREADS)
     each_chunk<VEC>(row, logits.cols, [&](float(&v)[CHUNK], int n, int64_t c) {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
-            v[i] = keep == 0.0f ? 0.0f : expf(v[i] - most) * scale;
+            v[i] = keep == 0.0f ? 0.0f : exponential<T>(v[i] - most) * scale;
             if (c + i == label)
                 v[i] -= keep;
         }
@@ -104,39 +133,38 @@ static void check_rows(in_t per_row, int64_t rows)
     ASSERT(tensor_numel(per_row) == rows);
 }
 
-extern "C" void cuda_loss_max(struct stream *s, in_t logits, out_t mx)
+extern "C" void cuda_loss_sum(struct stream *s, in_t logits, out_t mx, out_t se)
 {
     const int64_t rows = tensor_rows(logits);
-    check_rows(mx, rows);
-    if (rows == 0)
-        return;
-    by_type(logits, [&](auto zero) {
-        using T = decltype(zero);
-        by_flag(chunks_aligned({ logits }), [&](auto vec) {
-            max_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(logits), (float *)mx->data);
-        });
-    });
-    CHECK_LAUNCH();
-}
-
-extern "C" void cuda_loss_sum(struct stream *s, in_t logits, in_t labels, int64_t first, in_t mx,
-                              out_t se, out_t pl)
-{
-    const int64_t rows = tensor_rows(logits);
-    check_rows(labels, rows);
     check_rows(mx, rows);
     check_rows(se, rows);
-    check_rows(pl, rows);
     if (rows == 0)
         return;
     by_type(logits, [&](auto zero) {
         using T = decltype(zero);
         by_flag(chunks_aligned({ logits }), [&](auto vec) {
             sum_kernel<decltype(vec)::value, T><<<(unsigned)rows, THREADS, 0, cuda_stream_of(s)>>>(
-                as_matrix<const T>(logits), (const int64_t *)labels->data, first,
-                (const float *)mx->data, (float *)se->data, (float *)pl->data);
+                as_matrix<const T>(logits), (float *)mx->data, (float *)se->data);
         });
+    });
+    CHECK_LAUNCH();
+}
+
+extern "C" void cuda_loss_label(struct stream *s, in_t logits, in_t labels, int64_t first, in_t own,
+                                in_t mx, out_t se, out_t pl)
+{
+    const int64_t rows = tensor_rows(logits);
+    ASSERT(labels->dtype == DTYPE_I64);
+    for (in_t t : { labels, own, mx, se, pl })
+        check_rows(t, rows);
+    if (rows == 0)
+        return;
+    by_type(logits, [&](auto zero) {
+        using T = decltype(zero);
+        label_kernel<T><<<blocks_for(rows, THREADS), THREADS, 0, cuda_stream_of(s)>>>(
+            as_matrix<const T>(logits), (const int64_t *)labels->data, first,
+            (const float *)own->data, (const float *)mx->data, (float *)se->data,
+            (float *)pl->data);
     });
     CHECK_LAUNCH();
 }

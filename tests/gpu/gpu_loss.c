@@ -9,14 +9,14 @@ static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
 {
     const char *shape = "%lldx%lld from %lld %s pad %d";
     for (int op = 0; op < 3; op++) {
-        static const char *const name[] = { "loss_max", "loss_sum", "loss_backward" };
+        static const char *const name[] = { "loss_sum", "loss_label", "loss_backward" };
         if (!gpu_case(g, name[op], shape, (long long)rows, (long long)cols, (long long)first,
                       dtype_name(dtype), g->pad))
             continue;
         struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols),
                           *label = gpu_vector(g, DTYPE_I64, rows),
                           *mask = gpu_vector(g, DTYPE_F32, rows);
-        struct gpu_tensor *mx = gpu_vector(g, DTYPE_F32, rows),
+        struct gpu_tensor *own = gpu_vector(g, DTYPE_F32, rows),
                           *se = gpu_vector(g, DTYPE_F32, rows);
         gpu_normal(g, x, 3);
         gpu_integers(g, label, first - 3, first + cols + 3); /* some belong to other ranks */
@@ -24,38 +24,79 @@ static void loss_case(struct gpu_check *g, enum dtype dtype, int64_t rows, int64
             ((float *)mask->host.data)[i] = (float)(gpu_random(g) % 3 != 0);
         gpu_upload(g, mask);
         if (op == 0) {
-            gpu_run(g) cuda_loss_max(g->stream, &x->dev, &mx->dev);
-            backend_ref_f32.loss_max(g->cpu, &x->host, &mx->host);
-            gpu_close(g, mx, "mx", (struct gpu_bound){ 0, 0 });
+            gpu_run(g) cuda_loss_sum(g->stream, &x->dev, &own->dev, &se->dev);
+            backend_ref_f32.loss_sum(g->cpu, &x->host, &own->host, &se->host);
+            gpu_close(g, own, "mx", (struct gpu_bound){ 0, 0 });
+            gpu_close(g, se, "se", gpu_summing(DTYPE_F32, cols + 200));
             gpu_report(g, (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
             continue;
         }
-        backend_ref_f32.loss_max(g->cpu, &x->host, &mx->host);
-        gpu_upload(g, mx);
+        backend_ref_f32.loss_sum(g->cpu, &x->host, &own->host, &se->host);
+        gpu_upload(g, own);
+        gpu_upload(g, se);
         struct gpu_tensor *picked = gpu_vector(g, DTYPE_F32, rows);
         if (op == 1) {
-            gpu_run(g) cuda_loss_sum(g->stream, &x->dev, &label->dev, first, &mx->dev, &se->dev,
-                                     &picked->dev);
-            backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host,
-                                     &picked->host);
-            gpu_close(g, se, "se", gpu_summing(DTYPE_F32, cols + 200));
+            struct gpu_tensor *mx = gpu_vector(g, DTYPE_F32, rows);
+            for (int64_t i = 0; i < rows; i++) /* of another rank's words, or of these */
+                ((float *)mx->host.data)[i] =
+                    ((float *)own->host.data)[i] + (float)(gpu_random(g) % 5);
+            gpu_upload(g, mx);
+            gpu_inout(se);
+            gpu_run(g) cuda_loss_label(g->stream, &x->dev, &label->dev, first, &own->dev, &mx->dev,
+                                       &se->dev, &picked->dev);
+            backend_ref_f32.loss_label(g->cpu, &x->host, &label->host, first, &own->host, &mx->host,
+                                       &se->host, &picked->host);
+            gpu_close(g, se, "se", gpu_rounding(DTYPE_F32));
             gpu_close(g, picked, "pl", gpu_rounding(DTYPE_F32));
-            gpu_report(g, (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
+            gpu_report(g, 0, 0);
             continue;
         }
-        backend_ref_f32.loss_sum(g->cpu, &x->host, &label->host, first, &mx->host, &se->host,
-                                 &picked->host);
-        gpu_upload(g, se);
         gpu_inout(x);
-        gpu_run(g) cuda_loss_backward(g->stream, &label->dev, first, &mx->dev, &se->dev, &mask->dev,
-                                      &x->dev);
-        backend_ref_f32.loss_backward(g->cpu, &label->host, first, &mx->host, &se->host,
+        gpu_run(g) cuda_loss_backward(g->stream, &label->dev, first, &own->dev, &se->dev,
+                                      &mask->dev, &x->dev);
+        backend_ref_f32.loss_backward(g->cpu, &label->host, first, &own->host, &se->host,
                                       &mask->host, &x->host);
         gpu_close(g, x, "dlogits",
                   dtype == DTYPE_BF16 ? (struct gpu_bound){ 4.2e-3, 5e-3 }
                                       : (struct gpu_bound){ 2e-6, 2e-5 });
         gpu_report(g, 2.0 * (double)(rows * cols) * (double)dtype_bytes(dtype), 0);
     }
+}
+
+/* Rows that training may meet: -infinity among numbers, nothing else, +infinity, not a number. */
+static void odd_logits_case(struct gpu_check *g, enum dtype dtype)
+{
+    enum { ROWS = 6, COLS = 70001 };
+    if (!gpu_case(g, "loss_sum", "infinities %s pad %d", dtype_name(dtype), g->pad))
+        return;
+    struct gpu_tensor *x = gpu_matrix(g, dtype, ROWS, COLS), *mx = gpu_vector(g, DTYPE_F32, ROWS),
+                      *se = gpu_vector(g, DTYPE_F32, ROWS);
+    gpu_normal(g, x, 3);
+    float *v = x->host.data;
+    for (int64_t i = 0; i < COLS; i++) {
+        v[i] = i % 3 || i < 40000 ? -INFINITY : v[i];
+        v[COLS + i] = i == COLS - 1 ? 2.5f : -INFINITY;
+    }
+    v[2 * COLS + 4711] = INFINITY;
+    v[3 * COLS + 4711] = NAN;
+    v[4 * COLS + 4711] = 300;
+    gpu_upload(g, x);
+    gpu_run(g) cuda_loss_sum(g->stream, &x->dev, &mx->dev, &se->dev);
+    backend_ref_f32.loss_sum(g->cpu, &x->host, &mx->host, &se->host);
+    for (int64_t r = 0; r < ROWS; r++) { /* not a number has many patterns */
+        float got, *want = (float *)se->host.data + r;
+        memcpy(&got, se->got + se->begin + (size_t)r * sizeof got, sizeof got);
+        if (isnan(got) != isnan(*want))
+            gpu_fail(g, "se[%lld]: got %g, want %g", (long long)r, (double)got, (double)*want);
+        if (isnan(*want)) {
+            const float zero = 0;
+            memcpy(se->got + se->begin + (size_t)r * sizeof zero, &zero, sizeof zero);
+            *want = 0;
+        }
+    }
+    gpu_equal(g, mx, "mx");
+    gpu_close(g, se, "se", gpu_summing(DTYPE_F32, COLS + 200));
+    gpu_report(g, 0, 0);
 }
 
 static void finish_case(struct gpu_check *g, int64_t rows)
@@ -297,6 +338,8 @@ int main(int argc, char **argv)
             loss_case(g, type[t], 1, 1, 0);
             loss_case(g, type[t], 64, 512, 0);
             loss_case(g, type[t], 37, 1009, 500);
+            loss_case(g, type[t], 5, 40001, 7);
+            odd_logits_case(g, type[t]);
             loss_case(g, type[t], 0, 64, 0);
             adamw_case(g, type[t], 1, 1);
             adamw_case(g, type[t], 10007, 3);
