@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cuda_sizes.h"
 #include "cuda_util.h"
+#include "gpu_threads.h"
 
 enum { GUARD = 256, REPEATS = 25, WARM = 3, SHOWN = 3, ONLY = 16, REPLICAS = 24 };
 /* The L2 cache; what keeps the device busy while calls are queued; cases with less memory are not
@@ -216,6 +217,8 @@ void gpu_inout(struct gpu_tensor *t)
     t->written = true;
 }
 
+static const uint64_t STRIDE = 0x9E3779B97F4A7C15u;
+
 static uint64_t mix(uint64_t z)
 {
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -226,31 +229,60 @@ static uint64_t mix(uint64_t z)
 uint64_t gpu_random(struct gpu_check *g)
 {
     struct state *s = state_of(g);
-    return mix(s->random += 0x9E3779B97F4A7C15u);
+    return mix(s->random += STRIDE);
+}
+
+/* Draws first.. of a tensor's: number i of the case's stream after `start`. */
+struct draw {
+    float *to;
+    uint64_t start;
+    double low, range;
+};
+
+static uint64_t draw_at(const struct draw *d, int64_t i)
+{
+    return mix(d->start + (uint64_t)(i + 1) * STRIDE);
 }
 
 /* The sum of four uniform numbers: smooth, bounded by 3.5 sigma, and one draw of bits. */
-void gpu_normal(struct gpu_check *g, struct gpu_tensor *t, double sigma)
+static void draw_normal(const void *ctx, int64_t first, int64_t end, struct found *found)
 {
-    float *p = t->host.data;
-    const int64_t n = tensor_numel(&t->host);
-    const float scale = (float)(sigma * 1.7320508 / 65536.0);
-    for (int64_t i = 0; i < n; i++) {
-        const uint64_t b = gpu_random(g);
+    const struct draw *d = ctx;
+    const float scale = (float)(d->range * 1.7320508 / 65536.0);
+    for (int64_t i = first; i < end; i++) {
+        const uint64_t b = draw_at(d, i);
         const int sum =
             (int)(b & 0xffff) + (int)(b >> 16 & 0xffff) + (int)(b >> 32 & 0xffff) + (int)(b >> 48);
-        p[i] = (float)(sum - 131070) * scale;
+        d->to[i] = (float)(sum - 131070) * scale;
     }
+}
+
+static void draw_uniform(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct draw *d = ctx;
+    for (int64_t i = first; i < end; i++)
+        d->to[i] = (float)(d->low + d->range * (double)(draw_at(d, i) >> 40) / 16777216.0);
+}
+
+static void draw(struct gpu_check *g, struct gpu_tensor *t, element_work *work, double low,
+                 double range)
+{
+    struct state *s = state_of(g);
+    const int64_t n = tensor_numel(&t->host);
+    const struct draw d = { t->host.data, s->random, low, range };
+    on_all_cores(n, work, &d);
+    s->random += (uint64_t)n * STRIDE;
     gpu_upload(g, t);
+}
+
+void gpu_normal(struct gpu_check *g, struct gpu_tensor *t, double sigma)
+{
+    draw(g, t, draw_normal, 0, sigma);
 }
 
 void gpu_uniform(struct gpu_check *g, struct gpu_tensor *t, double low, double high)
 {
-    float *p = t->host.data;
-    const int64_t n = tensor_numel(&t->host);
-    for (int64_t i = 0; i < n; i++)
-        p[i] = (float)(low + (high - low) * (double)(gpu_random(g) >> 40) / 16777216.0);
-    gpu_upload(g, t);
+    draw(g, t, draw_uniform, low, high - low);
 }
 
 void gpu_integers(struct gpu_check *g, struct gpu_tensor *t, int64_t low, int64_t high)
@@ -266,6 +298,28 @@ void gpu_integers(struct gpu_check *g, struct gpu_tensor *t, int64_t low, int64_
     gpu_upload(g, t);
 }
 
+/* To bf16 and back, or back only. */
+struct rounding {
+    float *wide;
+    uint16_t *narrow;
+};
+
+static void round_elements(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct rounding *r = ctx;
+    for (int64_t i = first; i < end; i++) {
+        r->narrow[i] = bf16_from_float(r->wide[i]);
+        r->wide[i] = bf16_to_float(r->narrow[i]);
+    }
+}
+
+static void widen_elements(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct rounding *r = ctx;
+    for (int64_t i = first; i < end; i++)
+        r->wide[i] = bf16_to_float(r->narrow[i]);
+}
+
 void gpu_upload(struct gpu_check *g, struct gpu_tensor *t)
 {
     const int64_t rows = tensor_rows(&t->dev), cols = tensor_cols(&t->dev), n = rows * cols;
@@ -278,10 +332,7 @@ void gpu_upload(struct gpu_check *g, struct gpu_tensor *t)
     if (t->dev.dtype == DTYPE_BF16) {
         float *p = t->host.data;
         narrow = xmalloc((size_t)n, sizeof *narrow);
-        for (int64_t i = 0; i < n; i++) {
-            narrow[i] = bf16_from_float(p[i]);
-            p[i] = bf16_to_float(narrow[i]);
-        }
+        on_all_cores(n, round_elements, &(struct rounding){ p, narrow });
         from = narrow;
     }
     CHECK_CUDA(cudaMemcpy2D(t->dev.data, (size_t)t->dev.ld * width, from, (size_t)cols * width,
@@ -301,8 +352,8 @@ void gpu_download(struct gpu_check *g, struct gpu_tensor *t)
     CHECK_CUDA(cudaMemcpy2D(raw, (size_t)cols * width, t->dev.data, (size_t)t->dev.ld * width,
                             (size_t)cols * width, (size_t)rows, cudaMemcpyDeviceToHost));
     if (t->dev.dtype == DTYPE_BF16)
-        for (int64_t i = 0; i < n; i++)
-            ((float *)t->host.data)[i] = bf16_to_float(((const uint16_t *)(const void *)raw)[i]);
+        on_all_cores(n, widen_elements,
+                     &(struct rounding){ t->host.data, (uint16_t *)(void *)raw });
     else
         memcpy(t->host.data, raw, (size_t)n * width);
     free(raw);
@@ -403,7 +454,7 @@ static void look_at_second(struct gpu_check *g)
             continue;
         unsigned char *now = xmalloc(t->bytes, 1);
         CHECK_CUDA(cudaMemcpy(now, t->memory, t->bytes, cudaMemcpyDeviceToHost));
-        for (size_t i = 0; i < t->bytes; i++)
+        for (size_t i = 0; i < t->bytes && memcmp(now, t->got, t->bytes) != 0; i++)
             if (now[i] != t->got[i]) {
                 gpu_fail(
                     g,
@@ -521,43 +572,100 @@ static void note(struct state *s, const char *name, double error, double bound)
     }
 }
 
+/* Rows of t against want's; rms of want once it is known. */
+struct comparison {
+    const struct gpu_tensor *t;
+    const int64_t *row;
+    const struct tensor *want;
+    double rms;
+};
+
+static int64_t row_of(const struct comparison *c, int64_t i)
+{
+    return c->row ? c->row[i] : i;
+}
+
+static double wanted(const struct comparison *c, int64_t r, int64_t col)
+{
+    return ((const float *)c->want->data)[r * c->want->ld + col];
+}
+
+static double element_error(const struct comparison *c, int64_t r, int64_t col)
+{
+    const double w = wanted(c, r, col), v = value_at(c->t, row_of(c, r), col),
+                 e = v == w ? 0 : fabs(v - w) / (fabs(w) + c->rms);
+    return isnan(e) ? INFINITY : e;
+}
+
+static void add_squares(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct comparison *c = ctx;
+    const int64_t cols = tensor_cols(c->want);
+    for (int64_t i = first; i < end; i++) {
+        const double w = wanted(c, i / cols, i % cols),
+                     d = value_at(c->t, row_of(c, i / cols), i % cols) - w;
+        found->square += w * w;
+        found->difference += d * d;
+    }
+}
+
+static void find_worst(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct comparison *c = ctx;
+    const int64_t cols = tensor_cols(c->want);
+    for (int64_t i = first; i < end; i++)
+        found->worst = fmax(found->worst, element_error(c, i / cols, i % cols));
+}
+
+/* How many of t's elements are no numbers. */
+static void count_strange(const void *ctx, int64_t first, int64_t end, struct found *found)
+{
+    const struct gpu_tensor *t = ctx;
+    const int64_t cols = tensor_cols(&t->dev);
+    for (int64_t i = first; i < end; i++)
+        found->square += !isfinite(value_at(t, i / cols, i % cols));
+}
+
+/* The first few elements that are beyond the bound or no numbers. */
+static void show(struct gpu_check *g, const struct comparison *c, const char *name, double bound)
+{
+    const int64_t cols = tensor_cols(&c->t->dev), rows = tensor_rows(&c->t->dev);
+    int shown = 0;
+    for (int64_t i = 0; i < tensor_numel(c->want) && shown < SHOWN; i++)
+        if (!(element_error(c, i / cols, i % cols) <= bound)) {
+            const int64_t r = row_of(c, i / cols);
+            gpu_fail(g, "%s[%lld,%lld]: got %.8g, want %.8g (rms %.3g)", name, (long long)r,
+                     (long long)(i % cols), value_at(c->t, r, i % cols),
+                     wanted(c, i / cols, i % cols), c->rms);
+            shown++;
+        }
+    for (int64_t i = 0; c->row && i < rows * cols && shown < SHOWN; i++)
+        if (!isfinite(value_at(c->t, i / cols, i % cols))) {
+            gpu_fail(g, "%s[%lld,%lld]: got %g", name, (long long)(i / cols), (long long)(i % cols),
+                     value_at(c->t, i / cols, i % cols));
+            shown++;
+        }
+}
+
 void gpu_close_rows(struct gpu_check *g, struct gpu_tensor *t, const char *name, const int64_t *row,
                     int64_t n, const struct tensor *want, struct gpu_bound bound)
 {
     struct state *s = state_of(g);
-    const int64_t cols = tensor_cols(&t->dev), rows = tensor_rows(&t->dev);
-    double square = 0, difference = 0, worst = 0;
-    int shown = 0;
+    const int64_t cols = tensor_cols(&t->dev), count = n * cols;
+    struct comparison c = { t, row, want, 0 };
     ASSERT(want->dtype == DTYPE_F32 && n == tensor_rows(want) && cols == tensor_cols(want) &&
            t->got);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t c = 0; c < cols; c++) {
-            const double w = ((const float *)want->data)[i * want->ld + c],
-                         d = value_at(t, row ? row[i] : i, c) - w;
-            square += w * w;
-            difference += d * d;
-        }
-    const double rms = sqrt(square / (double)(n > 0 && cols > 0 ? n * cols : 1));
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t c = 0; c < cols; c++) {
-            const int64_t r = row ? row[i] : i;
-            const double w = ((const float *)want->data)[i * want->ld + c], v = value_at(t, r, c);
-            const double e = v == w ? 0 : fabs(v - w) / (fabs(w) + rms);
-            if (!(e <= worst))
-                worst = e;
-            if (!(e <= bound.element) && shown++ < SHOWN)
-                gpu_fail(g, "%s[%lld,%lld]: got %.8g, want %.8g (rms %.3g)", name, (long long)r,
-                         (long long)c, v, w, rms);
-        }
-    for (int64_t r = 0; row && r < rows; r++)
-        for (int64_t c = 0; c < cols; c++)
-            if (!isfinite(value_at(t, r, c)) && shown++ < SHOWN)
-                gpu_fail(g, "%s[%lld,%lld]: got %g", name, (long long)r, (long long)c,
-                         value_at(t, r, c));
+    const struct found sums = on_all_cores(count, add_squares, &c);
+    c.rms = sqrt(sums.square / (double)(count > 0 ? count : 1));
+    const double worst = on_all_cores(count, find_worst, &c).worst;
+    const bool strange =
+        row && on_all_cores(tensor_rows(&t->dev) * cols, count_strange, t).square > 0;
+    if (strange || !(worst <= bound.element))
+        show(g, &c, name, bound.element);
     /* The bound is on a root mean square; of few numbers, of which one may outweigh the rest, it
      * may be twice as large. */
-    const double error = difference == 0 ? 0 : sqrt(difference / square),
-                 most = bound.frobenius * fmin(2, 1 + 3 / sqrt((double)(n * cols) + 1e-9));
+    const double error = sums.difference == 0 ? 0 : sqrt(sums.difference / sums.square),
+                 most = bound.frobenius * fmin(2, 1 + 3 / sqrt((double)count + 1e-9));
     if (!(error <= most))
         gpu_fail(g, "%s: relative error %.3g, bound %.3g; largest of an element %.3g", name, error,
                  most, worst);
