@@ -30,7 +30,7 @@ class Section:
     """Tolerances {quantity: (atol, rtol, source)} and where in reference.h5 their values are."""
 
     def __init__(self, group=""):
-        self.group, self.tolerance, self.until_flip, self.within = group, {}, False, []
+        self.group, self.tolerance, self.until_flip, self.unpinned, self.within = group, {}, False, False, []
 
     def quantities(self):
         return [q for q in DATASETS + MORE if q in self.tolerance]
@@ -52,7 +52,7 @@ class Case:
         limit <seconds>                           per launch; 600 if not given
         needs <feature>=<value>                   of `mimo --features`; otherwise every launch is a SKIP
         backend cuda                              of every launch that names no run.backend
-        unpinned                                  there is no reference yet: judged by `within`, `memory` and `identity` alone
+        unpinned                                  these launches have no reference yet: judged by `within`, `memory` and `identity` alone
         memory <share>                            what a launch takes of its GPUs' memory differs from --check's table by no larger share
         identity <kind> [n]                       in every launch, besides the reference, bit for bit: the launch again (repeat), stopped
                                                   after n iterations and resumed (resume; restart: the trace alone, which leaves out two
@@ -72,7 +72,7 @@ class Case:
         self.deck, self.reference = os.path.join(folder, "deck.nml"), os.path.join(folder, "reference.h5")
         self.sections, self.launches, self.needs = [Section()], [], []
         self.limit, self.identity, self.stop, self.oracle, self.shards = 600.0, "", 0, False, None
-        self.backend, self.memory, self.speed, self.unpinned = "", 0.0, 0.0, False
+        self.backend, self.memory, self.speed = "", 0.0, 0.0
         ranks, place = None, ""
         try:
             with open(os.path.join(folder, "expect")) as f:
@@ -124,7 +124,7 @@ class Case:
         elif key == "backend" and words[1] == "cuda":
             self.backend = words[1]
         elif key == "unpinned":
-            self.unpinned = True
+            section.unpinned = True
         elif key == "memory":
             self.memory = float(words[1])
         elif key == "identity" and words[1] in ("resume", "restart", "repeat", "import", "finetune"):

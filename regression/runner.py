@@ -45,6 +45,7 @@ class Runner:
             os.mkdir(folder)
         self.mimo, self.tests = os.path.abspath(arg.mimo), os.path.join(ROOT, "build", "tests")
         self.serial = 0
+        self.running, self.ended = set(), threading.Event()   # process groups of launches; set: none may go on
         self.env = {}   # added to the environment of every launch
         self.features = {}
         self.devices = gpu.Devices(getattr(arg, "gpus", ()), getattr(arg, "share", 1))
@@ -115,7 +116,10 @@ class Runner:
         start = time.monotonic()
         with tempfile.TemporaryFile(dir=self.scratch) as log:
             p = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True)
+            self.running.add(p.pid)
             try:
+                if self.ended.is_set():
+                    os.killpg(p.pid, signal.SIGKILL)
                 status, seconds = p.wait(case.limit), time.monotonic() - start
             except subprocess.TimeoutExpired:
                 status, seconds = None, None
@@ -123,6 +127,7 @@ class Runner:
                 if p.poll() is None:
                     os.killpg(p.pid, signal.SIGKILL)
                     p.wait()
+                self.running.discard(p.pid)
             log.seek(0)
             return seconds, status, log.read().decode(errors="replace")
 
@@ -139,6 +144,13 @@ class Runner:
         if not os.path.exists(os.path.join(out, "trace.h5")):
             return out, "CRASH status %s, but no trace.h5\n%s" % (status, tail(text))
         return out, ""
+
+    def stop(self):
+        """End the launches of all threads, those to come as well."""
+        self.ended.set()
+        for group in list(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
     def clean(self):
         """Remove what the launches so far have left."""
@@ -225,14 +237,14 @@ class Runner:
         if self.arg.record or self.arg.bitwise:
             out, fault = self.launch(case, ranks, overrides, saving=LAST)
             return fault or (self.record if self.arg.record else self.bitwise)(case, launch, out) or "OK"
-        if not case.unpinned and not os.path.exists(case.reference):
+        if not launch.section.unpinned and not os.path.exists(case.reference):
             return "WRONG reference.h5 is missing (%s writes it)" % writer(case)
         saving = () if case.identity == "restart" else BOTH if case.identity else LAST if launch.section.tensors() else ()
         with gpu.MemoryWatch() if case.memory and lent else contextlib.nullcontext() as watch:
             out, fault = self.launch(case, ranks, overrides, saving=saving)
         if getattr(self.arg, "traces", None) and os.path.exists(os.path.join(out, "trace.h5")):
             shutil.copy(os.path.join(out, "trace.h5"), os.path.join(self.arg.traces, "%s.%s.h5" % (case.name, launch.name)))
-        fault, note = (fault, "") if fault else unpinned(case, launch, out) if case.unpinned else compare(case, launch, out)
+        fault, note = (fault, "") if fault else unpinned(case, launch, out) if launch.section.unpinned else compare(case, launch, out)
         if watch and not fault:
             used = watch.most()
             fault, more = self.memory(case, launch, [used.get(i, 0) for i in lent])
@@ -348,6 +360,9 @@ class Runner:
         with h5py.File(partial, "w") as f:
             for section in case.sections:
                 fault = self.update_section(case, section, f.require_group(section.group or "/"))
+                if fault.startswith("SKIP") and section.unpinned and section.group:
+                    del f[section.group]
+                    fault = ""
                 if fault:
                     break
         if fault:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from harness import ROOT, Mimo, Tap
+from harness import ROOT, Mimo, Tap, wait_for
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(ROOT, "regression"))
@@ -122,6 +122,24 @@ def launches(tap, m):
     c.edit("within lm_loss", "within lr")
     code, text = c.run("--list")
     tap.result(code == 1 and "unknown word 'within'" in text, "a_range_for_what_is_not_compared_is_refused", text)
+
+
+def stopped(tap, m):
+    """SIGTERM to the runner ends its launches, which have sessions of their own, those that others of its threads would begin as well."""
+    c, note, slow = Folder(m, "602_gpu_repeat"), m.path("pids"), m.path("slow_mimo")
+    script(slow, 'case "$*" in *--features*) exec %s --features;; esac\necho $$ >> %s\nexec sleep 100\n' % (m.binary, note))
+    p = subprocess.Popen([RUN, "--mimo", slow, "--mpiexec", m.arg.mpiexec, "--cases", c.folder, "--backend", "ref", "--ranks", "1", "--jobs", "2"],
+                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: os.path.exists(note), 60)
+    p.terminate()
+    try:
+        text = p.communicate(timeout=30)[0]
+    except subprocess.TimeoutExpired:
+        p.kill()
+        text = "it did not end"
+    with open(note) as f:
+        left = [x for x in f.read().split() if os.path.exists("/proc/%s/cmdline" % x)]
+    tap.result(p.returncode == 1 and not left, "a_stopped_runner_leaves_no_launch", "%s %s %s" % (p.returncode, left, text))
 
 
 # ---- check_gpu in a bundle of stand-ins -----------------------------------------------------------------------------------------------
@@ -252,7 +270,7 @@ def sharing(tap, b):
                told == {"run.ranks_per_gpu=2 0,1"}, "launches_of_more_ranks_than_gpus_share_them", "%s\n%s" % (told, "\n".join(lines)))
     shutil.copytree(os.path.join(ROOT, "regression", "631_gpu_l4"), os.path.join(b.root, "regression", "631_gpu_l4"))
     code, lines, found, seconds = b.check("--gpus", "2", "--ranks-per-gpu", "2", "-k", "full width")
-    tap.result(code == 0 and found["skipped"] == len(found["results"]) == 2 and all("GiB of a GPU of 140.4 together" in r["note"] for r in found["results"]),
+    tap.result(code == 0 and found["skipped"] == len(found["results"]) == 3 and all("GiB of a GPU of 140.4 together" in r["note"] for r in found["results"]),
                "what_does_not_fit_together_is_skipped", "\n".join(lines))
 
 
@@ -262,6 +280,7 @@ def main():
     lent(tap)
     predicted(tap, m)
     launches(tap, m)
+    stopped(tap, m)
     bundle(tap, m)
     m.close()
     tap.close()

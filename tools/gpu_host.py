@@ -88,11 +88,13 @@ class Program:
         return self
 
     def kill(self):
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        """At first gently: the runner of the regression cases ends its launches, which have sessions of their own."""
+        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(patience)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
 
 
 def together(jobs, width):
