@@ -391,7 +391,7 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
     H5Tclose(key);
     H5Gclose(group);
     IO_WRITE(d->path, "data to disk", H5Fflush(file, H5F_SCOPE_GLOBAL));
-    IO_WRITE(d->path, "metadata", H5Fclose(file));
+    io_close_parallel(d->path, file);
     free(count);
     free(tile_at);
     free(patch_at);

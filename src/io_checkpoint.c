@@ -334,9 +334,51 @@ static void lay_out(const char *path, const struct io_tensors *t, const struct d
     IO_WRITE(path, "metadata", H5Fclose(file));
 }
 
+/* A checkpoint of another run gets the next free number, so that nothing is lost. */
+static void keep_earlier(const char *save, const char *final)
+{
+    char kept[IO_PATH];
+    struct stat st;
+    if (lstat(final, &st) != 0)
+        return;
+    int number = 0;
+    do {
+        int n = snprintf(kept, sizeof kept, "%s.%d", final, ++number);
+        CHECK_SYS(n > 0 && n < (int)sizeof kept, EXIT_WRITE, "%s: the name is too long", final);
+    } while (lstat(kept, &st) == 0);
+    CHECK_SYS(rename(final, kept) == 0, EXIT_WRITE, "%s: cannot keep it as %s", final, kept);
+    io_sync(save);
+    log_line("%s: the checkpoint of an earlier run is kept as %s", final, kept);
+}
+
+/* The same iteration exists already: exchange both names at once, so that one complete checkpoint
+ * is always there. A file system that cannot do that has none of this iteration for a moment; the
+ * older ones are there. */
+static void replace_earlier(const char *save, const char *temporary, const char *final)
+{
+    char aside[IO_PATH], name[400], nonce[320];
+    CHECK_SYS(errno == ENOTEMPTY || errno == EEXIST, EXIT_WRITE, "%s: cannot rename to %s",
+              temporary, final);
+    snprintf(aside, sizeof aside, "%s", temporary);
+    if (renameat2(AT_FDCWD, temporary, AT_FDCWD, final, RENAME_EXCHANGE) != 0) {
+        CHECK_SYS(errno == EINVAL || errno == ENOSYS, EXIT_WRITE, "%s: cannot exchange with %s",
+                  temporary, final);
+        snprintf(name, sizeof name, ".trash-%s-%s", strrchr(final, '/') + 1,
+                 io_nonce(nonce, sizeof nonce));
+        join(aside, save, name);
+        CHECK_SYS(rename(final, aside) == 0, EXIT_WRITE, "%s: cannot rename to %s", final, aside);
+        CHECK_SYS(rename(temporary, final) == 0, EXIT_WRITE, "%s: cannot rename to %s", temporary,
+                  final);
+    }
+    io_sync(save);
+    remove_directory(aside);
+    log_line("%s: replaces the checkpoint of an earlier start", final);
+}
+
 /* Rank 0: manifest, completion mark, and the names by which readers find it. */
 static void publish(const char *save, const char *temporary, const char *path,
-                    const struct io_tensors *t, const struct io_manifest *m, int64_t iteration)
+                    const struct io_tensors *t, const struct io_manifest *m, int64_t iteration,
+                    bool own)
 {
     char final[IO_PATH];
     hid_t file = IO_WRITE(path, "the new checkpoint", io_open(path, true));
@@ -347,22 +389,17 @@ static void publish(const char *save, const char *temporary, const char *path,
     io_sync(path);
     io_sync(temporary);
     io_iteration_directory(final, sizeof final, save, iteration);
-    if (rename(temporary, final) != 0) {
-        /* The same iteration exists already: exchange both names at once, so that one complete
-         * checkpoint is always there. */
-        CHECK_SYS(errno == ENOTEMPTY || errno == EEXIST, EXIT_WRITE, "%s: cannot rename to %s",
-                  temporary, final);
-        CHECK_SYS(renameat2(AT_FDCWD, temporary, AT_FDCWD, final, RENAME_EXCHANGE) == 0, EXIT_WRITE,
-                  "%s: cannot exchange with %s", temporary, final);
-        io_sync(save);
-        remove_directory(temporary);
-    }
+    if (!own)
+        keep_earlier(save, final);
+    if (rename(temporary, final) != 0)
+        replace_earlier(save, temporary, final);
     io_sync(save);
     write_tracker(save, iteration);
 }
 
 void checkpoint_save(const char *save, const struct deck *deck, const struct topology *topo,
-                     struct model *model, const struct train_state *state, bool with_optimizer)
+                     struct model *model, const struct train_state *state, bool with_optimizer,
+                     bool own)
 {
     io_start();
     struct io_tensors t;
@@ -388,10 +425,10 @@ void checkpoint_save(const char *save, const struct deck *deck, const struct top
     io_tensors_write(path, file, &t, topo, model, with_optimizer, &m);
     IO_WRITE(path, "data to disk",
              H5Fflush(file, H5F_SCOPE_GLOBAL)); /* through MPI-IO: an fsync on every rank */
-    IO_WRITE(path, "metadata", H5Fclose(file));
+    io_close_parallel(path, file);
     io_manifest_gather(&m, topo);
     if (topo->rank == 0)
-        publish(save, temporary, path, &t, &m, state->iteration);
+        publish(save, temporary, path, &t, &m, state->iteration, own);
     io_manifest_free(&m);
     io_tensors_free(&t);
     comm_host_barrier(topo->world);

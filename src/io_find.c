@@ -237,3 +237,14 @@ int64_t checkpoint_find(const char *load, int64_t ckpt_step, const struct topolo
     comm_host_collect_errors(topo->world, errors);
     return found;
 }
+
+void checkpoint_warn_untracked(const char *save)
+{
+    int64_t *have = NULL;
+    if (io_list_iterations(save, INT64_MAX, &have) > 0)
+        log_warn("checkpoint.save = '%s' holds checkpoints (iteration %" PRId64
+                 " is the newest) but no tracker that names one: starting at iteration 0; "
+                 "checkpoint.ckpt_step goes on from one of them",
+                 save, have[0]);
+    free(have);
+}

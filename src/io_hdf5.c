@@ -110,6 +110,27 @@ hid_t io_open_parallel(const char *path, struct comm *world)
     return file;
 }
 
+static void end_of_file_failed(MPI_File *file, int *code, ...)
+{
+    char why[MPI_MAX_ERROR_STRING] = "";
+    int length;
+    MPI_Error_string(*code, why, &length);
+    const char *last = strrchr(why, '\n'); /* the system's reason, below MPI's own words */
+    fatal(EXIT_WRITE, __FILE__, __LINE__, NULL,
+          "cannot write the end of an HDF5 file that is being closed: %s", last ? last + 1 : why);
+}
+
+void io_close_parallel(const char *path, hid_t file)
+{
+    void *handle = NULL;
+    MPI_Errhandler handler;
+    IO_WRITE(path, "through MPI-IO", H5Fget_vfd_handle(file, H5P_DEFAULT, &handle));
+    MPI_File_create_errhandler(end_of_file_failed, &handler);
+    MPI_File_set_errhandler(*(MPI_File *)handle, handler);
+    MPI_Errhandler_free(&handler);
+    IO_WRITE(path, "metadata", H5Fclose(file));
+}
+
 void io_sync(const char *path)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);

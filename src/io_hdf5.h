@@ -63,9 +63,15 @@ struct train_state {
     int64_t *train_position, *valid_position; /* owned by the data streams; restored in place */
 };
 
-/* <save>/iter_%07d/checkpoint.h5 and the tracker. Collective over the world. */
+/* <save>/iter_%07d/checkpoint.h5 and the tracker. One of this iteration that lies there already is
+ * replaced if it is this run's own, else kept as iter_%07d.1, .2, ...; both are said. Collective
+ * over the world. */
 void checkpoint_save(const char *save, const struct deck *deck, const struct topology *topo,
-                     struct model *model, const struct train_state *state, bool with_optimizer);
+                     struct model *model, const struct train_state *state, bool with_optimizer,
+                     bool own);
+/* One line about checkpoints in a directory without tracker, which a new run does not go on from.
+ * For rank 0. Local. */
+void checkpoint_warn_untracked(const char *save);
 /* Data-parallel replicas of every parameter hold the same bits, or the job ends with EXIT_NUMERICS:
  * before anything is saved. Collective over the world. */
 void checkpoint_check_replicas(const struct topology *topo, const struct model *model);

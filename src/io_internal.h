@@ -40,6 +40,9 @@ hid_t io_create(const char *path, bool checksummed);
 hid_t io_open(const char *path, bool write);
 /* MPI-IO driver, read and write. Collective over the world. */
 hid_t io_open_parallel(const char *path, struct comm *world);
+/* Closing writes the superblock once more. Where that failed on one rank the others would wait
+ * inside HDF5 for ever: that rank ends the job. Collective over the world. */
+void io_close_parallel(const char *path, hid_t file);
 
 /* HDF5 type of a dtype (bfloat16: a 16-bit float that h5py reads as float32); the caller closes it.
  * Local. */

@@ -466,6 +466,6 @@ void trace_close(struct trace *t)
     H5Dclose(t->rows);
     H5Dclose(t->eval_rows);
     IO_WRITE(t->path, "metadata", H5Fflush(t->file, H5F_SCOPE_GLOBAL));
-    IO_WRITE(t->path, "metadata", H5Fclose(t->file));
+    io_close_parallel(t->path, t->file);
     free(t);
 }

@@ -125,6 +125,7 @@ static int run_deck(const struct deck *deck, struct topology *topo, struct comm 
             status = train_end(&train);
         }
         /* 9. end: files closed, then the EXIT line */
+        train_close(&train);
         const char *why = status == EXIT_OK || status == EXIT_STOPPED ? train.why
                           : errors.count > 0                          ? errors.line[0]
                                                                       : "";

@@ -1,6 +1,6 @@
 /* run.c - see run.h.
  *
- * Lock. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid,
+ * Lock. In output_dir and in checkpoint.save. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid,
  * job) decides where flock cannot: a file named by another host is stale only if it belongs to this
  * very job (requeued). A lock taken over is said. Signals. The handler must not need a global: it
  * only puts the default action back for both signals, so that a second one ends the process at
@@ -66,6 +66,14 @@ bool run_make_directories(const char *dir)
     return S_ISDIR(st.st_mode);
 }
 
+bool run_same_directory(const char *a, const char *b)
+{
+    struct stat sa, sb;
+
+    return strcmp(a, b) == 0 || (stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev &&
+                                 sa.st_ino == sb.st_ino);
+}
+
 /* Who the lock file names; false when it is empty or not ours to read. */
 static bool read_owner(int fd, char host[256], long *pid, char job[128])
 {
@@ -93,8 +101,8 @@ static int take_lock(const char *dir, bool *cannot_write, char *why, size_t size
         fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
         if (fd < 0) {
             *cannot_write = true;
-            snprintf(why, size, "%s: %s; run.output_dir must be a directory that can be written",
-                     path, strerror(errno));
+            snprintf(why, size, "%s: %s; this must be a directory that can be written", path,
+                     strerror(errno));
             return -1;
         }
         if (flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
@@ -123,7 +131,7 @@ static int take_lock(const char *dir, bool *cannot_write, char *why, size_t size
     }
     int n =
         snprintf(text, sizeof text, "host: %s\npid: %ld\njob: %s\n", own, (long)getpid(), job_id());
-    if (ftruncate(fd, 0) != 0 || pwrite(fd, text, (size_t)n, 0) != n) {
+    if (ftruncate(fd, 0) != 0 || TEMP_FAILURE_RETRY(pwrite(fd, text, (size_t)n, 0)) != n) {
         *cannot_write = true;
         snprintf(why, size, "%s: %s", path, strerror(errno));
         close(fd);
@@ -138,6 +146,22 @@ static void drop_lock(const char *dir, int fd)
 
     unlink(path_of(dir, "LOCK", path));
     close(fd);
+}
+
+/* Make and lock the directory that a key of the deck names: its lock, or -1 with the mistake. */
+static int own_directory(const struct deck *deck, const char *group, const char *key,
+                         const char *dir, struct errors *errors)
+{
+    char why[PATH_BYTES + 256] = "";
+    bool cannot_write = false;
+    int fd = -1;
+
+    if (!run_make_directories(dir))
+        errors_add(errors, EXIT_WRITE, "%s: error: %s.%s = '%s': %s", deck_where(deck, group, key),
+                   group, key, dir, strerror(errno));
+    else if ((fd = take_lock(dir, &cannot_write, why, sizeof why)) < 0)
+        errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s", why);
+    return fd;
 }
 
 /* ---- signals --------------------------------------------------------------------------------- */
@@ -207,26 +231,24 @@ static int read_code(const char *path)
 
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors)
 {
-    char why[PATH_BYTES + 256] = "", path[PATH_BYTES];
+    const char *save = deck->run.mode == DECK_MODE_TRAIN ? deck->checkpoint.save : "";
+    char path[PATH_BYTES];
     int64_t ours = 1;
-    bool cannot_write = false;
 
     *r = (struct run){ .deck = deck,
                        .world = world,
                        .dir = deck->run.output_dir,
                        .lock = -1,
+                       .save_lock = -1,
                        .start = timer_now(),
                        .earlier_end = -1 };
     catch_signals(deck->run.exit_signal == DECK_EXIT_SIGNAL_TERM);
     if (world->rank == 0) {
-        if (!run_make_directories(r->dir)) {
-            errors_add(errors, EXIT_WRITE, "%s: error: run.output_dir = '%s': %s",
-                       deck_where(deck, "run", "output_dir"), r->dir, strerror(errno));
-        } else if ((r->lock = take_lock(r->dir, &cannot_write, why, sizeof why)) < 0) {
-            errors_add(errors, cannot_write ? EXIT_WRITE : EXIT_ENVIRONMENT, "mimo: error: %s",
-                       why);
-        }
+        r->lock = own_directory(deck, "run", "output_dir", r->dir, errors);
         if (r->lock >= 0) {
+            /* two runs that save into one directory would mix their checkpoints */
+            if (*save && !run_same_directory(save, r->dir))
+                r->save_lock = own_directory(deck, "checkpoint", "save", save, errors);
             r->earlier_end = read_code(path_of(r->dir, "EXIT", path));
             unlink(path);
             if (exists(r->dir, "STOP"))
@@ -516,6 +538,10 @@ int run_finish(struct run *r, int code, int64_t iteration, const char *text)
         write_exit(r->dir, code, iteration, text);
         drop_lock(r->dir, r->lock);
         r->lock = -1;
+    }
+    if (r->save_lock >= 0) {
+        drop_lock(r->deck->checkpoint.save, r->save_lock);
+        r->save_lock = -1;
     }
     return code;
 }

@@ -19,7 +19,7 @@ struct run {
     const struct deck *deck;
     struct comm *world;
     const char *dir;         /* output_dir */
-    int lock;                /* descriptor on rank 0 while the lock is held, else -1 */
+    int lock, save_lock;     /* descriptors on rank 0 while the locks are held, else -1 */
     bool ours;               /* the directory is locked by this run (agreed) */
     double start;            /* timer_now at run_init */
     int64_t first_iteration; /* completed iterations before the trace's first row */
@@ -32,7 +32,10 @@ struct run {
 
 /* mkdir -p. False, errno set: it cannot be made or is no directory. Local. */
 bool run_make_directories(const char *dir);
-/* Create and lock the directory, remove an old EXIT, catch signals. Mistakes are collected
+/* The same directory, by name or by whatever leads there. Local. */
+bool run_same_directory(const char *a, const char *b);
+/* Create and lock the directory and, to train, the one of checkpoints, remove an old EXIT, catch
+ * signals. Mistakes are collected
  * (EXIT_ENVIRONMENT, EXIT_WRITE). Collective over the world. */
 void run_init(struct run *r, const struct deck *deck, struct comm *world, struct errors *errors);
 /* Whether the directory's deck.nml is exactly this deck: the same run submitted again. For rank 0.

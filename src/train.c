@@ -15,14 +15,6 @@
 
 /* ---- where to start -------------------------------------------------------------------------- */
 
-static bool same_directory(const char *a, const char *b)
-{
-    struct stat sa, sb;
-
-    return strcmp(a, b) == 0 || (stat(a, &sa) == 0 && stat(b, &sb) == 0 && sa.st_dev == sb.st_dev &&
-                                 sa.st_ino == sb.st_ino);
-}
-
 static bool is_file(const char *path)
 {
     struct stat st;
@@ -40,7 +32,7 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
     *s = (struct train_start){ .iteration = 0 };
     snprintf(s->text, sizeof s->text, "new");
     if (topo->rank == 0) {
-        own = *k->load && *k->save && same_directory(k->load, k->save);
+        own = *k->load && *k->save && run_same_directory(k->load, k->save);
         again =
             *k->load && *k->save && !own && deck->run.mode == DECK_MODE_TRAIN && run_same_deck(run);
     }
@@ -69,6 +61,8 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
             !import_wanted(deck))
             log_warn(
                 "run.mode = 'eval' without a checkpoint: what is evaluated are the initial weights; checkpoint.load names a directory of checkpoints");
+        if (!*k->load && *k->save && topo->rank == 0 && errors->count == 0)
+            checkpoint_warn_untracked(k->save);
         s->load = NULL;
         s->finetune = false;
         if (import_wanted(deck))
@@ -245,6 +239,7 @@ void train_restore(struct train *t, const struct train_start *start, struct erro
 {
     char shards[256];
 
+    t->own = start->own;
     t->state.n_train_streams = t->has_data ? t->data.n_streams : 0;
     t->state.train_position = t->data.position;
     t->state.n_valid_streams = t->eval.active ? t->eval.data.n_streams : 0;
@@ -282,7 +277,7 @@ static void save(struct train *t)
     if (t->trace)
         trace_sync(t->trace); /* a run that is resumed here rewrites no row before it */
     t->state.consumed_valid_samples = t->eval.consumed;
-    checkpoint_save(k->save, t->deck, t->topo, &t->model, &t->state, !k->no_save_optim);
+    checkpoint_save(k->save, t->deck, t->topo, &t->model, &t->state, !k->no_save_optim, t->own);
     checkpoint_retain(k->save, k->keep_last, k->save_retain_interval, t->topo);
     t->last_saved = t->state.iteration;
     timer_stop(TIMER_SAVE);
@@ -677,13 +672,21 @@ int train_end(struct train *t)
     return EXIT_STOPPED;
 }
 
-void train_free(struct train *t)
+void train_close(struct train *t)
 {
     if (t->dump)
         batch_dump_close(t->dump);
     if (t->trace)
         trace_close(t->trace);
     tensorboard_close(t->board);
+    t->dump = NULL;
+    t->trace = NULL;
+    t->board = NULL;
+}
+
+void train_free(struct train *t)
+{
+    train_close(t);
     if (t->be) {
         step_free(&t->step);
         model_free(&t->model);

@@ -32,6 +32,7 @@ struct train {
     struct eval eval;
     struct data data;
     bool has_data; /* training data are open (not in mode eval) */
+    bool own;      /* checkpoints in checkpoint.save are those of this run's earlier starts */
     struct trace *trace;
     struct batch_dump *dump;
     struct tensorboard *board; /* NULL: none, or not rank 0 */
@@ -81,6 +82,10 @@ void train_iterate(struct train *t);
 /* Last checkpoint and validation, timers; the exit status (EXIT_OK or EXIT_STOPPED). Collective
  * over the world. */
 int train_end(struct train *t);
-void train_free(struct train *t); /* Collective over the world: closes the trace. */
+/* Close the files: what cannot be written to the end is an error of the run, before its EXIT line.
+ * Collective over the world. */
+void train_close(struct train *t);
+/* train_close, where that has not been done, and the rest. Collective over the world. */
+void train_free(struct train *t);
 
 #endif

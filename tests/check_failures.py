@@ -13,6 +13,8 @@ import stat
 import subprocess
 import time
 
+import h5py
+
 from check_run import DECK, Runs, checkpoint, descendants, everything, finish, grids, read, same_checkpoint, same_trace, wait_for
 from harness import ROOT
 
@@ -212,10 +214,12 @@ def system_calls(r):
     r.ok("traced_unbroken", r.go("whole_traced", *args, ranks=2, iterations=6, batch=2, save=True))
     whole = everything(r.at("whole_traced", "trace.h5"))["lm_loss"]
 
-    def traced(name, inject, victim, iterations=4):
+    def traced(name, inject, victim, iterations=4, before=None):
         """Go on from the first part in a copy of its directory, system calls of rank `victim` tampered with."""
         shutil.rmtree(r.at(name), ignore_errors=True)
         shutil.copytree(r.at(base), r.at(name))
+        if before:
+            before(r.at(name))
         script = 'if [ "$PMI_RANK" = %d ]; then exec strace -f -o /dev/null -P "%s" %s "$@"; else exec "$@"; fi'
         inject = "".join(" -e inject=%s" % i for i in inject)
         # Only calls that touch the checkpoint directory are counted.
@@ -235,8 +239,26 @@ def system_calls(r):
         r.one_line(title + "_ends_with_6", got, 6, *words)
         r.tap.result(time.monotonic() - start < 45 and r.m.run("--inspect", checkpoint(r.at("tampered"), 2))[0] == 0, title + "_leaves_the_earlier_checkpoint", "%.1f s" % (time.monotonic() - start))
         r.equal(title + "_goes_on_afterwards", goes_on("tampered"))
-    got = traced("tampered", ("pwrite64:error=EINTR:when=2+7", ), 0)
-    r.tap.result(got[0] == 0, "F09_interrupted_writes_are_tried_again", got[2][-800:])
+    got = traced("tampered", ("renameat2:error=EINVAL:when=1+",), 0, before=lambda at: shutil.copytree(os.path.dirname(checkpoint(at, 2)), os.path.dirname(checkpoint(at, 4))))
+    with h5py.File(checkpoint(r.at("tampered"), 4), "r") as f:
+        there = int(f["state/iteration"][()])
+    r.tap.result(got[0] == 0 and there == 4 and "iter_0000004: replaces" in got[1] and not [x for x in os.listdir(os.path.dirname(os.path.dirname(checkpoint(r.at("tampered"), 4)))) if x.startswith(".")],
+                 "a_file_system_that_cannot_exchange_names_is_no_obstacle", "%s %s" % (there, got))
+    # the superblock, which HDF5 writes once more when a file is closed: the other ranks wait inside HDF5 by then
+    script = 'if [ "$PMI_RANK" = 0 ]; then exec strace -o %s -e trace=pwrite64 %s "$@"; else exec "$@"; fi'
+    record = r.at("calls")
+    r.shell(script % (record, ""), r.arguments("closed", args, iterations=2, batch=2, save=True), ranks=2)
+    blocks = [n for n, line in enumerate((x for x in read(record).splitlines() if x.startswith("pwrite64")), 1) if re.search(r'"\\211HDF.*, (48|96), 0\)', line)]
+    shutil.rmtree(r.at("closed"))
+    got = r.shell(script % (record, "-e inject=pwrite64:error=EINTR:when=2..%d+7" % (blocks[-5] - 1)), r.arguments("closed", args, iterations=2, batch=2, save=True), ranks=2, limit=60)
+    r.tap.result(got[0] == 0 and read(record).count("EINTR") > 20, "F09_interrupted_writes_are_tried_again", got[2][-800:])
+    # at the end: the checkpoint's when all ranks close it, three when rank 0 marks it as complete, the trace's
+    for title, at in (("checkpoint", blocks[-5]), ("trace", blocks[-1])):
+        shutil.rmtree(r.at("closed"))
+        start = time.monotonic()
+        got = r.shell(script % (record, "-e inject=pwrite64:error=EIO:when=%d" % at), r.arguments("closed", args, iterations=2, batch=2, save=True), ranks=2, limit=60)
+        r.one_line("a_%s_that_cannot_be_closed_ends_with_6" % title, got, 6, "closed", "Input/output error")
+        r.tap.result(time.monotonic() - start < 45 and r.m.run("--status", r.at("closed"))[0] == 6, "and_EXIT_says_so", read(r.at("closed", "EXIT")))
     faults, kills = [], 0
     for calls in ("pwrite64", "rename,renameat2", "fsync", "mkdir,mkdirat", "unlink,unlinkat,rmdir"):
         n = 1

@@ -339,6 +339,18 @@ def loading(r):
     r.go("both", "checkpoint.save_interval=1", "checkpoint.save_retain_interval=3", "checkpoint.keep_last=2", iterations=8, save=True)
     r.tap.result(names("both") == [3, 6, 7, 8], "keep_last_and_save_retain_interval", names("both"))
 
+    # a directory of checkpoints that a new run does not go on from: nothing of it is lost, nothing is silent
+    read_text = lambda *at: read(r.at(*at))
+    r.go("untracked", "checkpoint.save_interval=1", iterations=2, save=True)
+    os.unlink(r.at("untracked", "ckpt", "latest_checkpointed_iteration.txt"))
+    before = read_text("untracked", "ckpt", "iter_0000002", "checkpoint.h5")
+    got = r.go("untracked", "checkpoint.save_interval=1", "run.seed=5", iterations=2, save=True)
+    r.ok("checkpoints_without_a_tracker_are_said", got, 0, "warning: checkpoint.save", "no tracker", "start: new", "iter_0000002.1")
+    r.tap.result(before == read_text("untracked", "ckpt", "iter_0000002.1", "checkpoint.h5") and before != read_text("untracked", "ckpt", "iter_0000002", "checkpoint.h5"),
+                 "and_kept_under_a_number", os.listdir(r.at("untracked", "ckpt")))
+    r.ok("a_directory_that_cannot_hold_checkpoints_is_said_at_the_start", r.go("nowhere", "checkpoint.save=" + r.at("untracked", "run.log"), iterations=2), 6, "checkpoint.save", "Not a directory")
+    r.tap.result(not os.path.exists(r.at("nowhere", "trace.h5")), "before_anything_is_trained", os.listdir(r.at("nowhere")))
+
     load = "checkpoint.load=" + r.at("six", "ckpt")
     got = r.go("onward", load, iterations=8, save=True)
     r.ok("load_from_another_directory", got, 0, "restart from", "iteration 6")
@@ -548,6 +560,8 @@ def locks(r):
         r.ok("F40_a_second_run_on_%d_ranks_is_refused" % max(ranks, 1), got, 3, "live run", "LOCK")
     r.ok("F40_a_bad_second_run_does_not_touch_the_directory", r.go("live", "run.seed=x"), 2)
     r.tap.result(sorted(os.listdir(r.at("live"))) == files_before and p.poll() is None, "F40_the_first_run_is_untouched", os.listdir(r.at("live")))
+    got = r.go("other", "checkpoint.save=" + os.path.dirname(os.path.dirname(checkpoint(r.at("live"), 1))), iterations=2, batch=2)
+    r.ok("F40_a_run_that_would_save_into_another's_directory_is_refused", got, 3, "live run", "LOCK")
     p.send_signal(signal.SIGTERM)
     finish(p)
     r.ok("F40_the_first_run_ends_as_planned", r.m.run("--status", r.at("live")), 75)

@@ -38,7 +38,7 @@ static void expect_refusal(struct job *j, const char *name,
 static void save_here(struct job *j, const char *name)
 {
     char path[IO_PATH];
-    checkpoint_save(in_scratch(path, name), &j->deck, &j->topo, &j->model, &j->state, true);
+    checkpoint_save(in_scratch(path, name), &j->deck, &j->topo, &j->model, &j->state, true, true);
 }
 
 static void p12_86_87_saved_and_loaded_is_bitwise_equal(void **unused)
@@ -105,7 +105,7 @@ static void weights_only_and_without_optimizer(void **unused)
     bool has = true;
     job_open(&j, world, "");
     scribble(&j, 2);
-    checkpoint_save(in_scratch(path, "bare"), &j.deck, &j.topo, &j.model, &j.state, false);
+    checkpoint_save(in_scratch(path, "bare"), &j.deck, &j.topo, &j.model, &j.state, false, true);
     for (int what = 0; what < 4; what++) {
         static const struct checkpoint_options option[4] = {
             { .finetune = true }, { .model_only = true }, { .no_optimizer = true }, { 0 }
@@ -455,7 +455,8 @@ static void the_newest_checkpoint_that_verifies_is_found(void **unused)
     char dir[IO_PATH], path[IO_PATH];
     job_open(&j, world, "");
     for (j.state.iteration = 1; j.state.iteration <= 5; j.state.iteration++)
-        checkpoint_save(in_scratch(dir, "fallback"), &j.deck, &j.topo, &j.model, &j.state, true);
+        checkpoint_save(in_scratch(dir, "fallback"), &j.deck, &j.topo, &j.model, &j.state, true,
+                        true);
     for (int64_t left = 5; left >= 0; left--) {
         struct errors e = { 0 };
         bool ok = checkpoint_find(dir, -1, &j.topo, &e) == (left ? left : -1);
@@ -511,7 +512,7 @@ static void p12_94_retention_keeps_last_interval_and_tracked(void **unused)
     bool ok = true;
     job_open(&j, world, "");
     for (j.state.iteration = 1; j.state.iteration <= 6; j.state.iteration++)
-        checkpoint_save(in_scratch(dir, "kept"), &j.deck, &j.topo, &j.model, &j.state, false);
+        checkpoint_save(in_scratch(dir, "kept"), &j.deck, &j.topo, &j.model, &j.state, false, true);
     if (world->rank == 0) {
         ok = mkdir(in_scratch(path, "kept/iter_0000009"), 0777) == 0 /* newer than the tracker */
              && symlink("/tmp", in_scratch(path, "kept/iter_0000000")) == 0;

@@ -203,7 +203,7 @@ static void shards_land_in_logical_rows_and_any_other_sharding_reads_them(void *
     job_open(&j, world, "");
     j.topo.language.present = true;
     hand_model(&m, &j.topo, world->size, world->rank);
-    checkpoint_save(in_scratch(path, "shards"), &j.deck, &j.topo, &m, &state, false);
+    checkpoint_save(in_scratch(path, "shards"), &j.deck, &j.topo, &m, &state, false, true);
     bool ok = true;
     if (world->rank == 0) { /* the file holds index i at place i */
         hid_t file = io_open(checkpoint_file(path, "shards", 7), false);

@@ -99,7 +99,7 @@ static int set_up(void **state)
     job_open(&saved, world, "");
     scribble(&saved, 1);
     checkpoint_save(in_scratch(directory, "damaged"), &saved.deck, &saved.topo, &saved.model,
-                    &saved.state, true);
+                    &saved.state, true, true);
     checkpoint_file(file, "damaged", 7);
     if (stat(file, &st))
         return -1;

@@ -74,7 +74,7 @@ static int job(const char *dir, int64_t first, int64_t count, long file_limit)
         struct train_state state = { .iteration = i };
         for (int k = 0; k < ELEMENTS; k++)
             data[k] = (float)i;
-        checkpoint_save(dir, &deck, &topo, &model, &state, false);
+        checkpoint_save(dir, &deck, &topo, &model, &state, false, true);
     }
     free(data);
     topology_free(&topo);
