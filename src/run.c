@@ -1,12 +1,15 @@
 /* run.c - see run.h.
  *
- * Lock. In output_dir and in checkpoint.save. flock on LOCK is exact on one host and vanishes with the process; its content (host, pid,
- * job) decides where flock cannot: a file named by another host is stale only if it belongs to this
- * very job (requeued). A lock taken over is said. Signals. The handler must not need a global: it
- * only puts the default action back for both signals, so that a second one ends the process at
- * once, and "the default action is installed" is what the loop reads as "a signal arrived". Starts.
- * Each has its line in progress.txt, with the code that the one before ended with: a batch system
- * that submits again what cannot go on is found there.
+ * Lock: in output_dir and in checkpoint.save. flock on LOCK is exact on one host and vanishes with
+ * the process; its content (host, pid, job) decides where flock cannot: a file named by another host
+ * is stale only if it belongs to this very job (requeued). A lock taken over is said.
+ *
+ * Signals: the handler must not need a global. It only puts the default action back for both
+ * signals, so that a second one ends the process at once, and "the default action is installed" is
+ * what the loop reads as "a signal arrived".
+ *
+ * Starts: each has its line in progress.txt, with the code that the one before ended with; a batch
+ * system that submits again what cannot go on is found there.
  */
 #include "run.h"
 #include <errno.h>
