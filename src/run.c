@@ -1,8 +1,8 @@
 /* run.c - see run.h.
  *
  * Lock: in output_dir and in checkpoint.save. flock on LOCK is exact on one host and vanishes with
- * the process; its content (host, pid, job) decides where flock cannot: a file named by another host
- * is stale only if it belongs to this very job (requeued). A lock taken over is said.
+ * the process; its content (host, pid, job) decides where flock cannot: a file that names another
+ * host is stale only if it belongs to this very job (requeued). A lock taken over is said.
  *
  * Signals: the handler must not need a global. It only puts the default action back for both
  * signals, so that a second one ends the process at once, and "the default action is installed" is
