@@ -16,9 +16,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
+#include "child.h"
 #include "bridge.h"
 #include "mpi_world.h"
 
@@ -523,40 +523,37 @@ static void say_launched(struct comm *c)
     fprintf(stderr, "launched\n");
 }
 
+struct sending {
+    struct job *job;
+    const int64_t *rows;
+    int64_t samples, tensor, width;
+};
+
+static void send(void *sending)
+{
+    static struct comm_ops ops;
+    const struct sending *s = sending;
+    struct job *j = s->job;
+    check_on_abort(NULL);
+    ops = comm_mpi;
+    ops.group_begin = say_launched;
+    struct bridge *b = bridge_init(&j->deck, &j->topo, &ops, &backend_ref_f64, &j->stream);
+    const struct tensor t = tensor_2d(j->data[0], DTYPE_F64, PLACE_DEVICE, s->tensor, s->width);
+    bridge_send_forward(b, 0, &t, s->rows, s->samples);
+    _exit(99);
+}
+
 /* What the encoder's rank says when it sends `samples` samples of these rows in a tensor of
  * `tensor` rows and `width` columns; a message that is launched before the mistake is found says so
  * too. Nothing is sent: the child dies before. */
 static void expect_refusal(struct job *j, const int64_t *rows, int64_t samples, int64_t tensor,
                            int64_t width, const char *part)
 {
-    static struct comm_ops ops;
     char text[2048];
-    size_t n = 0;
-    int pipes[2], status;
-
-    assert_int_equal(pipe(pipes), 0);
-    fflush(NULL);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        dup2(pipes[1], STDERR_FILENO);
-        check_on_abort(NULL);
-        ops = comm_mpi;
-        ops.group_begin = say_launched;
-        struct bridge *b = bridge_init(&j->deck, &j->topo, &ops, &backend_ref_f64, &j->stream);
-        const struct tensor t = tensor_2d(j->data[0], DTYPE_F64, PLACE_DEVICE, tensor, width);
-        bridge_send_forward(b, 0, &t, rows, samples);
-        _exit(99);
-    }
-    close(pipes[1]);
-    for (ssize_t got;
-         n + 1 < sizeof text && (got = read(pipes[0], text + n, sizeof text - 1 - n)) > 0;)
-        n += (size_t)got;
-    text[n] = 0;
-    close(pipes[0]);
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    if (WEXITSTATUS(status) != EXIT_INTERNAL || !strstr(text, part) || strstr(text, "launched"))
-        fail_msg("status %d, '%s' does not say '%s' before the first message", WEXITSTATUS(status),
-                 text, part);
+    const int status =
+        child_run(send, &(struct sending){ j, rows, samples, tensor, width }, text, sizeof text);
+    if (status != EXIT_INTERNAL || !strstr(text, part) || strstr(text, "launched"))
+        fail_msg("status %d, '%s' does not say '%s' before the first message", status, text, part);
 }
 
 /* Sizes that do not fit the peers or the tensor, or a tensor of another width, are refused before

@@ -11,9 +11,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "child.h"
 #include "arena.h"
 #include "backend.h"
 #include "check.h"
@@ -22,30 +22,6 @@
 #include "log.h"
 #include "rng.h"
 #include "timer.h"
-
-/* ---- what a child process says on stderr before it ends ---- */
-
-static int run_child(void (*body)(void *), void *arg, char *text, size_t size)
-{
-    int pipes[2], status;
-    assert_int_equal(pipe(pipes), 0);
-    fflush(NULL);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        close(pipes[0]);
-        dup2(pipes[1], STDERR_FILENO);
-        body(arg);
-        _exit(99);
-    }
-    close(pipes[1]);
-    size_t n = 0;
-    for (ssize_t got; n + 1 < size && (got = read(pipes[0], text + n, size - 1 - n)) > 0;)
-        n += (size_t)got;
-    text[n] = '\0';
-    close(pipes[0]);
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
 
 static void temporary_directory(char *path, size_t size)
 {
@@ -72,7 +48,7 @@ static void fail_plainly(void *arg)
 static void test_fatal_before_identify_prints_one_error_line_and_a_hint(void **state)
 {
     char text[4096];
-    assert_int_equal(run_child(fail_plainly, NULL, text, sizeof text), EXIT_DATA);
+    assert_int_equal(child_run(fail_plainly, NULL, text, sizeof text), EXIT_DATA);
     assert_string_equal(
         text, "mimo: error: cannot read 'x\\x0ay' (some.c:7)\nmimo: hint: try another file\n");
 }
@@ -88,7 +64,7 @@ static void test_fatal_names_rank_role_host_iteration_and_writes_the_exit_file(v
 {
     char dir[256], path[300], text[4096], host[64] = "", expected[256];
     temporary_directory(dir, sizeof dir);
-    assert_int_equal(run_child(fail_identified, dir, text, sizeof text), EXIT_WRITE);
+    assert_int_equal(child_run(fail_identified, dir, text, sizeof text), EXIT_WRITE);
     assert_int_equal(gethostname(host, sizeof host), 0);
     snprintf(expected, sizeof expected,
              "mimo: error: [rank 3 language %s] iteration 12: no space (test_base.c:", host);
@@ -116,13 +92,13 @@ static void test_only_the_rank_that_made_the_exit_file_speaks(void **state)
 {
     char dir[256], path[300], text[4096];
     temporary_directory(dir, sizeof dir);
-    assert_int_equal(run_child(fail_second, dir, text, sizeof text), EXIT_INTERNAL);
+    assert_int_equal(child_run(fail_second, dir, text, sizeof text), EXIT_INTERNAL);
     assert_string_equal(text, "");
     snprintf(path, sizeof path, "%s/EXIT", dir);
     read_file(path, text, sizeof text);
     assert_string_equal(text, "6 3 language 12 no space\n");
     /* The same file, left over from an earlier run, silences nobody. */
-    assert_int_equal(run_child(fail_identified, dir, text, sizeof text), EXIT_WRITE);
+    assert_int_equal(child_run(fail_identified, dir, text, sizeof text), EXIT_WRITE);
     assert_non_null(strstr(text, "no space"));
     unlink(path);
     rmdir(dir);
@@ -158,13 +134,13 @@ static void fail_with_hook(void *arg)
 static void test_other_ways_to_fail(void **state)
 {
     char text[4096];
-    assert_int_equal(run_child(fail_system_call, NULL, text, sizeof text), EXIT_ENVIRONMENT);
+    assert_int_equal(child_run(fail_system_call, NULL, text, sizeof text), EXIT_ENVIRONMENT);
     assert_non_null(strstr(text, "opening /nonexistent/x: No such file or directory"));
-    assert_int_equal(run_child(fail_assertion, NULL, text, sizeof text), EXIT_INTERNAL);
+    assert_int_equal(child_run(fail_assertion, NULL, text, sizeof text), EXIT_INTERNAL);
     assert_non_null(strstr(text, "assertion failed: 1 + 1 == 3"));
-    assert_int_equal(run_child(fail_overflow, NULL, text, sizeof text), EXIT_ENVIRONMENT);
+    assert_int_equal(child_run(fail_overflow, NULL, text, sizeof text), EXIT_ENVIRONMENT);
     assert_non_null(strstr(text, "out of memory"));
-    assert_int_equal(run_child(fail_with_hook, NULL, text, sizeof text), 40 + EXIT_DATA);
+    assert_int_equal(child_run(fail_with_hook, NULL, text, sizeof text), 40 + EXIT_DATA);
 }
 
 static void print_errors(void *arg)
@@ -183,7 +159,7 @@ static void test_errors_are_collected_and_at_most_20_printed(void **state)
     assert_int_equal(e.count, 25);
     assert_int_equal(e.worst, EXIT_DATA);
     assert_string_equal(e.line[0], "line 0\\x09x");
-    run_child(print_errors, &e, text, sizeof text);
+    child_run(print_errors, &e, text, sizeof text);
     assert_non_null(strstr(text, "line 19\n... and 5 more\n"));
     assert_null(strstr(text, "line 20"));
     errors_free(&e);
@@ -216,7 +192,7 @@ static void test_warnings_are_given_once_and_at_most_20_of_them(void **state)
     char dir[256], path[300], text[8192], file[8192];
     temporary_directory(dir, sizeof dir);
     snprintf(path, sizeof path, "%s/run.log", dir);
-    assert_int_equal(run_child(warn_often, path, text, sizeof text), 0);
+    assert_int_equal(child_run(warn_often, path, text, sizeof text), 0);
     read_file(path, file, sizeof file);
     assert_string_equal(text, file);
     int same = 0, lines = 0;
@@ -277,8 +253,8 @@ static void range_outside(void *arg)
 static void test_wrong_views_are_refused(void **state)
 {
     char text[4096];
-    assert_int_equal(run_child(reshape_strided, NULL, text, sizeof text), EXIT_INTERNAL);
-    assert_int_equal(run_child(range_outside, NULL, text, sizeof text), EXIT_INTERNAL);
+    assert_int_equal(child_run(reshape_strided, NULL, text, sizeof text), EXIT_INTERNAL);
+    assert_int_equal(child_run(range_outside, NULL, text, sizeof text), EXIT_INTERNAL);
 }
 
 /* ---- arena ---- */
@@ -345,11 +321,11 @@ static void test_arena_refuses_a_second_walk_that_differs(void **state)
 {
     char text[4096];
     for (int what = 0; what < 4; what++) {
-        assert_int_equal(run_child(second_walk_differs, &what, text, sizeof text), EXIT_INTERNAL);
+        assert_int_equal(child_run(second_walk_differs, &what, text, sizeof text), EXIT_INTERNAL);
         assert_non_null(strstr(text, "arena params"));
     }
-    assert_int_equal(run_child(second_walk_differs, &(int){ 4 }, text, sizeof text), EXIT_DECK);
-    assert_int_equal(run_child(second_walk_differs, &(int){ 5 }, text, sizeof text), 99);
+    assert_int_equal(child_run(second_walk_differs, &(int){ 4 }, text, sizeof text), EXIT_DECK);
+    assert_int_equal(child_run(second_walk_differs, &(int){ 5 }, text, sizeof text), 0);
 }
 
 /* ---- rng ---- */
@@ -552,7 +528,7 @@ static void test_timer_table_has_min_mean_max_rank_and_a_note(void **state)
     assert_non_null(
         strstr(text, "NOTE: 30 % of the encoder ranks' time was spent waiting for data"));
     assert_non_null(strstr(text, "NOTE: 20 % of the encoder ranks' time was spent saving"));
-    assert_int_equal(run_child(stop_another_section, NULL, text, sizeof text), EXIT_INTERNAL);
+    assert_int_equal(child_run(stop_another_section, NULL, text, sizeof text), EXIT_INTERNAL);
 }
 
 /* ---- code, backend ---- */
@@ -686,12 +662,12 @@ static int tell_core(int argc, char **argv)
 static void test_blas_start_restarts_once_with_the_widest_kernels(void **state)
 {
     char text[1024], core[64];
-    assert_int_equal(run_child(exec_with_core, NULL, text, sizeof text), 0);
+    assert_int_equal(child_run(exec_with_core, NULL, text, sizeof text), 0);
     assert_int_equal(sscanf(text, "%63[^|]", core), 1);
     assert_non_null(
         strstr(text, "||argument 3|from stdin\n")); /* no warning, arguments and input intact */
     /* A choice of the user stands, and is warned about if the CPU could do more. */
-    assert_int_equal(run_child(exec_with_core, "Prescott", text, sizeof text), 0);
+    assert_int_equal(child_run(exec_with_core, "Prescott", text, sizeof text), 0);
     if (strcmp(core, "SkylakeX") == 0 || strcmp(core, "Haswell") == 0) {
         assert_memory_equal(text, "Prescott|", 9);
         assert_non_null(strstr(text, "start with OPENBLAS_CORETYPE="));

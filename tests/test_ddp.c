@@ -8,9 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
+#include "child.h"
 #include "ddp.h"
 #include "optim.h"
 
@@ -387,25 +387,7 @@ static void leave_one_out(void *unused)
 static void p12_70_a_parameter_without_gradient_is_named(void **state)
 {
     char text[4096];
-    size_t n = 0;
-    int pipes[2], status;
-
-    assert_int_equal(pipe(pipes), 0);
-    fflush(NULL);
-    pid_t pid = fork();
-    if (pid == 0) {
-        dup2(pipes[1], STDERR_FILENO);
-        leave_one_out(NULL);
-        _exit(99);
-    }
-    close(pipes[1]);
-    for (ssize_t got;
-         n + 1 < sizeof text && (got = read(pipes[0], text + n, sizeof text - 1 - n)) > 0;)
-        n += (size_t)got;
-    text[n] = 0;
-    close(pipes[0]);
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    assert_int_equal(WEXITSTATUS(status), EXIT_INTERNAL);
+    assert_int_equal(child_run(leave_one_out, NULL, text, sizeof text), EXIT_INTERNAL);
     assert_non_null(strstr(text, "language, dense: 1 of "));
     assert_non_null(strstr(text, "the first is embedding.word_embeddings.weight"));
 }

@@ -1,8 +1,6 @@
 /* test_model.c - the assembled model: masks, freezing, text-only batches, determinism. What it is
  * before any training: test_model_start.c. */
-#include <sys/wait.h>
-#include <unistd.h>
-
+#include "child.h"
 #include "ddp.h"
 #include "model_fixture.h"
 #include "rng.h"
@@ -213,27 +211,22 @@ static void m6_22_gradients_do_not_depend_on_the_split_into_microbatches(void **
 }
 
 /* The job ends with one line that names both counts. */
+/* A forward pass with no picture embeddings at all. */
+static void forward_without_pictures(void *fixture)
+{
+    struct fixture *f = fixture;
+    const struct tensor none =
+        tensor_2d(NULL, f->model.act, PLACE_DEVICE, 0, f->deck.language.hidden_size);
+    model_language_forward(&f->model, 0, &f->text, &none, true);
+}
+
 static void m6_32_p12_32_36_embeddings_that_do_not_match_the_tokens_end_the_job(void **state)
 {
     struct fixture f;
-    int status, line[2];
-    char text[1024] = "";
+    char text[1024];
     fixture_open(&f, 0, NULL);
     fixture_batch(&f, 0, 0);
-    assert_int_equal(pipe(line), 0);
-    const pid_t child = fork();
-    if (child == 0) {
-        const struct tensor none =
-            tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
-        dup2(line[1], STDERR_FILENO);
-        model_language_forward(&f.model, 0, &f.text, &none, true);
-        _exit(0);
-    }
-    close(line[1]);
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(read(line[0], text, sizeof text - 1) > 0);
-    close(line[0]);
-    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == EXIT_DATA);
+    assert_int_equal(child_run(forward_without_pictures, &f, text, sizeof text), EXIT_DATA);
     assert_non_null(strstr(text, "56 picture embeddings"));
     assert_non_null(strstr(text, "gave 0"));
     fixture_close(&f);
@@ -540,21 +533,10 @@ static void p12_48_loss_is_a_sum_and_a_token_count(void **state)
         assert_true(fabs(*(double *)total.data - sum) <= 1e-13 * sum);
     }
     /* A mask of another shape than the model's batch ends the job. */
-    int status;
-    fflush(NULL);
-    const pid_t child = fork();
-    if (child == 0) {
-        const struct tensor none =
-            tensor_2d(NULL, f.model.act, PLACE_DEVICE, 0, f.deck.language.hidden_size);
-        if (!freopen("/dev/null", "w", stderr))
-            _exit(98);
-        f.text.image_rows = 0;
-        f.text.seq_length--;
-        model_language_forward(&f.model, 0, &f.text, &none, true);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == EXIT_INTERNAL);
+    f.text.image_rows = 0;
+    f.text.seq_length--;
+    assert_int_equal(child_run(forward_without_pictures, &f, NULL, 0), EXIT_INTERNAL);
+    f.text.seq_length++;
     fixture_close(&f);
 }
 

@@ -8,8 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
+#include "child.h"
 #include "rng.h"
 #include "schedule.h"
 #include "timer.h"
@@ -438,6 +438,17 @@ static void count_call(void *ctx, const struct action *a)
     ((long *)ctx)[a->kind]++;
 }
 
+struct run {
+    const struct schedule *list;
+    const struct schedule_calls *calls;
+};
+
+static void run_list(void *run)
+{
+    const struct run *r = run;
+    schedule_run(r->list, r->calls);
+}
+
 static void test_the_interpreter_calls_each_action_once_and_costs_little(void **state)
 {
     struct job j = job_of(two, 2, 100000, false, true);
@@ -456,17 +467,8 @@ static void test_the_interpreter_calls_each_action_once_and_costs_little(void **
     assert_true(seconds / j.list[0].n < 2e-6);
     /* A kind without a call ends the job. */
     calls.call[SCHEDULE_SEND_FORWARD] = NULL;
-    int status;
-    fflush(NULL);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        if (!freopen("/dev/null", "w", stderr))
-            _exit(98);
-        schedule_run(&j.list[0], &calls);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    assert_int_equal(WEXITSTATUS(status), EXIT_INTERNAL);
+    assert_int_equal(child_run(run_list, &(struct run){ &j.list[0], &calls }, NULL, 0),
+                     EXIT_INTERNAL);
     job_free(&j);
 }
 

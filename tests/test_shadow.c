@@ -7,9 +7,9 @@
  */
 #include <errno.h>
 #include <signal.h>
-#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "child.h"
 #include "backend_shadow.h"
 #include "model_fixture.h"
 #include "shadow.h"
@@ -126,52 +126,30 @@ static void every_operation_agrees_with_fp64(void **state)
     }
 }
 
-/* Runs f in a child process; its standard error, and its exit status. */
-static int child(void (*f)(int), int argument, char *said, size_t size)
+static void broken_child(void *which)
 {
-    int end[2], status = 0;
-    assert_int_equal(pipe(end), 0);
-    fflush(NULL);
-    const pid_t pid = fork();
-    assert_true(pid >= 0);
-    if (pid == 0) {
-        dup2(end[1], STDERR_FILENO);
-        f(argument);
-        _exit(0);
-    }
-    close(end[1]);
-    size_t n = 0;
-    for (ssize_t got; n + 1 < size && (got = read(end[0], said + n, size - 1 - n)) > 0;)
-        n += (size_t)got;
-    said[n] = '\0';
-    close(end[0]);
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-static void broken_child(int op)
-{
+    const int op = *(int *)which;
     char trouble[300];
     const struct backend_ops f32 = ref_f32();
     run_case(&f32, op, op, BENCH_RAGGED, 5, trouble, sizeof trouble);
 }
 
-static void sampled_child(int op)
+static void sampled_child(void *which)
 {
     shadow_sample_above(0);
-    broken_child(op);
+    broken_child(which);
 }
 
 /* One wrong number among the last elements of an output: sampled or not, its operation is named,
  * with values and tolerance. */
 static void one_wrong_number_names_its_operation(void **state)
 {
-    void (*const how[])(int) = { broken_child, sampled_child };
+    void (*const how[])(void *) = { broken_child, sampled_child };
     shadow_sample_above(INFINITY);
     for (int op = 0; op < SHADOW_CASES; op++)
         for (int i = 0; i < 2; i++) {
             char said[2000], name[64];
-            const int status = child(how[i], op, said, sizeof said);
+            const int status = child_run(how[i], &(int){ op }, said, sizeof said);
             snprintf(name, sizeof name, "shadow: %s: ", shadow_case[op].name);
             if (status != EXIT_NUMERICS || !strstr(said, name) || !strstr(said, "tolerance") ||
                 !strchr(said, '['))
@@ -199,7 +177,7 @@ static void swap_choice(struct stream *s, in_t logits, in_t bias, double scaling
     backend_ref_f32.router_forward(s, logits, bias, scaling, true, scores, expert, prob);
 }
 
-static void other_choice(int unused)
+static void other_choice(void *unused)
 {
     float logit[TOKENS][EXPERTS], score[TOKENS][EXPERTS], prob[TOKENS][CHOSEN], sum[EXPERTS];
     int32_t expert[TOKENS][CHOSEN];
@@ -227,10 +205,10 @@ static void a_near_tie_may_be_chosen_either_way(void **state)
 {
     char said[2000];
     gap = 1e-6f;
-    assert_int_equal(child(other_choice, 0, said, sizeof said), 0);
+    assert_int_equal(child_run(other_choice, NULL, said, sizeof said), 0);
     assert_string_equal(said, "");
     gap = 1e-3f;
-    assert_int_equal(child(other_choice, 0, said, sizeof said), EXIT_NUMERICS);
+    assert_int_equal(child_run(other_choice, NULL, said, sizeof said), EXIT_NUMERICS);
     assert_non_null(strstr(said, "shadow: router_forward: expert[2,0] is 1 of ref and 6 of ref"));
 }
 
@@ -262,10 +240,10 @@ static void a_model_agrees(void **state)
     train_model(&f64, -1);
 }
 
-static void broken_model(int op)
+static void broken_model(void *which)
 {
     const struct backend_ops f64 = ref_f64();
-    train_model(&f64, op);
+    train_model(&f64, *(int *)which);
 }
 
 static void a_broken_operation_of_a_model_is_named(void **state)
@@ -274,7 +252,8 @@ static void a_broken_operation_of_a_model_is_named(void **state)
                               SHADOW_grouped_act_backward };
     for (size_t i = 0; i < sizeof op / sizeof *op; i++) {
         char said[2000], name[64];
-        assert_int_equal(child(broken_model, op[i], said, sizeof said), EXIT_NUMERICS);
+        assert_int_equal(child_run(broken_model, &(int){ op[i] }, said, sizeof said),
+                         EXIT_NUMERICS);
         snprintf(name, sizeof name, "shadow: %s: ", shadow_case[op[i]].name);
         assert_non_null(strstr(said, name));
     }

@@ -7,8 +7,8 @@
 #include <cmocka.h>
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
+#include "child.h"
 #include "sample.h"
 #include "shard.h"
 #include "scratch.h"
@@ -645,22 +645,10 @@ static void random_damage_never_crashes(void **state)
     free(clean.bytes);
 }
 
-/* What reading the first sample ends the process with. */
-static int status_of_reading(struct shard_set *set)
+static void read_first_sample(void *set)
 {
-    int status;
-    fflush(NULL);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        char why[64];
-        if (!freopen("/dev/null", "w", stderr))
-            _exit(99);
-        sample_read(&doc, set, 0, "", "", why, sizeof why);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    assert_true(WIFEXITED(status));
-    return WEXITSTATUS(status);
+    char why[64];
+    sample_read(&doc, set, 0, "", "", why, sizeof why);
 }
 
 static void a_shard_that_changes_during_the_run_ends_the_job_with_4(void **state)
@@ -681,7 +669,7 @@ static void a_shard_that_changes_during_the_run_ends_the_job_with_4(void **state
         /* a pipe: opening it must not wait for a writer */
         if (change == 3)
             assert_true(unlink(file("change.tar")) == 0 && mkfifo(file("change.tar"), 0666) == 0);
-        assert_int_equal(status_of_reading(&set), change == 0 ? 0 : EXIT_DATA);
+        assert_int_equal(child_run(read_first_sample, &set, NULL, 0), change == 0 ? 0 : EXIT_DATA);
         shard_free(&set);
         unlink(file("change.tar"));
     }

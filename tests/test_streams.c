@@ -1,9 +1,9 @@
 /* test_streams.c - which samples of shards a rank reads: order, streams, layouts, resume, and
  * broken samples (interface.md 3).
  */
+#include "child.h"
 #include "shard_fixture.h"
 #include <sys/stat.h>
-#include <sys/wait.h>
 
 static void the_order_of_an_epoch_is_a_permutation_of_seed_and_epoch(void **state)
 {
@@ -316,22 +316,6 @@ static void every_kind_of_broken_sample_is_named_and_skipped(void **state)
     deck_free(&deck);
 }
 
-static int exit_of(void (*body)(void *), void *argument)
-{
-    int status;
-    fflush(NULL);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        if (!freopen("/dev/null", "w", stderr))
-            _exit(99);
-        body(argument);
-        _exit(0);
-    }
-    assert_int_equal(waitpid(pid, &status, 0), pid);
-    assert_true(WIFEXITED(status));
-    return WEXITSTATUS(status);
-}
-
 static void read_text(void *argument)
 {
     struct reader *r = argument;
@@ -358,8 +342,8 @@ static void a_hundred_broken_samples_in_a_row_end_the_job_with_4(void **state)
         tar_end(&t);
         tar_write(&t, file("hundred.tar"));
         open_reader(&r, "hundred.tar", NULL);
-        assert_int_equal(exit_of(read_text, &r), broken == 100 ? EXIT_DATA : 0);
-        assert_int_equal(exit_of(read_pictures, &r), broken == 100 ? EXIT_DATA : 0);
+        assert_int_equal(child_run(read_text, &r, NULL, 0), broken == 100 ? EXIT_DATA : 0);
+        assert_int_equal(child_run(read_pictures, &r, NULL, 0), broken == 100 ? EXIT_DATA : 0);
         close_reader(&r);
     }
 }
