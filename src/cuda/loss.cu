@@ -2,6 +2,7 @@
  * logits; the caller reduces mx (max), then se and pl (sum) over its group in between. All sums are
  * fp32 in a fixed order; the total is added up in double.
  */
+#include "block.cuh"
 #include "vector.cuh"
 
 enum { THREADS = 512, AT_ONCE = 4 };
@@ -98,15 +99,9 @@ static __global__ void __launch_bounds__(THREADS)
         loss[t] = value;
         sum += (double)value * mask[t];
     }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = THREADS / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
+    sum = block_total(sum, sums);
     if (threadIdx.x == 0)
-        *total = (float)(*total + sums[0]);
+        *total = (float)(*total + sum);
 }
 
 template <bool VEC, class T>

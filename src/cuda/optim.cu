@@ -1,5 +1,6 @@
 /* optim.cu - gradient statistics, AdamW (parallel.md 7.3) and the experts' bias (model.md 1.8). One
  * pass over memory each. */
+#include "block.cuh"
 #include "vector.cuh"
 
 enum { THREADS = 256, BLOCKS = 1056 };
@@ -16,19 +17,6 @@ __device__ __forceinline__ void each_chunk(const matrix<const float> &x, F f)
         load_chunk<VEC>(x.row(r) + c, chunk_size(x.cols, c), v);
         f(v, chunk_size(x.cols, c));
     }
-}
-
-/* Sum over the block in double, in one order; thread 0 has it. */
-__device__ __forceinline__ double block_total(double x, double *shared)
-{
-    shared[threadIdx.x] = x;
-    __syncthreads();
-    for (int half = THREADS / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            shared[threadIdx.x] += shared[threadIdx.x + half];
-        __syncthreads();
-    }
-    return shared[0];
 }
 
 template <bool VEC>
@@ -339,17 +327,11 @@ static __global__ void __launch_bounds__(THREADS)
     long long sum = 0;
     for (int e = threadIdx.x; e < experts; e += THREADS)
         sum += count[e];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = THREADS / 2; half; half /= 2) {
-        if (threadIdx.x < half)
-            sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
+    sum = block_total(sum, sums);
     /* count < mean without a division. */
     for (int e = threadIdx.x; e < experts; e += THREADS) {
         const long long own = count[e] * experts;
-        bias[e] += own < sums[0] ? rate : own > sums[0] ? -rate : 0.0f;
+        bias[e] += own < sum ? rate : own > sum ? -rate : 0.0f;
         count[e] = 0;
     }
 }
