@@ -83,8 +83,8 @@ struct backend_ops {
     void (*stream_wait)(struct stream *s, const struct event *e);
     /* host waits for what e recorded */
     void (*event_sync)(const struct event *e);
-    /* Events that know their time, and seconds of the device between two that have passed. NULL,
-     * both: the host's clock will do. */
+    /* Events that know when the device passed them, and seconds between two that it passed; by the
+     * host's clock where operations are complete when they return. */
     void (*event_create_timed)(struct event *e);
     double (*event_seconds)(const struct event *from, const struct event *to);
 

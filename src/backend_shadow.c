@@ -587,6 +587,14 @@ static void shadow_event_create(struct event *e)
 {
     backend_cuda_f32.event_create(e);
 }
+static void shadow_event_create_timed(struct event *e)
+{
+    backend_cuda_f32.event_create_timed(e);
+}
+static double shadow_event_seconds(const struct event *from, const struct event *to)
+{
+    return backend_cuda_f32.event_seconds(from, to);
+}
 static void shadow_event_destroy(struct event *e)
 {
     backend_cuda_f32.event_destroy(e);
@@ -601,6 +609,7 @@ static void shadow_event_destroy(struct event *e)
     .memory = shadow_memory, .stream_destroy = shadow_stream_destroy, \
     .stream_scratch = shadow_stream_scratch, .stream_sync = shadow_stream_sync, \
     .event_create = shadow_event_create, .event_destroy = shadow_event_destroy, \
+    .event_create_timed = shadow_event_create_timed, .event_seconds = shadow_event_seconds, \
     .event_record = shadow_event_record, .stream_wait = shadow_stream_wait, BACKEND_OPS(OP)
 
 const struct backend_ops backend_shadow_bf16 = { COMMON.act = DTYPE_BF16,

@@ -29,12 +29,13 @@ struct trace_row {
     int64_t iteration, consumed_samples, num_tokens, num_zeros, images, patches;
     double lm_loss, grad_norm, learning_rate, weight_decay, seq_load_balancing_loss, params_norm;
     double iteration_seconds, tokens_per_second, tflops_per_gpu, model_tflops_per_gpu;
+    double language_tflops_per_gpu;
     int8_t skipped;
     /* [moe layer, expert] on rank 0 (of the global batch); NULL elsewhere */
     const int64_t *tokens_per_expert;
     /* of this rank */
     float section_seconds[TRACE_SECTIONS];
-    int64_t peak_bytes, gemm_flops, sent_bytes;
+    int64_t peak_bytes, device_peak_bytes, gemm_flops, sent_bytes;
 };
 
 struct trace;

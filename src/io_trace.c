@@ -60,6 +60,8 @@ static const struct field fields[] = {
       "language grid, Megatron-compatible count, per device of that grid" },
     { "/model_tflops_per_gpu", KIND_F64, ROW(model_tflops_per_gpu), false, "TFLOP/s",
       "all modules, exact count, per device of the job" },
+    { "/language_tflops_per_gpu", KIND_F64, ROW(language_tflops_per_gpu), false, "TFLOP/s",
+      "language grid, exact count, per device of that grid" },
     { "/images", KIND_I64, ROW(images), false, "pictures", "pictures of the global batch" },
     { "/patches", KIND_I64, ROW(patches), false, "patches", "patches of the global batch" },
     { "/ranks/forward_seconds", KIND_F32, SECTION(TRACE_FORWARD), true, "s", "forward passes" },
@@ -73,7 +75,9 @@ static const struct field fields[] = {
     { "/ranks/data_wait_seconds", KIND_F32, SECTION(TRACE_DATA_WAIT), true, "s",
       "waiting for samples" },
     { "/ranks/peak_bytes", KIND_I64, ROW(peak_bytes), true, "B",
-      "largest memory use of the rank so far" },
+      "most memory of the rank's process on the host so far" },
+    { "/ranks/device_peak_bytes", KIND_I64, ROW(device_peak_bytes), true, "B",
+      "most bytes in use on the rank's device so far, by whatever program; -1 = it has none" },
     { "/ranks/gemm_flops", KIND_I64, ROW(gemm_flops), true, "FLOP",
       "floating-point operations in matrix products" },
     { "/ranks/sent_bytes", KIND_I64, ROW(sent_bytes), true, "B", "bytes sent to other ranks" },
@@ -261,6 +265,8 @@ static hid_t open_old(struct trace *t, const struct deck *deck, struct old_trace
     bool same = ranks >= 0 && io_get_shape(file, experts_path, shape) == 3 &&
                 shape[1] == t->n_moe && shape[2] == t->n_experts && old->n_rows == t->n_rows &&
                 old->width == t->topo->size && old->n_eval == t->n_eval;
+    for (int i = 0; i < N_FIELDS; i++) /* an older program did not write all of them */
+        same = same && io_get_shape(file, fields[i].path, shape) > 0;
     same = same && io_get_attr_i64(ranks, "encoder_size", &value) &&
            value == (t->topo->encoder.present ? t->topo->encoder.size : 0);
     same = same && io_get_attr_i64(ranks, "language_offset", &value) &&

@@ -126,8 +126,7 @@ void step_init(struct step *s, const struct deck *deck, const struct topology *t
     s->n_moe = expert_layers(deck);
     s->sum = xcalloc(SUMS, sizeof *s->sum);
     s->pending.sum = xcalloc(SUMS, sizeof *s->pending.sum);
-    for (int i = 0; i < 2; i++)
-        (be->event_create_timed ? be->event_create_timed : be->event_create)(&s->mark[i]);
+    be->event_create(&s->done);
     s->late = xcalloc((size_t)(LATE_EXPERTS + expert_counts(s)), sizeof *s->late);
     s->expert_count = xcalloc((size_t)expert_counts(s), sizeof *s->expert_count);
     find_senders(s);
@@ -156,8 +155,7 @@ void step_free(struct step *s)
     free(s->pending.sum);
     free(s->late);
     free(s->expert_count);
-    for (int i = 0; i < 2; i++)
-        s->be->event_destroy(&s->mark[i]);
+    s->be->event_destroy(&s->done);
     free(s->sender);
     bridge_free(s->bridge);
     schedule_free(&s->train);
@@ -227,8 +225,10 @@ static void run_encoder_forward(void *ctx, const struct action *a)
     struct step *s = ctx;
 
     load_pictures(s, a->microbatch, a->slot);
-    enter(s, TIMER_FORWARD);
+    enter(s, TIMER_BRIDGE_WAIT);
     bridge_embedding_free(s->bridge, a->slot);
+    leave(s, TIMER_BRIDGE_WAIT);
+    enter(s, TIMER_FORWARD);
     s->embedding[a->slot] =
         model_encoder_forward(s->model, a->slot, &s->pictures[a->slot], s->training);
     leave(s, TIMER_FORWARD);
@@ -334,10 +334,13 @@ static void run_language_backward(void *ctx, const struct action *a)
 {
     struct step *s = ctx;
 
+    if (s->bridge) {
+        enter(s, TIMER_BRIDGE_WAIT);
+        bridge_gradient_free(s->bridge);
+        leave(s, TIMER_BRIDGE_WAIT);
+    }
     enter(s, TIMER_BACKWARD);
     announce_last(s, a, true);
-    if (s->bridge)
-        bridge_gradient_free(s->bridge);
     s->dimage = model_language_backward(s->model, a->slot,
                                         s->topo->encoder.present && encoder_trains(s->deck));
     leave(s, TIMER_BACKWARD);
@@ -538,6 +541,18 @@ static double participation(const struct step *s)
     return optim_participation(all, seen);
 }
 
+int64_t step_device_peak(struct step *s)
+{
+    size_t available, total;
+
+    s->be->memory(&available, &total);
+    if (total == SIZE_MAX)
+        return -1;
+    if ((int64_t)(total - available) > s->device_peak)
+        s->device_peak = (int64_t)(total - available);
+    return s->device_peak;
+}
+
 static void fill_row(struct step *s, const struct optim_result *o, struct trace_row *row)
 {
     int64_t lanes = s->topo->language.dp_size;
@@ -568,14 +583,13 @@ static void fill_row(struct step *s, const struct optim_result *o, struct trace_
     row->tokens_per_expert = s->topo->rank == 0 && s->n_moe > 0 ? s->expert_count : NULL;
     row->iteration_seconds =
         timer_take_iteration(seconds) - seconds[TIMER_SAVE] - seconds[TIMER_EVAL];
-    if (s->be->event_seconds)
-        row->iteration_seconds = s->be->event_seconds(&s->mark[1 - s->last], &s->mark[s->last]);
     for (int i = 0; i < TRACE_SECTIONS; i++)
         row->section_seconds[i] = (float)seconds[section[i]];
     row->gemm_flops = p->gemm_flops;
     row->sent_bytes = p->sent_bytes;
     getrusage(RUSAGE_SELF, &usage);
     row->peak_bytes = (int64_t)usage.ru_maxrss * 1024;
+    row->device_peak_bytes = step_device_peak(s);
 }
 
 /* The row's rates, from its own iteration_seconds. */
@@ -594,6 +608,7 @@ static void fill_rates(const struct step *s, struct trace_row *row)
     row->tokens_per_second = tokens / seconds;
     row->tflops_per_gpu = 3.0 * model_flops_language_megatron(deck, tokens, sum_len2) /
                           (seconds * 1e12 * (double)s->topo->language.size);
+    row->language_tflops_per_gpu = language / (seconds * 1e12 * (double)s->topo->language.size);
     row->model_tflops_per_gpu =
         (language + encoder + projector) / (seconds * 1e12 * (double)s->topo->size);
 }
@@ -604,8 +619,6 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
     s->change = NULL;
     s->iteration = iteration;
     s->training = true;
-    if (!s->pending.open)
-        s->be->event_record(&s->mark[s->last], s->stream);
     timer_start(TIMER_OPTIMIZER);
     model_begin_grads(s->model);
     timer_stop(TIMER_OPTIMIZER);
@@ -629,14 +642,13 @@ void step_update(struct step *s, double lr, double weight_decay)
     optim_expert_bias(s->optim);
     optim_begin(s->optim, counts_tokens(s) ? &loss : NULL, s->sum[SUM_TOKENS], participation(s), lr,
                 weight_decay);
-    s->last = 1 - s->last;
-    s->be->event_record(&s->mark[s->last], s->stream);
-    p->open = true;
     p->gemm_flops = model_take_gemm_flops(s->model);
     p->sent_bytes = 0;
     for (int i = 0; i < s->n_senders; i++)
         p->sent_bytes += comm_take_sent_bytes(s->sender[i]);
     timer_stop(TIMER_OPTIMIZER);
+    p->mark = timer_mark();
+    s->be->event_record(&s->done, s->stream);
 }
 
 struct step_result step_finish(struct step *s, struct trace_row *row)
@@ -644,8 +656,8 @@ struct step_result step_finish(struct step *s, struct trace_row *row)
     struct optim_result o;
 
     timer_start(TIMER_GRAD_SYNC);
-    s->be->event_sync(&s->mark[s->last]);
-    s->pending.open = false;
+    s->be->event_sync(&s->done);
+    timer_collect(s->pending.mark);
     o = optim_finish(s->optim);
     add_up_late(s);
     timer_stop(TIMER_GRAD_SYNC);

@@ -69,13 +69,11 @@ struct step {
     struct step_pending {
         int64_t iteration, gemm_flops, sent_bytes;
         double lr, weight_decay;
-        double *sum; /* the world's */
-        bool open;   /* there is one */
+        double *sum;  /* the world's */
+        int64_t mark; /* of the timer, behind its update */
     } pending;
-    /* mark[last]: the pending iteration's numbers are on the host. mark[1 - last]: where its time
-     * starts - when it began, or when the numbers of the iteration before it were there. */
-    struct event mark[2];
-    int last;
+    struct event done;          /* the pending iteration's numbers are on the host */
+    int64_t device_peak;        /* bytes, of step_device_peak */
     struct tensor host_balance; /* acc [1] */
     struct tensor host_count;   /* I64 [n_moe, E] of this rank */
     double *late;               /* [1 + n_moe*E] what the world adds up of these */
@@ -104,12 +102,15 @@ void step_plan(struct step *s, struct arenas *arenas);
  *                what any rank asked for
  *   step_update  its update, with this learning rate and weight decay
  *   step_finish  waits for its numbers and fills `row` but for consumed_samples; iteration_seconds
- *                is the time since the last call without saving and evaluation, of the device where
- *                it has a clock
+ *                is the time between the end of the update before it (or train_begin) and of its
+ *                own, without saving and evaluation, by the clock of timer.h
  * Collective over the world. */
 void step_begin(struct step *s, struct data *data, int64_t iteration, bool *request);
 void step_update(struct step *s, double lr, double weight_decay);
 struct step_result step_finish(struct step *s, struct trace_row *row);
+/* Most bytes that were in use on this rank's device at any of these calls, by whatever program; -1
+ * where the device is the host. Local. */
+int64_t step_device_peak(struct step *s);
 /* Forward passes of one iteration of `data`; adds this rank's share to *loss_sum and *tokens (sum
  * over ranks = the global batch). Collective over the world. */
 void step_forward(struct step *s, struct data *data, int64_t iteration,

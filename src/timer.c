@@ -1,23 +1,49 @@
-/* timer.c - see timer.h. With log.c one of the two files that keep state. */
+/* timer.c - see timer.h. With log.c one of the two files that keep state.
+ *
+ * Every change of section or part is a mark. Without a device it is a reading of the host's clock
+ * and what ended is booked at once. With one it is an event on the device's stream; marks are
+ * numbered and lie in a ring, and mark n's label is what begins at it, so that the time from mark
+ * n to n+1 is booked to the label of n when both have passed.
+ */
 #include "timer.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include "backend.h"
 #include "check.h"
 #include "log.h"
 
-enum { DEPTH = 8 };
+enum { DEPTH = 8, NO_ROW = -1 };
 
 static const double note_share = 0.10, slow_ratio = 1.3, slow_share = 0.02;
 
+/* Where time is booked: rows, or NO_ROW. */
+struct label {
+    int section, part;
+    int entered; /* the row that was not open before: a call of it */
+};
+
+struct mark {
+    struct event at;
+    struct label label;
+};
+
 static struct {
-    double begin, iteration_begin, running_since;
     double total[TIMER_ROWS], at_iteration[TIMER_SECTIONS], at_sample[TIMER_SECTIONS];
+    double wall, wall_at_iteration;
     int64_t calls[TIMER_ROWS];
     enum timer_section open[DEPTH];
     int depth;
     enum timer_part part;
+    /* of the host's clock */
+    double since;
+    struct label running;
+    /* of the device's */
+    const struct backend_ops *be; /* NULL: none */
+    struct stream *stream;
+    struct mark *ring; /* [capacity] */
+    int64_t capacity, made, booked;
 } state;
 
 static const char *const names[] = {
@@ -28,7 +54,8 @@ static const char *const names[] = {
 
 static void tell(void);
 static bool computing(void);
-static void settle(double now);
+static void book(const struct label *label, double seconds);
+static void change(int entered);
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
                        const char *other, void (*line)(void *ctx, const char *text), void *ctx);
 static void to_log(void *ctx, const char *text);
@@ -42,25 +69,26 @@ double timer_now(void)
 
 void timer_reset(void)
 {
+    ASSERT(!state.be);
     memset(&state, 0, sizeof state);
-    state.begin = state.iteration_begin = state.running_since = timer_now();
+    state.since = timer_now();
     state.part = TIMER_NO_PART;
+    state.running = (struct label){ NO_ROW, NO_ROW, NO_ROW };
 }
 
 void timer_start(enum timer_section section)
 {
     ASSERT(state.depth < DEPTH && section < TIMER_IDLE);
-    settle(timer_now());
     state.open[state.depth++] = section;
-    state.calls[section]++;
+    change((int)section);
     tell();
 }
 
 void timer_stop(enum timer_section section)
 {
     ASSERT(state.depth > 0 && state.open[state.depth - 1] == section);
-    settle(timer_now());
     state.depth--;
+    change(NO_ROW);
     tell();
 }
 
@@ -70,35 +98,90 @@ void timer_part(enum timer_part part)
         part = TIMER_NO_PART;
     if (part == state.part)
         return;
-    settle(timer_now());
     state.part = part;
-    if (part != TIMER_NO_PART)
-        state.calls[part]++;
+    change(part != TIMER_NO_PART ? (int)part : NO_ROW);
+}
+
+/* ---- the device's clock ---- */
+
+void timer_use_device(const struct backend_ops *be, struct stream *s, int64_t marks)
+{
+    ASSERT(!state.be && marks >= 4);
+    struct mark *ring = xcalloc((size_t)marks, sizeof *ring);
+    for (int64_t i = 0; i < marks; i++)
+        be->event_create_timed(&ring[i].at);
+    change(NO_ROW); /* the host's time ends here */
+    state.ring = ring;
+    state.capacity = marks;
+    state.made = state.booked = 0;
+    state.stream = s;
+    state.be = be;
+    change(NO_ROW);
+}
+
+void timer_leave_device(void)
+{
+    if (!state.be)
+        return;
+    timer_catch_up();
+    for (int64_t i = 0; i < state.capacity; i++)
+        state.be->event_destroy(&state.ring[i].at);
+    free(state.ring);
+    state.be = NULL;
+    state.ring = NULL;
+    state.stream = NULL;
+    state.since = timer_now();
+    change(NO_ROW);
+}
+
+int64_t timer_mark(void)
+{
+    change(NO_ROW);
+    return state.made - 1;
+}
+
+void timer_collect(int64_t mark)
+{
+    for (; state.be && state.booked < mark; state.booked++) {
+        const struct mark *from = &state.ring[state.booked % state.capacity],
+                          *to = &state.ring[(state.booked + 1) % state.capacity];
+        book(&from->label, state.be->event_seconds(&from->at, &to->at));
+    }
+}
+
+void timer_catch_up(void)
+{
+    const int64_t mark = timer_mark();
+    if (!state.be)
+        return;
+    state.be->stream_sync(state.stream);
+    timer_collect(mark);
 }
 
 double timer_take_iteration(double seconds[TIMER_SECTIONS])
 {
-    const double now = timer_now(), wall = now - state.iteration_begin;
     double covered = 0;
-    settle(now);
+    if (!state.be)
+        change(NO_ROW);
+    const double wall = state.wall - state.wall_at_iteration;
     for (int s = 0; s < TIMER_IDLE; s++) {
         seconds[s] = state.total[s] - state.at_iteration[s];
         state.at_iteration[s] = state.total[s];
         covered += seconds[s];
     }
     seconds[TIMER_IDLE] = wall > covered ? wall - covered : 0;
-    state.iteration_begin = now;
+    state.wall_at_iteration = state.wall;
     return wall;
 }
 
 void timer_take_sample(struct timer_sample *out, int role)
 {
-    const double now = timer_now();
     double covered = 0;
-    settle(now);
+    if (!state.be)
+        change(NO_ROW);
     memset(out, 0, sizeof *out);
     out->role = role;
-    out->wall = now - state.begin;
+    out->wall = state.wall;
     for (int s = 0; s < TIMER_IDLE; s++) {
         out->seconds[s] = state.total[s];
         out->calls[s] = state.calls[s];
@@ -159,14 +242,45 @@ static bool computing(void)
                                state.open[state.depth - 1] == TIMER_BACKWARD);
 }
 
-/* Book the time since the last change to the innermost open section, and to its part. */
-static void settle(double now)
+static void book(const struct label *label, double seconds)
 {
-    if (state.depth > 0)
-        state.total[state.open[state.depth - 1]] += now - state.running_since;
-    if (computing() && state.part != TIMER_NO_PART)
-        state.total[state.part] += now - state.running_since;
-    state.running_since = now;
+    state.wall += seconds;
+    if (label->section != NO_ROW)
+        state.total[label->section] += seconds;
+    if (label->part != NO_ROW)
+        state.total[label->part] += seconds;
+    if (label->entered != NO_ROW)
+        state.calls[label->entered]++;
+}
+
+/* A full ring waits for its older half. */
+static void make_room(void)
+{
+    const int64_t mark = state.booked + state.capacity / 2;
+    state.be->event_sync(&state.ring[mark % state.capacity].at);
+    timer_collect(mark);
+}
+
+/* What ran ends here; from here on the open section and its part do, of which `entered` is new. */
+static void change(int entered)
+{
+    const struct label next = {
+        .section = state.depth > 0 ? (int)state.open[state.depth - 1] : NO_ROW,
+        .part = computing() && state.part != TIMER_NO_PART ? (int)state.part : NO_ROW,
+        .entered = entered
+    };
+    if (!state.be) {
+        const double now = timer_now();
+        book(&state.running, now - state.since);
+        state.since = now;
+        state.running = next;
+        return;
+    }
+    if (state.made - state.booked == state.capacity)
+        make_room();
+    struct mark *m = &state.ring[state.made++ % state.capacity];
+    m->label = next;
+    state.be->event_record(&m->at, state.stream);
 }
 
 /* What to do about time that trained nothing; `whose` is "encoder ", "language " or "". */

@@ -1,14 +1,26 @@
 /* timer.h - where the wall time of this rank goes.
  *
- * Sections are exclusive: one that starts inside another pauses it, so the sections of a rank never
- * add up to more than its wall time, and `idle` is what is left over. Monotonic clock. Main thread
- * only.
+ * Sections are exclusive: one that starts inside another pauses it, so the sections of a rank
+ * never add up to more than its wall time, and `idle` is what is left over. Main thread only.
+ *
+ * Before timer_use_device times are the host's (monotonic clock). From then on they are those of
+ * the device's compute stream: where a section or part is entered or left, an event goes into the
+ * stream, and what lies between two events on the device is booked, whatever the host did
+ * meanwhile. So a section holds the kernels that were issued in it, what the stream waits for in
+ * it (in `bridge wait` the other grid, in `grad sync` and `moe dispatch` the other ranks of the
+ * group) and the time in which the device had nothing to do because the host was late with it
+ * (`data wait`: samples). Sections that only keep the host busy while the device works take no
+ * time. Events are read when the caller knows that they have passed, an iteration late, so that
+ * nothing waits for a timer; until then nothing of them is in any sum. On a backend whose
+ * operations are complete when they return the device's clock is the host's.
  */
 #ifndef MIMO_TIMER_H
 #define MIMO_TIMER_H
 
 #include <stdint.h>
 #include "comm.h"
+
+struct backend_ops;
 
 /* X(SECTION, "name in the table") */
 /* clang-format off */
@@ -62,9 +74,21 @@ void timer_stop(enum timer_section section);
 /* From here on this part, until the next call; counts only inside the sections forward and
  * backward. Local. */
 void timer_part(enum timer_part part);
-/* Seconds of every section and the wall time since the last call (or timer_reset): one iteration.
- * Local. */
+/* From here on this stream's time counts, until timer_leave_device. At least `marks` changes of
+ * section or part fit between one timer_collect and the next; with more, the host waits for the
+ * oldest. Allocates: not inside a step. The stream must outlive it. Local. */
+void timer_use_device(const struct backend_ops *be, struct stream *s, int64_t marks);
+void timer_leave_device(void); /* Waits for the stream; without a device nothing. Local. */
+/* A point in the stream, which timer_collect takes. Local. */
+int64_t timer_mark(void);
+/* Books everything up to this mark, behind which the device is known to be. Local. */
+void timer_collect(int64_t mark);
+/* Waits for the stream and books everything; not inside a step. Local. */
+void timer_catch_up(void);
+/* Seconds of every section and the wall time of what was booked since the last call (or
+ * timer_reset): one iteration. Without a device: up to now. Local. */
 double timer_take_iteration(double seconds[TIMER_SECTIONS]);
+/* What was booked since timer_reset. Local. */
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of
  * the maximum and the share of the wall time, then the same of the parts; then a NOTE for what

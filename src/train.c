@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <time.h>
@@ -78,6 +79,29 @@ void train_find_start(struct train_start *s, const struct run *run, const struct
 
 /* ---- build ----------------------------------------------------------------------------------- */
 
+static int64_t planned(struct train *t)
+{
+    const bool device = step_device_peak(&t->step) >= 0;
+    int64_t bytes = 0;
+
+    for (int i = 0; i < ARENA_COUNT; i++)
+        if (!device || t->arenas.a[i].place == PLACE_DEVICE)
+            bytes += (int64_t)t->arenas.a[i].capacity;
+    return bytes;
+}
+
+/* Most changes of section or part (timer.h) of two iterations: the one that is settled and the one
+ * that is issued meanwhile. An action has its own section, waits for the bridge and reads samples;
+ * a pass has its layers, an expert layer a dozen parts, and forward may come again in backward. */
+static int64_t timer_marks(const struct train *t)
+{
+    const int64_t passes = 2 * t->deck->derived.num_microbatches;
+    const int64_t language = 2 * 13 * t->deck->derived.num_layers + 4,
+                  encoder = 2 * t->deck->vision.num_layers + 4;
+
+    return 2 * (6 * t->step.train.n + passes * (language + encoder) + 32);
+}
+
 void train_init(struct train *t, const struct deck *deck, const struct topology *topo,
                 struct comm *sharers, struct run *run, struct errors *errors)
 {
@@ -107,6 +131,7 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
     optim_init(&t->optim, deck, topo, &t->model, t->be, t->comm, &t->stream);
     step_init(&t->step, deck, topo, &t->model, &t->optim, t->be, t->comm, &t->stream);
     t->step.poll = (struct step_poll){ .poll = run_poll, .ctx = run };
+    timer_use_device(t->be, &t->stream, timer_marks(t));
     arenas_init(&t->arenas);
     for (int pass = 0; pass < 2; pass++) {
         model_plan(&t->model, &t->arenas);
@@ -118,6 +143,9 @@ void train_init(struct train *t, const struct deck *deck, const struct topology 
             FATAL(EXIT_ENVIRONMENT, "%s", why);
         arenas_commit(&t->arenas, t->be);
     }
+    t->planned = planned(t);
+    if (sharers)
+        comm_host_reduce_i64(sharers, &t->planned, 1, COMM_SUM);
     model_initialise(&t->model);
     optim_refresh_masters(&t->optim);
     lr_init(&t->state.lr, deck);
@@ -437,18 +465,52 @@ static void put_row(const struct train *t, const struct trace_row *row)
         tensorboard_put(b, "params-norm", TENSORBOARD_BOTH, row->params_norm);
 }
 
+enum { ROLES = 3 };
+static const char *const roles[ROLES] = { "encoder", "language", "both" };
+
+static int role_of(const struct train *t)
+{
+    return t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1;
+}
+
+/* Memory against what was planned, of each role's rank that has most of it in use: of its device,
+ * or of its process where the host is the device. Collective over the world. */
+static void report_memory(struct train *t)
+{
+    struct use {
+        int64_t used, planned;
+        int role, device;
+    } own = { .used = step_device_peak(&t->step), .planned = t->planned, .role = role_of(t) },
+      *all = NULL;
+    struct rusage usage;
+
+    own.device = own.used >= 0;
+    getrusage(RUSAGE_SELF, &usage);
+    if (!own.device)
+        own.used = (int64_t)usage.ru_maxrss * 1024;
+    if (t->topo->rank == 0)
+        all = xcalloc((size_t)t->topo->size, sizeof *all);
+    comm_host_gather(t->topo->world, &own, sizeof own, all, 0);
+    for (int role = 0; all && role < ROLES; role++) {
+        int most = -1;
+        for (int r = 0; r < t->topo->size; r++)
+            if (all[r].role == role && (most < 0 || all[r].used > all[most].used))
+                most = r;
+        if (most >= 0)
+            log_line("memory: %s, at most %.0f MiB of a %s (rank %d), %.0f planned", roles[role],
+                     (double)all[most].used / 0x1p20, all[most].device ? "GPU" : "process", most,
+                     (double)all[most].planned / 0x1p20);
+    }
+    free(all);
+}
+
 /* The timers up to now; with a log line also as "<section>-time", seconds an iteration of the
  * slowest rank. */
 static void report_timers(struct train *t, int64_t iterations)
 {
-    static const char *const roles[] = { "encoder", "language", "both" };
-    int role = t->topo->encoder.member ? t->topo->language.member ? 2 : 0 : 1;
     double seconds[TIMER_SECTIONS];
 
-    timer_report(t->topo->world, role, roles, 3, seconds);
-    if (t->deck->run.backend == DECK_BACKEND_CUDA)
-        log_line(
-            "NOTE: these are times of the hosts: the GPUs' work is issued in every section and waited for in grad sync");
+    timer_report(t->topo->world, role_of(t), roles, ROLES, seconds);
     if (!t->board || iterations == 0)
         return;
     for (int i = 0; i < TIMER_SECTIONS; i++) {
@@ -503,6 +565,7 @@ void train_begin(struct train *t)
     if (!t->run->continues || t->state.iteration == 0 || !t->has_data)
         validate(t, "");
     double seconds[TIMER_SECTIONS];
+    timer_catch_up();
     timer_take_iteration(seconds);
     t->interval_start = timer_now();
 }
@@ -661,7 +724,9 @@ int train_end(struct train *t)
         save(t);
     if (t->has_data && !t->stop)
         validate(t, " on validation set");
+    timer_catch_up();
     report_timers(t, 0);
+    report_memory(t);
     if (!t->stop) {
         t->why = t->has_data ? "all iterations done" : "evaluation done";
         return EXIT_OK;
@@ -688,6 +753,7 @@ void train_free(struct train *t)
 {
     train_close(t);
     if (t->be) {
+        timer_leave_device();
         step_free(&t->step);
         model_free(&t->model);
         arenas_free(&t->arenas, t->be);

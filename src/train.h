@@ -26,6 +26,7 @@ struct train {
     const struct comm_ops *comm;
     struct stream stream;
     struct arenas arenas;
+    int64_t planned; /* bytes of this rank's device, its sharers' too; where it has none, its own */
     struct model model;
     struct optim optim;
     struct step step;

@@ -23,6 +23,7 @@ TRACE = {"rows": "i8", "iteration": "i8", "consumed_samples": "i8", "lm_loss": "
          "weight_decay": "f8", "num_tokens": "i8", "seq_load_balancing_loss": "f8", "skipped": "i1", "num_zeros": "i8",
          "params_norm": "f8", "iteration_seconds": "f8", "tokens_per_second": "f8", "tflops_per_gpu": "f8",
          "model_tflops_per_gpu": "f8", "images": "i8", "patches": "i8", "moe/tokens_per_expert": "i8", "ranks/peak_bytes": "i8",
+         "language_tflops_per_gpu": "f8", "ranks/device_peak_bytes": "i8",
          "ranks/gemm_flops": "i8", "ranks/sent_bytes": "i8", "ranks/arena_bytes": "i8", "eval/rows": "i8", "eval/iteration": "i8",
          "eval/lm_loss": "f8", "eval/lm_loss_ablated": "f8", **{"ranks/%s_seconds" % s: "f4" for s in SECTIONS}}
 

@@ -17,7 +17,8 @@ static void write_rows(struct trace *t, const struct job *j, int64_t first, int6
                                  .grad_norm = 1.0 / (double)(r + 1),
                                  .params_norm = NAN,
                                  .skipped = r == 2,
-                                 .peak_bytes = 1000 * world->rank + r };
+                                 .peak_bytes = 1000 * world->rank + r,
+                                 .device_peak_bytes = 7000 + world->rank };
         for (int i = 0; i < TRACE_SECTIONS; i++)
             row.section_seconds[i] = (float)(world->rank + 10 * i + 100 * r);
         int64_t per_row = 2 * j->deck.moe.num_experts;
@@ -149,6 +150,41 @@ static void trace_of_more_ranks_keeps_its_columns(void **unused)
         comm_free(alone);
     }
     agree(ok);
+}
+
+/* A program that knows more datasets goes on with a trace of one that knew fewer. */
+static void trace_of_an_older_program_is_completed(void **unused)
+{
+    static const char newer[] = "/ranks/device_peak_bytes";
+    struct job j;
+    char path[IO_PATH];
+    int64_t arena[ARENA_COUNT] = { 1 }, bytes[5] = { 0 };
+    bool ok = true;
+    job_open(&j, world, "");
+    in_scratch(path, "older.h5");
+    struct trace *t = trace_open(path, &j.deck, &j.topo, 2, 8, 0, 0, arena);
+    write_rows(t, &j, 0, 4);
+    trace_close(t);
+    if (world->rank == 0) {
+        hid_t file = io_open(path, true);
+        ok = file >= 0 && H5Ldelete(file, newer, H5P_DEFAULT) >= 0 && H5Fclose(file) >= 0;
+    }
+    agree(ok);
+    t = trace_open(path, &j.deck, &j.topo, 2, 8, 4, 0, arena);
+    write_rows(t, &j, 4, 1);
+    trace_close(t);
+    if (world->rank == 0) {
+        ok = rows_are_right(path, 5, 8, world->size, 0);
+        hid_t file = io_open(path, false), set = H5Dopen2(file, newer, H5P_DEFAULT);
+        ok = ok && io_get_box(set, H5T_NATIVE_INT64, 2, (int64_t[2]){ 0, 0 }, (int64_t[2]){ 5, 1 },
+                              bytes);
+        for (int r = 0; ok && r < 5; r++)
+            ok = bytes[r] == (r < 4 ? -1 : 7000);
+        H5Dclose(set);
+        H5Fclose(file);
+    }
+    agree(ok);
+    job_close(&j);
 }
 
 static void trace_is_read_live_by_h5py(void **unused)
@@ -299,6 +335,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(trace_is_laid_out_once_continued_and_lengthened),
         cmocka_unit_test(trace_of_more_ranks_keeps_its_columns),
+        cmocka_unit_test(trace_of_an_older_program_is_completed),
         cmocka_unit_test(trace_is_read_live_by_h5py),
         cmocka_unit_test(batches_lie_in_the_order_of_the_global_batch),
     };

@@ -44,7 +44,7 @@ GPU_BASE  = $(addprefix $(BUILD)/,gpu_check.o tensor.o check.o log.o rng.o cuda/
             $(REF:src/ref/%.c=$(BUILD)/ref/%_f32.o) $(REF:src/ref/%.c=$(BUILD)/ref/%_f64.o)
 
 # The whole program's library: MPI and HDF5 come from the bundle.
-$(BUILD)/tests/gpu_graph: tests/gpu/gpu_graph.c $(BUILD)/libmimo.a
+$(BUILD)/tests/gpu_graph $(BUILD)/tests/gpu_timer: $(BUILD)/tests/%: tests/gpu/%.c $(BUILD)/libmimo.a
 	@mkdir -p $(@D)
 	$(MPICC) $(CFLAGS) $(CUDA_INC) -Isrc/cuda $(LDFLAGS) -Wl,-rpath,'$$ORIGIN' -o $@ $< $(BUILD)/yield.o $(BUILD)/libmimo.a $(LIBS)
 

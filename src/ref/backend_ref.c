@@ -1,11 +1,13 @@
 /* backend_ref.c - the reference backend's two tables, memory and streams. Compiled once.
  *
- * Device memory is host memory, a stream runs each call before it returns, and an event is nothing.
+ * Device memory is host memory, a stream runs each call before it returns, and an event is nothing,
+ * or a reading of the clock.
  * stream->native stays NULL here: it belongs to the communication layer of this backend
  * (comm_mpi.c).
  */
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include "bf16.h"
 #include "check.h"
 #include "ref.h"
@@ -134,8 +136,25 @@ static void ref_event_create(struct event *e)
 {
     e->native = NULL;
 }
-static void ref_event_destroy(struct event *e) {}
-static void ref_event_record(struct event *e, struct stream *s) {}
+static void ref_event_create_timed(struct event *e)
+{
+    e->native = xcalloc(1, sizeof(struct timespec));
+}
+static void ref_event_destroy(struct event *e)
+{
+    free(e->native);
+    e->native = NULL;
+}
+static void ref_event_record(struct event *e, struct stream *s)
+{
+    if (e->native)
+        clock_gettime(CLOCK_MONOTONIC, e->native);
+}
+static double ref_event_seconds(const struct event *from, const struct event *to)
+{
+    const struct timespec *a = from->native, *b = to->native;
+    return (double)(b->tv_sec - a->tv_sec) + 1e-9 * (double)(b->tv_nsec - a->tv_nsec);
+}
 static void ref_stream_wait(struct stream *s, const struct event *e) {}
 static void ref_event_sync(const struct event *e) {}
 
@@ -146,6 +165,7 @@ static void ref_event_sync(const struct event *e) {}
     .stream_scratch = ref_stream_scratch, .stream_sync = ref_stream_sync, \
     .event_create = ref_event_create, .event_destroy = ref_event_destroy, \
     .event_record = ref_event_record, .stream_wait = ref_stream_wait, \
+    .event_create_timed = ref_event_create_timed, .event_seconds = ref_event_seconds, \
     .event_sync = ref_event_sync, .alloc_host = ref_alloc, .release_host = ref_release,
 
 /* clang-format off */
