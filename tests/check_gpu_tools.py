@@ -11,6 +11,9 @@ import sys
 import threading
 import time
 
+import h5py
+import numpy as np
+
 from harness import ROOT, Mimo, Tap, wait_for
 
 sys.dont_write_bytecode = True
@@ -224,6 +227,44 @@ def figures(tap, b):
     tap.result(code == 1 and len(found["failed"]) == 2 and "NOT PASSED" in page, "a_figure_whose_gate_is_not_passed_fails", text)
 
 
+def measured(tap, m):
+    """What bench_gpu reads from a trace: here of a tiny run on two grids of the reference backend."""
+    sys.path.insert(0, os.path.join(ROOT, "tools"))
+    import bench_gpu
+    out = m.path("measured")
+    code, text, errors = m.run(os.path.join(ROOT, "input", "mock_tiny.nml"), "topology.layout=disjoint", "topology.encoder_dp=1", "topology.llm_tp=2",
+                               "topology.llm_dp=1", "run.train_iters=8", "run.output_dir=" + out, ranks=3)
+    row, finite = bench_gpu.measured(os.path.join(out, "trace.h5"))
+    with h5py.File(os.path.join(out, "trace.h5"), "r") as f:
+        shares = f["ranks/bridge_wait_seconds"][4:, 1:].max(axis=1) / f["iteration_seconds"][4:]
+    parts = row["sections"]
+    tap.result(code == 0 and finite and row["iterations"] == 4 and len(row["losses"]) == 8 and row["tflops_language"] > 0
+               and abs(row["language_waits"] - float(np.median(shares))) < 1e-6 and set(parts) == {"encoder", "language"}
+               and all(-0.05 < x < 1 for p in parts.values() for x in p.values()) and set(row["memory_gib"]) == {"encoder", "language"},
+               "a_trace_tells_how_long_the_language_grid_waited", "%s\n%s\n%s" % (row, text, errors))
+    bench = bench_gpu.Bench(out, [], out)
+    bench.runs.append({"name": "tiny", "gpus": 3, "command": "mimo", **row, "seconds": 1.0, "passed": True})
+    page = bench_gpu.page(bench).splitlines()
+    tap.result(any(x.startswith("| tiny: `mimo` | 3 |") and "| %.1f %% |" % (100 * row["language_waits"]) in x for x in page)
+               and any(x.startswith("| tiny | language | ") for x in page), "the_page_shows_it", "\n".join(page))
+
+
+def numerics(tap, b):
+    """Updates that are not made are compared with the reference backend's, number by number."""
+    code, lines, found, seconds = b.check("--gpus", "2", "-k", "numerics", "--limit", "200")
+    notes = {r["name"]: r["note"] for r in found["results"] if r["state"] == "passed"}
+    tap.result(code == 0 and len(notes) == 3 and "iteration 2: lm loss is nan" in notes.get("a loss that is not finite aborts", "") and
+               notes.get("a loss that is not finite skips") == "skipped 0 1 1 1 1 1 1 1" and
+               notes.get("a norm above the threshold skips") == "skipped 1 0 0 0 0 0 0 0", "updates_are_not_made_as_on_the_reference_backend", "\n".join(lines))
+    path = os.path.join(b.root, "bin", "mimo")
+    with open(path) as f:
+        right = f.read()
+    script(path, right.replace("x=run.backend=ref", "x='run.backend=ref run.seed=7'").replace('a+=("$x")', "a+=($x)").replace("#!/bin/bash\n", ""))
+    code, lines, found, seconds = b.check("--gpus", "1", "-k", "numerics", "--limit", "200")
+    tap.result(code == 1 and [r["state"] for r in found["results"]] == ["failed"] * 3, "other_numbers_are_a_failure", "\n".join(lines))
+    script(path, right.replace("#!/bin/bash\n", ""))
+
+
 def states(lines, word):
     return {m.group(2): m.group(1) for m in (re.match(r"(not ok|ok) \d+ - \d GPU: %s: (\S+)" % word, x) for x in lines) if m}
 
@@ -249,6 +290,7 @@ def bundle(tap, m):
                and {(r["name"], r["gpus"]) for r in runs if r["state"] == "skipped"} == {("503_mlp/fp64", 1)}, "the_regression_cases_of_each_count_are_run", "\n".join(lines))
     figures(tap, b)
     sharing(tap, b)
+    numerics(tap, b)
     code, lines, found, seconds = b.check("--gpus", "4", "-k", "operations", "-k", "sentences")
     tap.result(code == 1 and any("4 GPUs are asked for, here are 2" in x for x in lines), "gpus_that_are_not_there_are_a_failure", "\n".join(lines))
     code, lines, found, seconds = b.check("--gpus", "2", "-k", "sentences")
@@ -281,6 +323,7 @@ def main():
     predicted(tap, m)
     launches(tap, m)
     stopped(tap, m)
+    measured(tap, m)
     bundle(tap, m)
     m.close()
     tap.close()

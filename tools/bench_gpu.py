@@ -4,10 +4,11 @@
     bench_gpu --gpus 1,2,4 --out DIR [-k WORD ...]
 
 Operations (one GPU): what tests/gpu measures at production sizes, beside the time that a card needs at least for the same bytes and products.
-Whole runs: the decks of input/ at full width, their rates by both counts, the memory against what --check predicts, and what follows from
-several of them: the cost of spreading a model, of waiting for the encoder, of determinism. Each figure has a gate, or it is none: an
-operation agrees with the reference in the same run, a run begins with the loss of an untrained model. Nothing else may run on the
-machine meanwhile. Writes DIR/bench_gpu.json and DIR/bench_gpu.md; exit status 1 when a gate was not passed.
+Whole runs: the decks of input/ at full width, their rates by both counts, where the time of each grid's GPUs went and how much of it the
+language grid waited for the encoder, the memory in use against what was planned, all of it from their traces; and what follows from several
+of them: the cost of spreading a model, of determinism. Each figure has a gate, or it is none: an operation agrees with the reference in the
+same run, a run begins with the loss of an untrained model. Nothing else may run on the machine meanwhile. Writes DIR/bench_gpu.json and
+DIR/bench_gpu.md; exit status 1 when a gate was not passed.
 """
 import argparse
 import json
@@ -29,10 +30,12 @@ PEAK_TFLOPS, PEAK_GBS = 790.0, 4300.0          # one H200: bf16 product 8192^3 i
 FIRST_LOSS = (12.166, 12.206)                  # of the untrained 20-layer model, and of a part of its layers
 WARM = 4                                       # iterations that do not count
 LIMIT = 150.0                                  # seconds of one program
-NOT_TIMED = ("gpu_graph", "gpu_shadow")         # of tests/gpu: they compare whole modules
+NOT_TIMED = ("gpu_graph", "gpu_shadow", "gpu_timer")   # of tests/gpu: they measure no single operation
 SLOW = ("gpu_attention",)                      # last: its reference takes most of a minute
 OVERLAP = ("optimizer.overlap_grad_reduce=T", "optimizer.overlap_param_gather=T")
 ALONE = ("topology.layout=language_only", "topology.encoder_dp=0", "data.mock_text_only_every=1")   # a deck's language grid without its encoder
+SECTIONS = ("forward", "backward", "bridge_wait", "grad_sync", "optimizer", "data_wait")
+GIB = 2.0**30
 
 # GPUs, name, deck, overrides
 RUNS = (
@@ -51,6 +54,10 @@ RUNS = (
     (4, "l4", "lm20e64", ("moe.num_experts=128", "topology.llm_dp=4", "topology.llm_ep=4", "batch.global_batch_size=16")),
     (4, "l4, overlap", "lm20e64", ("moe.num_experts=128", "topology.llm_dp=4", "topology.llm_ep=4", "batch.global_batch_size=16", *OVERLAP)),
     (4, "colocated", "v2l2", ("topology.layout=colocated", "topology.encoder_dp=4", "topology.llm_dp=4", "topology.llm_ep=4")),
+    (8, "mock_20l, frozen", "mock_20l", ()),
+    (8, "mock_20l, trained", "mock_20l", ("stage.training_stage=3",)),
+    (8, "l8", "lm20e64", ("moe.num_experts=128", "topology.llm_dp=8", "topology.llm_ep=8", "batch.global_batch_size=32")),
+    (8, "l8, overlap", "lm20e64", ("moe.num_experts=128", "topology.llm_dp=8", "topology.llm_ep=8", "batch.global_batch_size=32", *OVERLAP)),
 )
 
 
@@ -107,31 +114,71 @@ def unbuilt(overrides):
     return any(re.search(r"^  %s = .*\n      ! .*\(only T until" % w.split(".")[1].split("=")[0], text, re.M) for w in overrides if w.endswith("=F"))
 
 
+def grids(f):
+    """{role: (first rank, ranks)} of a trace."""
+    a = f["ranks"].attrs
+    found = {r: (int(a[r + "_offset"]), int(a[r + "_size"])) for r in ("encoder", "language") if a[r + "_size"] > 0}
+    return {"both": found["language"]} if len(found) == 2 and found["encoder"][0] == found["language"][0] else found
+
+
+def where(f, rows, seconds):
+    """{role: {section: its share of an iteration}}: means over the grid's ranks, medians over the iterations that count; `other` is what is in no section."""
+    out = {}
+    for role, (first, n) in grids(f).items():
+        part = {s: f["ranks/%s_seconds" % s][WARM:rows, first:first + n].mean(axis=1) / seconds for s in SECTIONS}
+        out[role] = {s: float(np.median(x)) for s, x in part.items()}
+        out[role]["other"] = float(np.median(1 - sum(part.values())))
+    return out
+
+
+def waits(f, rows, seconds):
+    """Share of an iteration in which the language grid waits for the encoder grid, or None where they are not two grids: mean over the lanes, of each the
+    rank that receives; the others of a lane wait for that one, inside forward."""
+    if "language" not in grids(f) or "encoder" not in grids(f):
+        return None
+    (first, n), tp = grids(f)["language"], int(f["deck"].attrs["topology.llm_tp"])
+    lanes = f["ranks/bridge_wait_seconds"][WARM:rows, first:first + n].reshape(-1, n // tp, tp).max(axis=2)
+    return float(np.median(lanes.mean(axis=1) / seconds))
+
+
+def memory(f, rows):
+    """{role: [GiB in use on the GPU that has most of it in use, GiB planned for its rank]}."""
+    used = f["ranks/device_peak_bytes"][rows - 1]
+    names = [x.decode() if isinstance(x, bytes) else x for x in f["ranks/arena_bytes"].attrs["arenas"]]
+    planned = f["ranks/arena_bytes"][:, [i for i, x in enumerate(names) if x != "data"]].sum(axis=1)   # samples lie on the host
+    most = {role: first + int(np.argmax(used[first:first + n])) for role, (first, n) in grids(f).items()}
+    return {role: [float(used[r]) / GIB, float(planned[r]) / GIB] for role, r in most.items()}
+
+
+def measured(path):
+    """What a trace says of a run, but for the gate."""
+    with h5py.File(path, "r", locking=False) as f:
+        rows = int(f["rows"][()])
+        t = {k: f[k][:rows] for k in ("iteration_seconds", "tokens_per_second", "tflops_per_gpu", "model_tflops_per_gpu", "language_tflops_per_gpu",
+                                      "lm_loss", "grad_norm")}
+        seconds = t["iteration_seconds"][WARM:]
+        middle = lambda k: float(np.median(t[k][WARM:]))
+        row = {"iterations": rows - WARM, "ms": 1e3 * middle("iteration_seconds"), "ms_least": 1e3 * float(seconds.min()), "ms_most": 1e3 * float(seconds.max()),
+               "tokens_per_second": middle("tokens_per_second"), "tflops_exact": middle("model_tflops_per_gpu"),
+               "tflops_language": middle("language_tflops_per_gpu"), "tflops_megatron": middle("tflops_per_gpu"), "losses": [float(x) for x in t["lm_loss"]],
+               "language_waits": waits(f, rows, seconds), "sections": where(f, rows, seconds), "memory_gib": memory(f, rows)}
+    return row, bool(np.all(np.isfinite(t["lm_loss"])) and np.all(np.isfinite(t["grad_norm"])))
+
+
 def whole_run(b, n, name, deck, overrides):
     if unbuilt(overrides):
         print("%s: not built yet" % name, flush=True)
         return
     out, deck = os.path.join(b.scratch, re.sub(r"\W+", "_", name)), os.path.join(host.ROOT, "input", deck + ".nml")
     arguments = [host.MIMO, deck, *overrides, "run.train_iters=14", "run.output_dir=" + out]
-    with host.gpu.MemoryWatch() as watch:
-        p = host.Program((["mpiexec.hydra", "-n", str(n)] if n > 1 else []) + arguments, host.environment(CUDA_VISIBLE_DEVICES=",".join(b.gpus[:n])))
-        p.wait(time.monotonic() + LIMIT)
+    p = host.Program(([host.MPIEXEC, "-n", str(n)] if n > 1 else []) + arguments, host.environment(CUDA_VISIBLE_DEVICES=",".join(b.gpus[:n])))
+    p.wait(time.monotonic() + LIMIT)
     if p.killed or p.status:
         b.fail("%s: status %s after %.0f s\n%s" % (name, p.status, p.seconds, p.text[-800:]))
         return
-    used = watch.most()
-    table = host.gpu.predicted(subprocess.run([host.MIMO, "--check", "--ranks", str(n), deck, *overrides], stdin=subprocess.DEVNULL, capture_output=True,
-                                              text=True, env=host.environment()).stdout)
-    with h5py.File(os.path.join(out, "trace.h5"), "r", locking=False) as f:
-        rows = int(f["rows"][()])
-        t = {k: f[k][:rows] for k in ("iteration_seconds", "tokens_per_second", "tflops_per_gpu", "model_tflops_per_gpu", "lm_loss", "grad_norm")}
-    middle = lambda k: float(np.median(t[k][WARM:]))
-    good = bool(FIRST_LOSS[0] <= t["lm_loss"][0] <= FIRST_LOSS[1] and np.all(np.isfinite(t["lm_loss"])) and np.all(np.isfinite(t["grad_norm"])))
-    row = {"name": name, "gpus": n, "command": " ".join(["mimo", "input/" + os.path.basename(deck), *overrides]), "iterations": rows - WARM,
-           "ms": 1e3 * middle("iteration_seconds"), "ms_least": 1e3 * float(t["iteration_seconds"][WARM:].min()),
-           "ms_most": 1e3 * float(t["iteration_seconds"][WARM:].max()), "tokens_per_second": middle("tokens_per_second"),
-           "tflops_exact": middle("model_tflops_per_gpu"), "tflops_megatron": middle("tflops_per_gpu"), "losses": [float(x) for x in t["lm_loss"]],
-           "memory_gib": {r: [used.get(b.gpus[r], 0) / 1024, m / 1024] for r, m in table.items()}, "seconds": p.seconds, "passed": good}
+    row, finite = measured(os.path.join(out, "trace.h5"))
+    good = finite and FIRST_LOSS[0] <= row["losses"][0] <= FIRST_LOSS[1]
+    row = {"name": name, "gpus": n, "command": " ".join(["mimo", "input/" + os.path.basename(deck), *overrides]), **row, "seconds": p.seconds, "passed": good}
     b.runs.append(row)
     if not good:
         b.fail("%s: first loss %.4f, wanted %g..%g, and every loss and norm finite" % (name, row["losses"][0], *FIRST_LOSS))
@@ -171,8 +218,9 @@ def goals(b):
     goal("memory in use against the prediction, at most", "%", 5, 2, False,
          lambda: max(100 * abs(u - m) / m for r in run.values() for u, m in r["memory_gib"].values() if m > 20))
     goal("l4 per GPU against lm20e32 on one", "%", 86, 92, True, lambda: 100 * per_gpu(run["l4"]) / per_gpu(run["lm20e32"]))
+    goal("l8 per GPU against lm20e32 on one", "%", 86, 92, True, lambda: 100 * per_gpu(run["l8"]) / per_gpu(run["lm20e32"]))
     goal("l2 per GPU against lm20e32 on one", "%", 86, 92, True, lambda: 100 * per_gpu(run["l2"]) / per_gpu(run["lm20e32"]))
-    goal("v2l2 frozen: the language grid waits", "%", 8, 3, False, lambda: 100 * (1 - run["v2l2, language alone"]["ms"] / run["v2l2, frozen"]["ms"]))
+    goal("v2l2 frozen: the language grid waits", "%", 8, 3, False, lambda: 100 * run["v2l2, frozen"]["language_waits"])
     goal("cost of sums in a fixed order, lm10", "%", 6, 2, False, lambda: 100 * (run["lm10"]["ms"] / run["lm10, sums in any order"]["ms"] - 1))
     return out
 
@@ -194,12 +242,18 @@ def page(b):
                                                            "target" if reached(g["target"]) else "must" if reached(g["must"]) else "missed"))
         lines.append("")
     if b.runs:
-        lines += ["Milliseconds: median of the iterations after the first %d, least and most. Gate: the first loss within %g..%g." % (WARM, *FIRST_LOSS), "",
-                  "| run | GPUs | ms an iteration | tokens/s | exact TFLOP/s a GPU | Megatron's count | first loss | memory used / predicted, GiB | gate |",
-                  "|---|---|---|---|---|---|---|---|---|"]
-        lines += ["| %s: `%s` | %d | %.0f (%.0f-%.0f) | %.1f k | %.0f | %.0f | %.4f | %s | %s |" % (
-            r["name"], r["command"], r["gpus"], r["ms"], r["ms_least"], r["ms_most"], r["tokens_per_second"] / 1e3, r["tflops_exact"], r["tflops_megatron"],
-            r["losses"][0], ", ".join("%.1f / %.1f" % tuple(x) for x in r["memory_gib"].values()), "ok" if r["passed"] else "NOT PASSED") for r in b.runs] + [""]
+        lines += ["Milliseconds: median of the iterations after the first %d, least and most. Exact TFLOP/s a GPU count all that the job computes over all its GPUs; of "
+                  "the language grid alone, by both counts, over its own. Memory: of the GPU of each grid that has most in use. Gate: the first loss within %g..%g." % (
+                      WARM, *FIRST_LOSS), "",
+                  "| run | GPUs | ms an iteration | tokens/s | exact TFLOP/s a GPU | language grid: exact, Megatron's count | it waits | first loss | "
+                  "memory used / planned, GiB | gate |", "|---|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| %s: `%s` | %d | %.0f (%.0f-%.0f) | %.1f k | %.0f | %.0f, %.0f | %s | %.4f | %s | %s |" % (
+            r["name"], r["command"], r["gpus"], r["ms"], r["ms_least"], r["ms_most"], r["tokens_per_second"] / 1e3, r["tflops_exact"], r["tflops_language"],
+            r["tflops_megatron"], "" if r["language_waits"] is None else "%.1f %%" % (100 * r["language_waits"]), r["losses"][0],
+            ", ".join("%.1f / %.1f" % tuple(x) for x in r["memory_gib"].values()), "ok" if r["passed"] else "NOT PASSED") for r in b.runs]
+        names = [*SECTIONS, "other"]
+        lines += ["", "Where an iteration goes on the GPUs, in %:", "", "| run | grid | %s |" % " | ".join(x.replace("_", " ") for x in names), "|---" * (len(names) + 2) + "|"]
+        lines += ["| %s | %s | %s |" % (r["name"], role, " | ".join("%.1f" % (100 * part[s]) for s in names)) for r in b.runs for role, part in r["sections"].items()] + [""]
     if b.turns:
         lines += ["Grouped and dense products in turn on a hot card:", "", "| product | dense us, TFLOP/s | grouped us, TFLOP/s | share |", "|---|---|---|---|"]
         lines += ["| %s | %.0f, %.0f | %.0f, %.0f | %.0f %% |" % (t["product"], t["dense_us"], t["dense_tflops"], t["grouped_us"], t["grouped_tflops"],

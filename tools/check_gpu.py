@@ -3,8 +3,9 @@
 
     check_gpu --gpus 1,2,4 --out DIR [--limit SECONDS] [--ranks-per-gpu K] [-k WORD ...]
 
-For each count of GPUs, in this order: what a user is told when something is missing; every operation against the reference; the tiny
-model under compute-sanitizer; the regression cases on GPUs (fp32, and family 600 in bf16: restart, repetition, 100 iterations beside the
+For each count of GPUs, in this order: what a user is told when something is missing; updates that are not made, because a number is not
+finite or the gradient too large, as the reference backend does not make them; every operation against the reference; the tiny model under
+compute-sanitizer; the regression cases on GPUs (fp32, and family 600 in bf16: restart, repetition, 100 iterations beside the
 reference backend); the cases of family 600 at full width, with their memory. What fits several times on the GPUs here runs at
 the same time. With --ranks-per-gpu launches of up to K times as many ranks run as well, several on a GPU: nothing of them is timed, and what
 does not fit is skipped. A count must be done within the limit: what is not is failed. One TAP line a test, at the end
@@ -25,7 +26,10 @@ import time
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import gpu_host as host   # noqa: E402
+import h5py   # noqa: E402
+import numpy as np   # noqa: E402
 
+ALONE = ("gpu_timer",)   # of tests/gpu: it judges times
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # Library kernels whose shared memory is filled by bulk copies and read by wgmma behind barriers that the tool does not follow.
 NOT_CHECKED = {"racecheck": ("cudnn",)}
@@ -163,6 +167,61 @@ def sentences(part):
     host.together(jobs, len(jobs))
 
 
+# ---- updates that are not made --------------------------------------------------------------------------------------------
+
+# Weights of 1e3 after one update, with which no loss is finite; a norm that the first gradient is above and the others are not.
+TROUBLE = {"a loss that is not finite aborts": ("lr.lr=1e3",),
+           "a loss that is not finite skips": ("lr.lr=1e3", "optimizer.non_finite_policy=skip"),
+           "a norm above the threshold skips": ("optimizer.grad_norm_skip_threshold=1.685", "lr.lr_decay_style=linear")}
+ROWS = 8
+EXACT = ("iteration", "consumed_samples", "skipped", "num_tokens", "learning_rate", "weight_decay", "images", "patches")
+NEAR = {"lm_loss": 2e-5, "grad_norm": 2e-5}        # fp32 on both, TF32 off
+
+
+class Outcome:
+    """What a run leaves that must not depend on the backend."""
+
+    def __init__(self, part, out, *arguments):
+        p = part.mimo(part.n, TINY, "run.precision=fp32", "run.train_iters=%d" % ROWS, "run.output_dir=" + out, *arguments)
+        p.wait(min(part.deadline, time.monotonic() + 90))
+        self.killed, self.seconds, self.text, self.status = p.killed, p.seconds, p.text, status_of(out)
+        self.said = [x for x in p.text.splitlines() if "error:" in x]
+        self.rows = {k: np.zeros(0) for k in (*EXACT, *NEAR)}
+        if os.path.exists(os.path.join(out, "trace.h5")):
+            with h5py.File(os.path.join(out, "trace.h5"), "r", locking=False) as f:
+                self.rows = {k: f[k][:int(f["rows"][()])] for k in self.rows}
+
+    def differs(self, other, near):
+        """What is not the same as in the other; numbers of NEAR may be so far apart."""
+        if (self.status, self.said) != (other.status, other.said):
+            return "EXIT %s, %s against %s, %s" % (self.status, self.said, other.status, other.said)
+        for k, x in self.rows.items():
+            y = other.rows[k]
+            if x.shape != y.shape or not np.allclose(x, y, rtol=NEAR.get(k, 0.0) if near else 0.0, atol=0.0, equal_nan=True):
+                return "%s: %s against %s" % (k, x, y)
+        return ""
+
+
+def trouble(part, name, arguments):
+    """On GPUs as on the reference backend, and whether iterations are settled late, as usual, or at once (where batches are written)."""
+    at = lambda run: os.path.join(part.scratch, name.replace(" ", "_") + "_" + run)
+    runs = [Outcome(part, at("ref"), "run.backend=ref", *arguments), Outcome(part, at("cuda"), "run.backend=cuda", *arguments)]
+    if runs[0].status == 0:
+        runs.append(Outcome(part, at("at_once"), "run.backend=cuda", "log.dump_batches=%d" % ROWS, *arguments))
+    if any(part.late(name, r) for r in runs):
+        return
+    ref, cuda = runs[:2]
+    fault = cuda.differs(ref, True) or (len(runs) > 2 and runs[2].differs(cuda, False)) or ""
+    if not fault and not (len(ref.said) == 1 if name.endswith("aborts") else ref.status == 0 and len(set(ref.rows["skipped"])) == 2):
+        fault = "the reference did not meet it: EXIT %s, %s, skipped %s" % (ref.status, ref.said, ref.rows["skipped"])
+    part.add("failed" if fault else "passed", name, sum(r.seconds for r in runs), fault + "\n" + cuda.text[-1500:] if fault else
+             cuda.said[0] if cuda.said else "skipped " + " ".join(str(int(x)) for x in ref.rows["skipped"]))
+
+
+def numerics(part):
+    host.together([lambda name=name, more=more: trouble(part, name, more) for name, more in TROUBLE.items()], len(TROUBLE))
+
+
 # ---- operations -----------------------------------------------------------------------------------------------------------
 
 def operations(part):
@@ -170,7 +229,7 @@ def operations(part):
     pool = host.gpu.Devices(part.gpus, share)
 
     def one(path):
-        with pool.lend(1) as mine:
+        with pool.lend(1, os.path.basename(path) in ALONE) as mine:
             env = host.environment(CUDA_VISIBLE_DEVICES=mine[0], OPENBLAS_NUM_THREADS=str(max(1, host.cores() // (share * len(part.gpus)))))
             p = host.Program([path], env).wait(part.deadline)
         name = os.path.basename(path)
@@ -266,7 +325,7 @@ def large_runs(part):
 
 
 # name, function, whether it has something to say for more than one GPU
-PARTS = (("sentences", sentences, True), ("operations", operations, False), ("sanitizer", sanitize, False), ("regression", small_runs, True),
+PARTS = (("sentences", sentences, True), ("numerics", numerics, True), ("operations", operations, False), ("sanitizer", sanitize, False), ("regression", small_runs, True),
          ("full width", large_runs, True))
 
 
