@@ -162,14 +162,28 @@ void errors_add(struct errors *e, enum exit_code code, const char *fmt, ...)
     e->line[e->count++] = xstrdup(printable(text, sizeof text, raw));
 }
 
+static bool said_before(const struct errors *e, int line)
+{
+    for (int i = 0; i < line; i++)
+        if (strcmp(e->line[i], e->line[line]) == 0)
+            return true;
+    return false;
+}
+
 void errors_print(const struct errors *e)
 {
-    const int shown = e->worst == EXIT_CHECKPOINT ? TENSORS_SHOWN : ERRORS_SHOWN;
+    const int most = e->worst == EXIT_CHECKPOINT ? TENSORS_SHOWN : ERRORS_SHOWN;
+    int shown = 0, more = 0;
     log_clear_progress();
-    for (int i = 0; i < e->count && i < shown; i++)
-        fprintf(stderr, "%s\n", e->line[i]);
-    if (e->count > shown)
-        fprintf(stderr, "... and %d more\n", e->count - shown);
+    for (int i = 0; i < e->count; i++) {
+        if (said_before(e, i))
+            continue;
+        if (shown < most)
+            fprintf(stderr, "%s\n", e->line[i]);
+        *(shown < most ? &shown : &more) += 1;
+    }
+    if (more > 0)
+        fprintf(stderr, "... and %d more\n", more);
     fflush(stderr);
 }
 

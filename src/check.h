@@ -68,8 +68,8 @@ struct errors {
 /* Add one line (printf). Local. */
 void errors_add(struct errors *e, enum exit_code code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
-/* Print at most 20 lines (100 of EXIT_CHECKPOINT) to stderr, then a count; call on one rank.
- * Local. */
+/* Print at most 20 lines (100 of EXIT_CHECKPOINT) to stderr, each once, then a count; call on one
+ * rank. Local. */
 void errors_print(const struct errors *e);
 void errors_free(struct errors *e);
 

@@ -31,7 +31,8 @@ struct census {
     struct numbers patches;      /* per picture */
 };
 
-static int check_split(const struct deck *deck, enum data_split split, FILE *out);
+static int check_split(const struct deck *deck, enum data_split split, FILE *out,
+                       struct errors *errors);
 static void count_sample(struct census *c, const struct data_webdataset *w,
                          const struct data_sample *s, int64_t *labels, float *mask);
 static void print_census(struct census *c, int64_t broken_shown, FILE *out);
@@ -66,10 +67,13 @@ int data_check(const struct deck *deck, FILE *out)
                     deck->data.mock_text_only_every);
         return EXIT_OK;
     }
+    struct errors errors = { 0 }; /* of both, so that what is wrong with both is said once */
     const int train = *deck->data.train_data_path || !*deck->data.valid_data_path
-                          ? check_split(deck, DATA_TRAIN, out)
+                          ? check_split(deck, DATA_TRAIN, out, &errors)
                           : EXIT_OK;
-    const int valid = *deck->data.valid_data_path ? check_split(deck, DATA_VALID, out) : EXIT_OK;
+    const int valid =
+        *deck->data.valid_data_path ? check_split(deck, DATA_VALID, out, &errors) : EXIT_OK;
+    refuse(&errors);
     return train ? train : valid;
 }
 
@@ -142,13 +146,13 @@ int data_show_sample(const struct deck *deck, int64_t n, const char *directory, 
     return status;
 }
 
-static int check_split(const struct deck *deck, enum data_split split, FILE *out)
+static int check_split(const struct deck *deck, enum data_split split, FILE *out,
+                       struct errors *errors)
 {
-    struct errors errors = { 0 };
     const struct data_limits limits = data_limits(deck);
-    struct data_webdataset *w = data_webdataset_new(deck, split, &limits, &errors);
+    struct data_webdataset *w = data_webdataset_new(deck, split, &limits, errors);
     if (!w)
-        return refuse(&errors);
+        return errors->worst;
     fprintf(out, "%s = '%s'\n", split == DATA_TRAIN ? "train_data_path" : "valid_data_path",
             split == DATA_TRAIN ? deck->data.train_data_path : deck->data.valid_data_path);
     struct data_sample s;
@@ -173,7 +177,6 @@ static int check_split(const struct deck *deck, enum data_split split, FILE *out
     if (*data_webdataset_unused(w, unused, sizeof unused))
         fprintf(out, "  parts not used         %s\n", unused);
     print_census(&c, BROKEN_SHOWN, out);
-    errors_free(&errors);
     free(labels);
     free(mask);
     free(c.tokens.v);

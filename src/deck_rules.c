@@ -569,6 +569,8 @@ static void resolve_eval(struct deck_rules *c)
 static void check_log(struct deck_rules *c)
 {
     const struct deck *d = c->deck;
+    if (!*d->run.output_dir)
+        FAIL(run, output_dir, "a run needs a directory for its files");
     if (!d->log.dump_logits)
         return;
     if (d->log.dump_batches == 0)

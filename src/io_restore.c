@@ -208,7 +208,11 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     /* Every random draw and the sample order follow from the seed: a resumed run keeps it, a
      * fine-tuning need not. */
     structural = structural || (strcmp(name, "run.seed") == 0 && d->same_run);
-    if (!structural)
+    /* What was frozen has no moments. */
+    const bool trained = d->a->with_optimizer && strncmp(name, "stage.freeze_", 13) == 0 &&
+                         (d->deck->topology.layout != DECK_LAYOUT_LANGUAGE_ONLY ||
+                          strcmp(name, "stage.freeze_lm") == 0);
+    if (!structural && !trained)
         return;
     if (!io_get_attr_string(d->group, name, then, sizeof then))
         errors_add(d->a->errors, EXIT_CHECKPOINT, "%s: error: /deck does not tell %s", d->a->path,
@@ -216,8 +220,9 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     else if (strcmp(then, value)) {
         char shown[1024];
         errors_add(d->a->errors, EXIT_CHECKPOINT,
-                   "%s: error: was written with %s = %s, this run has %s (%s)", d->a->path, name,
-                   printable(shown, sizeof shown, then), value, deck_where(d->deck, group, key));
+                   "%s: error: was written with %s = %s, this run has %s (%s)%s", d->a->path, name,
+                   printable(shown, sizeof shown, then), value, deck_where(d->deck, group, key),
+                   trained ? "; checkpoint.finetune takes the weights alone" : "");
     }
 }
 

@@ -732,8 +732,9 @@ int train_end(struct train *t)
         return EXIT_OK;
     }
     log_line("%s at iteration %lld%s", t->why, (long long)t->state.iteration,
-             *t->deck->checkpoint.save ? ", saved; submit again to go on"
-                                       : "; nothing is saved, checkpoint.save is not set");
+             !t->has_data                ? "; submit again to begin the evaluation anew"
+             : *t->deck->checkpoint.save ? ", saved; submit again to go on"
+                                         : "; nothing is saved, checkpoint.save is not set");
     return EXIT_STOPPED;
 }
 

@@ -178,6 +178,13 @@ def tools_without_ranks(r):
     r.tap.result(got[0] == 0 and "samples of 8192 tokens" in got[1], "a_deck_for_264_ranks_tells_its_data", got)
 
 
+def said_once(r):
+    """A mistake that meets both splits is one line."""
+    path = r.shard("words.tar", [("a.txt", b"words")])
+    got = r.check(path, "data.valid_data_path=" + path, "data.end_of_document=<nothing>")
+    r.tap.result(got[0] == 2 and got[2].count("error:") == 1, "a_mistake_of_both_splits_is_said_once", got)
+
+
 def memory(r):
     """The largest things that are let in stay within the memory that docs/data.md states; larger ones are refused by their headers."""
     noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -207,7 +214,7 @@ def memory(r):
 
 def main():
     r = Data()
-    for group in (pictures, documents, shards, tools_without_ranks, memory):
+    for group in (pictures, documents, shards, tools_without_ranks, said_once, memory):
         if r.m.arg.k and r.m.arg.k not in group.__name__:
             continue
         start = time.monotonic()

@@ -844,6 +844,10 @@ def stages(r):
                     r.tap.result(not still and all_of, "%s_trains_all_of_%s" % (tag, p[6:]), "unchanged: %s" % still)
                 else:
                     r.tap.result(not moved and all_of, "%s_leaves_%s_alone" % (tag, p[6:]), "changed: %s" % moved)
+    r.go("second_stage", iterations=2, save=True)
+    got = r.go("second_stage", "stage.training_stage=1", iterations=4, save=True)
+    r.ok("another_stage_goes_not_on", got, 5, "was written with stage.freeze_lm = .false., this run has .true.", "checkpoint.finetune")
+    r.tap.result(got[2].count("error:") == 1, "and_is_told_in_one_line", got[2])
 
 
 def layouts(r):
