@@ -281,6 +281,170 @@ __device__ __forceinline__ void store_column_sums(const float (&q)[4], float *ou
         out[(b ? 8 : 0) + 2 * t + c] = u;
 }
 
+/* Where a thread stands: its warp has a tile of rows, the thread rows r0 and r0 + 8 of the chunk
+ * and columns 2t, 2t+1 of every eight; `blocks` tiles of columns, from the diagonal on. */
+struct rows_place {
+    int tile, lane, g, t, r0, blocks;
+};
+
+/* First column of the i-th tile from the diagonal. */
+template <bool BACKWARD> __device__ __forceinline__ int column_of(const rows_place &w, int i)
+{
+    return (BACKWARD ? w.tile + i : w.tile - i) * TILE;
+}
+
+/* Tiles from the diagonal on whose C.B stay in registers; the others go to far. */
+template <bool BACKWARD> constexpr int ROWS_KEPT = BACKWARD ? +NEAR : +TILES;
+
+/* C.B of the warp's tile of rows with every tile of columns: the same for all heads of a group. */
+template <bool BACKWARD>
+__device__ __forceinline__ void multiply_group(rows_memory<BACKWARD> &s, const rows_place &w,
+                                               unsigned own,
+                                               float (&near)[ROWS_KEPT<BACKWARD>][2][4])
+{
+    constexpr int KEPT = ROWS_KEPT<BACKWARD>;
+    float cb[TILES][2][4] = {};
+    const unsigned other = down<N>(s.other);
+#pragma unroll 1
+    for (int n = 0; n < N; n += 16) {
+        unsigned f[4];
+        load_matrices(f, own ^ 2 * n);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+            if (i < w.blocks)
+                multiply_column<1, N>(cb[i], f,
+                                      (other ^ 2 * n) + 2 * column_of<BACKWARD>(w, i) * N);
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if constexpr (BACKWARD)
+                if (i >= NEAR && i < w.blocks)
+                    s.far[far_slot(w.tile, i)][j][w.lane] =
+                        make_float4(cb[i][j][0], cb[i][j][1], cb[i][j][2], cb[i][j][3]);
+            if (i < KEPT)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    near[i < KEPT ? i : 0][j][e] = cb[i][j][e];
+        }
+}
+
+/* sum, which is what the state gives, times carry or tail of its rows. Backward also adds its
+ * product with x to the rows' columns and stores their sum as through. */
+template <bool BACKWARD>
+__device__ __forceinline__ void scale_rows(float (&sum)[P_NT][4], rows_memory<BACKWARD> &s,
+                                           const rows_place &w, const float *cs, float &column0,
+                                           float &column1)
+{
+    const int r0 = w.r0;
+    const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]),
+                scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
+    const int swap = again(8 * w.g); /* place() of a lane's rows */
+#pragma unroll
+    for (int i = 0; i < P_NT; i++) {
+        sum[i][0] *= scale0;
+        sum[i][1] *= scale0;
+        sum[i][2] *= scale1;
+        sum[i][3] *= scale1;
+        if constexpr (BACKWARD) {
+            column0 += pair_dot(*(const unsigned *)&s.x[r0 * P + (8 * i ^ swap) + 2 * w.t],
+                                sum[i][0], sum[i][1]);
+            column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * P + (8 * i ^ swap) + 2 * w.t],
+                                sum[i][2], sum[i][3]);
+        }
+    }
+    if constexpr (BACKWARD) {
+        const float through0 = row_lanes(column0), through1 = row_lanes(column1);
+        if (w.t == 0) {
+            s.through[r0] = through0;
+            s.through[r0 + 8] = through1;
+        }
+    }
+}
+
+/* v = (C.B) L of half j of the i-th tile, forward times del of the columns; nothing behind the
+ * diagonal. */
+template <bool BACKWARD>
+__device__ __forceinline__ void weigh(float (&v)[4], const rows_memory<BACKWARD> &s,
+                                      const rows_place &w, const float *cs, const float *del,
+                                      const float (&near)[ROWS_KEPT<BACKWARD>][2][4], int i, int j)
+{
+    constexpr int KEPT = ROWS_KEPT<BACKWARD>;
+    const int at = column_of<BACKWARD>(w, i) + 8 * j + 2 * w.t;
+    const float2 there = *(const float2 *)(cs + at);
+    const float here[2] = { cs[w.r0], cs[w.r0 + 8] };
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const float d = here[e / 2] - (e % 2 ? there.y : there.x);
+        v[e] = fast_exp2(BACKWARD ? -d : d);
+    }
+    if (i < KEPT) {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            v[e] *= near[i < KEPT ? i : 0][j][e];
+    } else if constexpr (BACKWARD) {
+        const float4 cb = s.far[far_slot(w.tile, i)][j][w.lane];
+        v[0] *= cb.x, v[1] *= cb.y, v[2] *= cb.z, v[3] *= cb.w;
+    }
+    if (!BACKWARD) {
+        const float2 factor = *(const float2 *)(del + at);
+        v[0] *= factor.x, v[1] *= factor.y, v[2] *= factor.x, v[3] *= factor.y;
+    }
+    if (i == 0) /* the diagonal */
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = w.g + 8 * (e / 2), col = 8 * j + 2 * w.t + e % 2;
+            v[e] = (BACKWARD ? col < row : col > row) ? 0.0f : v[e];
+        }
+}
+
+/* y = sum + D x; dx = del sum + D gy. */
+template <bool BACKWARD>
+__device__ __forceinline__ void store_rows(const ssd_args<bf16> &a, const ssd_chunk &k,
+                                           const rows_place &w, const bf16 *head, const float *del,
+                                           const float (&sum)[P_NT][4], int h)
+{
+    const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[w.r0] : 1.0f,
+                del1 = BACKWARD ? del[w.r0 + 8] : 1.0f;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = w.r0 + 8 * half, swap = again(8 * w.g);
+        const float factor = half ? del1 : del0;
+        unsigned v[P_NT];
+#pragma unroll
+        for (int i = 0; i < P_NT; i++) {
+            const unsigned x = *(const unsigned *)&head[row * P + (8 * i ^ swap) + 2 * w.t];
+            v[i] = pack(factor * sum[i][2 * half] + skip * low_half(x),
+                        factor * sum[i][2 * half + 1] + skip * high_half(x));
+        }
+        bf16 *to = BACKWARD ? a.dx(k.first + row, h) : a.y.row(k.first + row) + h * P;
+        store_row(to, v[0], v[1], v[2], v[3], row < k.rows);
+        store_row(to + 32, v[4], v[5], v[6], v[7], row < k.rows);
+    }
+}
+
+/* The sums over decays of a chunk and head, which all warps have left in s. */
+__device__ __forceinline__ void store_sums(const ssd_args<bf16> &a, const rows_memory<true> &s,
+                                           const float *del, int c, int h, int most)
+{
+    const int r = threadIdx.x;
+    if (r < Q) {
+        const int64_t at = a.rates_at(c, h) + r;
+        float row = 0;
+        for (int i = 0; i <= r / TILE; i++)
+            row += s.row[i][r];
+        a.e[at] = s.e[r];
+        a.through[at] = s.through[r];
+        a.row[at] = row - del[r] * s.e[r];
+    } else if (r == Q) {
+        float sums = 0;
+        for (int i = 0; i < TILES; i++)
+            sums += s.skip[i];
+        a.sums[(int64_t)(2 * most + c) * a.heads + h] = sums;
+    }
+}
+
 /* Forward, rows i, columns j <= i: y_i = sum (C_i.B_j) L_ij del_j x_j + carry_i St C_i + D x_i.
  * Backward, rows j, columns i >= j: dx_j = del_j (sum (C_i.B_j) L_ij gy_i + tail_j Gm B_j) + D
  * gy_j, e, through, D's sum, and W's sums in row. */
@@ -295,9 +459,7 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
     if (c >= *a.count)
         return;
     const ssd_chunk k = a.chunks[c];
-    /* From the diagonal on. */
-    const int blocks = BACKWARD ? TILES - tile : tile + 1;
-    const auto column_of = [&](int i) { return (BACKWARD ? tile + i : tile - i) * TILE; };
+    const rows_place w = { tile, lane, g, t, r0, BACKWARD ? TILES - tile : tile + 1 };
     copy_rows<N, ROWS_THREADS>(s.own, BACKWARD ? a.b(k.first, group) : a.c(k.first, group),
                                a.xbc.ld, k.rows);
     copy_rows<N, ROWS_THREADS>(s.other, BACKWARD ? a.c(k.first, group) : a.b(k.first, group),
@@ -305,35 +467,9 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
     copies_end();
     copies_wait<0>();
     __syncthreads();
-    constexpr int KEPT = BACKWARD ? NEAR : TILES;
-    float near[KEPT][2][4];
+    float near[ROWS_KEPT<BACKWARD>][2][4];
     const unsigned own = across<N>(s.own) + 2 * tile * TILE * N;
-    {
-        float cb[TILES][2][4] = {};
-        const unsigned other = down<N>(s.other);
-#pragma unroll 1
-        for (int n = 0; n < N; n += 16) {
-            unsigned f[4];
-            load_matrices(f, own ^ 2 * n);
-#pragma unroll
-            for (int i = 0; i < TILES; i++)
-                if (i < blocks)
-                    multiply_column<1, N>(cb[i], f, (other ^ 2 * n) + 2 * column_of(i) * N);
-        }
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if constexpr (BACKWARD)
-                    if (i >= NEAR && i < blocks)
-                        s.far[far_slot(tile, i)][j][lane] =
-                            make_float4(cb[i][j][0], cb[i][j][1], cb[i][j][2], cb[i][j][3]);
-                if (i < KEPT)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        near[i < KEPT ? i : 0][j][e] = cb[i][j][e];
-            }
-    }
+    multiply_group(s, w, own, near);
     __syncthreads();
     const bf16 *states = stored(BACKWARD ? a.adjoint : a.entering);
     int h = group * per;
@@ -370,37 +506,15 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
             __syncthreads();
         }
         const float *cs = s.cs[h % 2], *del = s.del[h % 2];
-        const float scale0 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0] : cs[r0]),
-                    scale1 = fast_exp2(BACKWARD ? cs[Q - 1] - cs[r0 + 8] : cs[r0 + 8]);
         float column0 = 0, column1 = 0, diagonal = 0;
-        const int swap = again(8 * g); /* place() of a lane's rows */
-#pragma unroll
-        for (int i = 0; i < P_NT; i++) {
-            sum[i][0] *= scale0;
-            sum[i][1] *= scale0;
-            sum[i][2] *= scale1;
-            sum[i][3] *= scale1;
-            if constexpr (BACKWARD) {
-                column0 += pair_dot(*(const unsigned *)&s.x[r0 * P + (8 * i ^ swap) + 2 * t],
-                                    sum[i][0], sum[i][1]);
-                column1 += pair_dot(*(const unsigned *)&s.x[(r0 + 8) * P + (8 * i ^ swap) + 2 * t],
-                                    sum[i][2], sum[i][3]);
-            }
-        }
-        if constexpr (BACKWARD) {
-            const float through0 = row_lanes(column0), through1 = row_lanes(column1);
-            if (t == 0) {
-                s.through[r0] = through0;
-                s.through[r0 + 8] = through1;
-            }
-        }
+        scale_rows(sum, s, w, cs, column0, column1);
         const unsigned values = across<P>(head), values_down = down<P>(head),
                        x = across<P>(s.own_x()) + 2 * tile * TILE * P;
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            if (i >= blocks)
+            if (i >= w.blocks)
                 break;
-            const int column = column_of(i);
+            const int column = column_of<BACKWARD>(w, i);
             const unsigned left = again(x), right = again(values_down) + 2 * column * P;
             float gx[2][4] = {}, rows[4];
             unsigned m[4];
@@ -414,33 +528,8 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
             }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int at = column + 8 * j + 2 * t;
-                const float2 there = *(const float2 *)(cs + at);
-                const float here[2] = { cs[r0], cs[r0 + 8] };
                 float v[4];
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float d = here[e / 2] - (e % 2 ? there.y : there.x);
-                    v[e] = fast_exp2(BACKWARD ? -d : d);
-                }
-                if (i < KEPT) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        v[e] *= near[i < KEPT ? i : 0][j][e];
-                } else if constexpr (BACKWARD) {
-                    const float4 cb = s.far[far_slot(tile, i)][j][lane];
-                    v[0] *= cb.x, v[1] *= cb.y, v[2] *= cb.z, v[3] *= cb.w;
-                }
-                if (!BACKWARD) {
-                    const float2 factor = *(const float2 *)(del + at);
-                    v[0] *= factor.x, v[1] *= factor.y, v[2] *= factor.x, v[3] *= factor.y;
-                }
-                if (i == 0) /* the diagonal */
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int row = g + 8 * (e / 2), col = 8 * j + 2 * t + e % 2;
-                        v[e] = (BACKWARD ? col < row : col > row) ? 0.0f : v[e];
-                    }
+                weigh(v, s, w, cs, del, near, i, j);
                 m[2 * j] = pack(v[0], v[1]);
                 m[2 * j + 1] = pack(v[2], v[3]);
                 if constexpr (BACKWARD) {
@@ -462,23 +551,7 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
                 store_column_sums(rows, &s.row[tile][column]);
             }
         }
-        const float skip = to_float(a.d_skip[h]), del0 = BACKWARD ? del[r0] : 1.0f,
-                    del1 = BACKWARD ? del[r0 + 8] : 1.0f;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = r0 + 8 * half, swap = again(8 * g);
-            const float factor = half ? del1 : del0;
-            unsigned w[P_NT];
-#pragma unroll
-            for (int i = 0; i < P_NT; i++) {
-                const unsigned v = *(const unsigned *)&head[row * P + (8 * i ^ swap) + 2 * t];
-                w[i] = pack(factor * sum[i][2 * half] + skip * low_half(v),
-                            factor * sum[i][2 * half + 1] + skip * high_half(v));
-            }
-            bf16 *to = BACKWARD ? a.dx(k.first + row, h) : a.y.row(k.first + row) + h * P;
-            store_row(to, w[0], w[1], w[2], w[3], row < k.rows);
-            store_row(to + 32, w[4], w[5], w[6], w[7], row < k.rows);
-        }
+        store_rows<BACKWARD>(a, k, w, head, del, sum, h);
         if constexpr (BACKWARD) {
             column0 = row_lanes(column0);
             column1 = row_lanes(column1);
@@ -489,27 +562,11 @@ static __global__ void __launch_bounds__(ROWS_THREADS, 2) rows_kernel(ssd_args<b
             }
             if (lane == 0)
                 s.skip[tile] = diagonal;
-        }
-        if constexpr (BACKWARD) {
             __syncthreads();
             if (h + 1 < end)
                 copy_head<BACKWARD>(s, a, k, c, h + 1);
             copies_end();
-            const int r = threadIdx.x;
-            if (r < Q) {
-                const int64_t at = a.rates_at(c, h) + r;
-                float row = 0;
-                for (int i = 0; i <= r / TILE; i++)
-                    row += s.row[i][r];
-                a.e[at] = s.e[r];
-                a.through[at] = s.through[r];
-                a.row[at] = row - del[r] * s.e[r];
-            } else if (r == Q) {
-                float sums = 0;
-                for (int i = 0; i < TILES; i++)
-                    sums += s.skip[i];
-                a.sums[(int64_t)(2 * most + c) * a.heads + h] = sums;
-            }
+            store_sums(a, s, del, c, h, most);
         }
     }
 }
