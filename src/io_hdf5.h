@@ -21,6 +21,7 @@ enum trace_section {
     TRACE_GRAD_SYNC,
     TRACE_OPTIMIZER,
     TRACE_DATA_WAIT,
+    TRACE_AGREEMENT,
     TRACE_SECTIONS
 };
 

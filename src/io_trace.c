@@ -74,6 +74,8 @@ static const struct field fields[] = {
       "norm, clipping and update" },
     { "/ranks/data_wait_seconds", KIND_F32, SECTION(TRACE_DATA_WAIT), true, "s",
       "waiting for samples" },
+    { "/ranks/agreement_seconds", KIND_F32, SECTION(TRACE_AGREEMENT), true, "s",
+      "of grad_sync and optimizer: waiting for all ranks of both grids before the update" },
     { "/ranks/peak_bytes", KIND_I64, ROW(peak_bytes), true, "B",
       "most memory of the rank's process on the host so far" },
     { "/ranks/device_peak_bytes", KIND_I64, ROW(device_peak_bytes), true, "B",

@@ -18,6 +18,7 @@
 #include <string.h>
 #include "ddp.h"
 #include "optim.h"
+#include "timer.h"
 
 static bool is_language(const struct param *p)
 {
@@ -234,8 +235,10 @@ static void decide(struct optim *o, const struct tensor *loss_sum, double n_toke
     module_squares(o, true, &squares);
     if (o->deck->log.log_num_zeros_in_grad)
         module_zeros(o);
+    timer_part(TIMER_AGREEMENT);
     if (o->topo->size > 1)
         o->comm->all_gather(o->topo->world, &mine, &o->numbers, o->stream);
+    timer_part(TIMER_NO_PART);
     o->be->decide_update(o->stream, &o->numbers, n_tokens, factor, k->clip_grad,
                          k->grad_norm_skip_threshold, &o->result);
 }

@@ -556,12 +556,13 @@ int64_t step_device_peak(struct step *s)
 static void fill_row(struct step *s, const struct optim_result *o, struct trace_row *row)
 {
     int64_t lanes = s->topo->language.dp_size;
-    static const enum timer_section section[TRACE_SECTIONS] = {
+    static const int section[TRACE_SECTIONS] = {
         [TRACE_FORWARD] = TIMER_FORWARD,         [TRACE_BACKWARD] = TIMER_BACKWARD,
         [TRACE_BRIDGE_WAIT] = TIMER_BRIDGE_WAIT, [TRACE_GRAD_SYNC] = TIMER_GRAD_SYNC,
-        [TRACE_OPTIMIZER] = TIMER_OPTIMIZER,     [TRACE_DATA_WAIT] = TIMER_DATA_WAIT
+        [TRACE_OPTIMIZER] = TIMER_OPTIMIZER,     [TRACE_DATA_WAIT] = TIMER_DATA_WAIT,
+        [TRACE_AGREEMENT] = TIMER_AGREEMENT
     };
-    double seconds[TIMER_SECTIONS];
+    double seconds[TIMER_ROWS];
     struct rusage usage;
 
     const struct step_pending *p = &s->pending;
@@ -624,7 +625,9 @@ void step_begin(struct step *s, struct data *data, int64_t iteration, bool *requ
     timer_stop(TIMER_OPTIMIZER);
     run_schedule(s, &s->train);
     timer_start(TIMER_GRAD_SYNC);
+    timer_part(TIMER_AGREEMENT);
     add_up(s, request);
+    timer_part(TIMER_NO_PART);
     timer_stop(TIMER_GRAD_SYNC);
 }
 

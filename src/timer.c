@@ -30,7 +30,7 @@ struct mark {
 };
 
 static struct {
-    double total[TIMER_ROWS], at_iteration[TIMER_SECTIONS], at_sample[TIMER_SECTIONS];
+    double total[TIMER_ROWS], at_iteration[TIMER_ROWS], at_sample[TIMER_SECTIONS];
     double wall, wall_at_iteration;
     int64_t calls[TIMER_ROWS];
     enum timer_section open[DEPTH];
@@ -53,7 +53,7 @@ static const char *const names[] = {
 };
 
 static void tell(void);
-static bool computing(void);
+static bool belongs(enum timer_part part);
 static void book(const struct label *label, double seconds);
 static void change(int entered);
 static void role_table(const struct timer_sample *samples, int n, int role, const char *name,
@@ -94,7 +94,7 @@ void timer_stop(enum timer_section section)
 
 void timer_part(enum timer_part part)
 {
-    if (!computing())
+    if (!belongs(part))
         part = TIMER_NO_PART;
     if (part == state.part)
         return;
@@ -158,16 +158,16 @@ void timer_catch_up(void)
     timer_collect(mark);
 }
 
-double timer_take_iteration(double seconds[TIMER_SECTIONS])
+double timer_take_iteration(double seconds[TIMER_ROWS])
 {
     double covered = 0;
     if (!state.be)
         change(NO_ROW);
     const double wall = state.wall - state.wall_at_iteration;
-    for (int s = 0; s < TIMER_IDLE; s++) {
+    for (int s = 0; s < TIMER_ROWS; s++) {
         seconds[s] = state.total[s] - state.at_iteration[s];
         state.at_iteration[s] = state.total[s];
-        covered += seconds[s];
+        covered += s < TIMER_IDLE ? seconds[s] : 0;
     }
     seconds[TIMER_IDLE] = wall > covered ? wall - covered : 0;
     state.wall_at_iteration = state.wall;
@@ -236,10 +236,13 @@ static void tell(void)
     log_beat();
 }
 
-static bool computing(void)
+/* Whether the open section has this part. */
+static bool belongs(enum timer_part part)
 {
-    return state.depth > 0 && (state.open[state.depth - 1] == TIMER_FORWARD ||
-                               state.open[state.depth - 1] == TIMER_BACKWARD);
+    const int section = state.depth > 0 ? (int)state.open[state.depth - 1] : NO_ROW;
+    if (part == TIMER_AGREEMENT)
+        return section == TIMER_GRAD_SYNC || section == TIMER_OPTIMIZER;
+    return section == TIMER_FORWARD || section == TIMER_BACKWARD;
 }
 
 static void book(const struct label *label, double seconds)
@@ -266,7 +269,7 @@ static void change(int entered)
 {
     const struct label next = {
         .section = state.depth > 0 ? (int)state.open[state.depth - 1] : NO_ROW,
-        .part = computing() && state.part != TIMER_NO_PART ? (int)state.part : NO_ROW,
+        .part = state.part != TIMER_NO_PART && belongs(state.part) ? (int)state.part : NO_ROW,
         .entered = entered
     };
     if (!state.be) {
@@ -385,7 +388,7 @@ static void role_table(const struct timer_sample *samples, int n, int role, cons
         if (most <= 0 && calls == 0)
             continue;
         if (s >= TIMER_SECTIONS && !parts)
-            line(ctx, "  of forward and backward:");
+            line(ctx, "  of these:");
         parts = s >= TIMER_SECTIONS;
         snprintf(text, sizeof text, "  %-12s %8lld %12.4f %12.4f %12.4f %8d %7.1f", names[s],
                  (long long)calls, least, mean[s], most, most_rank, 100 * mean[s] / wall);

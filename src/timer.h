@@ -38,13 +38,14 @@ enum timer_section {
 };
 
 /* What forward and backward are made of; the sections are not shortened by it. "vocabulary" is
- * embedding, output layer and loss. */
+ * embedding, output layer and loss. "agreement" is of grad sync and optimizer: waiting for all
+ * ranks of the job, of both grids, before the update. */
 /* clang-format off */
 #define TIMER_PARTS_X(X) \
     X(ENCODER, "vit blocks") X(PROJECTOR, "projector") X(MAMBA, "mamba") \
     X(ATTENTION, "attention") X(DENSE, "dense") X(ROUTER, "moe router") \
     X(DISPATCH, "moe dispatch") X(EXPERTS, "moe gemm") X(SHARED, "moe shared") \
-    X(VOCABULARY, "vocabulary") X(NO_PART, "")
+    X(VOCABULARY, "vocabulary") X(AGREEMENT, "agreement") X(NO_PART, "")
 /* clang-format on */
 
 enum timer_part {
@@ -71,8 +72,8 @@ void timer_reset(void);
 /* Enter and leave a section; nested at most 8 deep, left in reverse order (checked). Local. */
 void timer_start(enum timer_section section);
 void timer_stop(enum timer_section section);
-/* From here on this part, until the next call; counts only inside the sections forward and
- * backward. Local. */
+/* From here on this part, until the next call; counts only inside the sections that it is a part
+ * of. Local. */
 void timer_part(enum timer_part part);
 /* From here on this stream's time counts, until timer_leave_device. At least `marks` changes of
  * section or part fit between one timer_collect and the next; with more, the host waits for the
@@ -85,9 +86,9 @@ int64_t timer_mark(void);
 void timer_collect(int64_t mark);
 /* Waits for the stream and books everything; not inside a step. Local. */
 void timer_catch_up(void);
-/* Seconds of every section and the wall time of what was booked since the last call (or
+/* Seconds of every row and the wall time of what was booked since the last call (or
  * timer_reset): one iteration. Without a device: up to now. Local. */
-double timer_take_iteration(double seconds[TIMER_SECTIONS]);
+double timer_take_iteration(double seconds[TIMER_ROWS]);
 /* What was booked since timer_reset. Local. */
 void timer_take_sample(struct timer_sample *out, int role);
 /* The table of the run: per role and section calls, min, mean and max over its ranks, the rank of

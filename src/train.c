@@ -564,7 +564,7 @@ void train_begin(struct train *t)
         save(t);
     if (!t->run->continues || t->state.iteration == 0 || !t->has_data)
         validate(t, "");
-    double seconds[TIMER_SECTIONS];
+    double seconds[TIMER_ROWS];
     timer_catch_up();
     timer_take_iteration(seconds);
     t->interval_start = timer_now();

@@ -236,7 +236,7 @@ def measured(tap, m):
                                "topology.llm_dp=1", "run.train_iters=8", "run.output_dir=" + out, ranks=3)
     row, finite = bench_gpu.measured(os.path.join(out, "trace.h5"))
     with h5py.File(os.path.join(out, "trace.h5"), "r") as f:
-        shares = f["ranks/bridge_wait_seconds"][4:, 1:].max(axis=1) / f["iteration_seconds"][4:]
+        shares = (f["ranks/bridge_wait_seconds"][4:, 1:] + f["ranks/agreement_seconds"][4:, 1:]).max(axis=1) / f["iteration_seconds"][4:]
     parts = row["sections"]
     tap.result(code == 0 and finite and row["iterations"] == 4 and len(row["losses"]) == 8 and row["tflops_language"] > 0
                and abs(row["language_waits"] - float(np.median(shares))) < 1e-6 and set(parts) == {"encoder", "language"}

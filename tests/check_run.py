@@ -23,7 +23,7 @@ TRACE = {"rows": "i8", "iteration": "i8", "consumed_samples": "i8", "lm_loss": "
          "weight_decay": "f8", "num_tokens": "i8", "seq_load_balancing_loss": "f8", "skipped": "i1", "num_zeros": "i8",
          "params_norm": "f8", "iteration_seconds": "f8", "tokens_per_second": "f8", "tflops_per_gpu": "f8",
          "model_tflops_per_gpu": "f8", "images": "i8", "patches": "i8", "moe/tokens_per_expert": "i8", "ranks/peak_bytes": "i8",
-         "language_tflops_per_gpu": "f8", "ranks/device_peak_bytes": "i8",
+         "language_tflops_per_gpu": "f8", "ranks/device_peak_bytes": "i8", "ranks/agreement_seconds": "f4",
          "ranks/gemm_flops": "i8", "ranks/sent_bytes": "i8", "ranks/arena_bytes": "i8", "eval/rows": "i8", "eval/iteration": "i8",
          "eval/lm_loss": "f8", "eval/lm_loss_ablated": "f8", **{"ranks/%s_seconds" % s: "f4" for s in SECTIONS}}
 
@@ -221,6 +221,9 @@ def trace_file(r, out):
         wall = f["iteration_seconds"][()]           # rank 0's clock; another rank's iteration begins and ends elsewhere, so only its sum is bounded
         r.tap.result(np.all(seconds[:, 0] <= 1.05 * wall + 1e-3) and np.all(seconds.sum(axis=0) <= 1.05 * wall.sum() + wall.max()) and
                      np.all(seconds > 0), "sections_fit_into_the_iteration", "%s\n%s" % (seconds, f["iteration_seconds"][()]))
+        agreement = f["ranks/agreement_seconds"][()]
+        r.tap.result(np.all(agreement > 0) and np.all(agreement <= 1e-6 + f["ranks/grad_sync_seconds"][()] + f["ranks/optimizer_seconds"][()]),
+                     "agreement_is_part_of_grad_sync_and_optimizer", agreement)
         r.tap.result(np.all(f["ranks/gemm_flops"][()] > 0) and np.all(f["ranks/sent_bytes"][()] > 0), "ranks_count_their_work")
 
 

@@ -108,7 +108,7 @@ static int64_t issue(double unit)
 
 static void test_a_section_lasts_as_long_as_its_work_on_the_device(void **state)
 {
-    double s[TIMER_SECTIONS];
+    double s[TIMER_ROWS];
     begin(64);
     timer_catch_up();
     timer_take_iteration(s);
@@ -129,7 +129,7 @@ static void test_a_section_lasts_as_long_as_its_work_on_the_device(void **state)
 /* The next iteration is issued before the numbers of the one before it are read. */
 static void test_an_iteration_that_is_read_late_holds_its_own_time_and_nothing_waits(void **state)
 {
-    double s[TIMER_SECTIONS];
+    double s[TIMER_ROWS];
     struct timer_sample sample;
     begin(64);
     timer_catch_up();
@@ -155,6 +155,35 @@ static void test_an_iteration_that_is_read_late_holds_its_own_time_and_nothing_w
     timer_take_sample(&sample, 0);
     assert_true(near(sample.seconds[TIMER_FORWARD], 4.0 * 39 * 40 / 2));
     assert_int_equal(sample.calls[TIMER_FORWARD], 39);
+    end();
+}
+
+/* Of grad sync and optimizer, and of nothing else. */
+static void test_agreement_is_a_part_of_what_comes_before_the_update(void **state)
+{
+    double s[TIMER_ROWS];
+    begin(64);
+    timer_start(TIMER_FORWARD);
+    timer_part(TIMER_AGREEMENT);
+    device.issued += 1;
+    timer_stop(TIMER_FORWARD);
+    timer_start(TIMER_GRAD_SYNC);
+    device.issued += 2;
+    timer_part(TIMER_AGREEMENT);
+    device.issued += 4;
+    timer_part(TIMER_NO_PART);
+    timer_stop(TIMER_GRAD_SYNC);
+    timer_start(TIMER_OPTIMIZER);
+    timer_part(TIMER_AGREEMENT);
+    device.issued += 8;
+    timer_part(TIMER_MAMBA);
+    device.issued += 16;
+    timer_stop(TIMER_OPTIMIZER);
+    timer_catch_up();
+    timer_take_iteration(s);
+    assert_true(near(s[TIMER_AGREEMENT], 12) && near(s[TIMER_GRAD_SYNC], 6) &&
+                near(s[TIMER_OPTIMIZER], 24) && near(s[TIMER_FORWARD], 1) &&
+                near(s[TIMER_MAMBA], 0));
     end();
 }
 
@@ -228,6 +257,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_section_lasts_as_long_as_its_work_on_the_device),
         cmocka_unit_test(test_an_iteration_that_is_read_late_holds_its_own_time_and_nothing_waits),
+        cmocka_unit_test(test_agreement_is_a_part_of_what_comes_before_the_update),
         cmocka_unit_test(test_a_full_ring_waits_and_loses_no_time),
         cmocka_unit_test(test_a_section_may_go_from_the_hosts_clock_to_the_devices_and_back),
         cmocka_unit_test(test_the_reference_backend_reads_the_hosts_clock),

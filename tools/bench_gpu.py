@@ -122,22 +122,25 @@ def grids(f):
 
 
 def where(f, rows, seconds):
-    """{role: {section: its share of an iteration}}: means over the grid's ranks, medians over the iterations that count; `other` is what is in no section."""
+    """{role: {section: its share of an iteration}}: means over the grid's ranks, medians over the iterations that count; `other` is what is in no
+    section, `agreement` a part of two of them."""
     out = {}
     for role, (first, n) in grids(f).items():
         part = {s: f["ranks/%s_seconds" % s][WARM:rows, first:first + n].mean(axis=1) / seconds for s in SECTIONS}
         out[role] = {s: float(np.median(x)) for s, x in part.items()}
         out[role]["other"] = float(np.median(1 - sum(part.values())))
+        out[role]["agreement"] = float(np.median(f["ranks/agreement_seconds"][WARM:rows, first:first + n].mean(axis=1) / seconds))
     return out
 
 
 def waits(f, rows, seconds):
-    """Share of an iteration in which the language grid waits for the encoder grid, or None where they are not two grids: mean over the lanes, of each the
-    rank that receives; the others of a lane wait for that one, inside forward."""
+    """Share of an iteration in which the language grid waits for the encoder grid, at the bridge and before the update, or None where they are not two
+    grids: mean over the lanes, of each the rank that receives; the others of a lane wait for that one, inside forward."""
     if "language" not in grids(f) or "encoder" not in grids(f):
         return None
     (first, n), tp = grids(f)["language"], int(f["deck"].attrs["topology.llm_tp"])
-    lanes = f["ranks/bridge_wait_seconds"][WARM:rows, first:first + n].reshape(-1, n // tp, tp).max(axis=2)
+    waiting = sum(f["ranks/%s_seconds" % s][WARM:rows, first:first + n] for s in ("bridge_wait", "agreement"))
+    lanes = waiting.reshape(-1, n // tp, tp).max(axis=2)
     return float(np.median(lanes.mean(axis=1) / seconds))
 
 
@@ -251,8 +254,8 @@ def page(b):
             r["name"], r["command"], r["gpus"], r["ms"], r["ms_least"], r["ms_most"], r["tokens_per_second"] / 1e3, r["tflops_exact"], r["tflops_language"],
             r["tflops_megatron"], "" if r["language_waits"] is None else "%.1f %%" % (100 * r["language_waits"]), r["losses"][0],
             ", ".join("%.1f / %.1f" % tuple(x) for x in r["memory_gib"].values()), "ok" if r["passed"] else "NOT PASSED") for r in b.runs]
-        names = [*SECTIONS, "other"]
-        lines += ["", "Where an iteration goes on the GPUs, in %:", "", "| run | grid | %s |" % " | ".join(x.replace("_", " ") for x in names), "|---" * (len(names) + 2) + "|"]
+        names = [*SECTIONS, "other", "agreement"]
+        lines += ["", "Where an iteration goes on the GPUs, in % (agreement: of grad sync and optimizer, waiting for all ranks before the update):", "", "| run | grid | %s |" % " | ".join(x.replace("_", " ") for x in names), "|---" * (len(names) + 2) + "|"]
         lines += ["| %s | %s | %s |" % (r["name"], role, " | ".join("%.1f" % (100 * part[s]) for s in names)) for r in b.runs for role, part in r["sections"].items()] + [""]
     if b.turns:
         lines += ["Grouped and dense products in turn on a hot card:", "", "| product | dense us, TFLOP/s | grouped us, TFLOP/s | share |", "|---|---|---|---|"]

@@ -78,7 +78,7 @@ static int64_t issue(struct bench *b)
 
 static void sections(struct bench *b)
 {
-    double s[TIMER_SECTIONS];
+    double s[TIMER_ROWS];
     struct timer_sample sample;
     timer_catch_up();
     timer_take_iteration(s);
