@@ -717,6 +717,21 @@ void train_iterate(struct train *t)
         save_and_decide(t, request);
 }
 
+/* How many samples were skipped because they are broken. Each lane of the language grid reads its
+ * streams with several ranks, which find the same: one of them counts. */
+static void report_broken_samples(const struct train *t)
+{
+    const struct grid *g = &t->topo->language;
+    const bool counts = g->member && g->tp_rank == 0 && g->cp_rank == 0 && g->pp_rank == 0;
+    int64_t broken[2] = { counts ? t->data.bad_samples : 0, counts ? t->eval.data.bad_samples : 0 };
+
+    comm_host_reduce_i64(t->topo->world, broken, 2, COMM_SUM);
+    if (broken[0] + broken[1] > 0)
+        log_line("broken samples skipped since this start: %lld of the training data, %lld of the "
+                 "validation data; each is named in a warning of the rank that met it",
+                 (long long)broken[0], (long long)broken[1]);
+}
+
 int train_end(struct train *t)
 {
     check_step(-1);
@@ -724,6 +739,7 @@ int train_end(struct train *t)
         save(t);
     if (t->has_data && !t->stop)
         validate(t, " on validation set");
+    report_broken_samples(t);
     timer_catch_up();
     report_timers(t, 0);
     report_memory(t);
