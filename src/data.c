@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "data_internal.h"
+#include "data_pack.h"
 #include "log.h"
 #include "rng.h"
 #include "vit_map.h"
@@ -28,10 +29,20 @@ struct draw {               /* what a stream delivered last */
     unsigned served;        /* sides that have it */
 };
 
+/* Samples of a stream that are packed together (data_pack.h). A stream's position is then
+ * start * (buffer + 1) + packs of the window that are out. */
+struct window {
+    int64_t start, next;   /* samples of the stream before its first, and with its last */
+    int64_t n_packs, last; /* the pack delivered last */
+    int64_t *index, *length, *first, *member; /* as of data_pack; NULL: no window yet */
+};
+
 struct data_source {
     struct data_mock *mock; /* one of the two */
     struct data_webdataset *shards;
-    struct data_sample sample;
+    struct data_sample sample, member; /* what is delivered; one of its members */
+    struct window *window;             /* [n_streams]; NULL without packing */
+    struct rng_key pack;
     int64_t samples_per_slot, slots, lanes;
     struct draw *draw; /* [n_streams] */
     int64_t *taken;    /* [n_streams, samples_per_slot] sample numbers of the draw */
@@ -45,7 +56,12 @@ static int64_t merge_factor(const struct deck *deck);
 static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first, int64_t last,
                  unsigned side, struct text_batch *text, struct picture_batch *pictures);
 static int64_t next_sample(struct data *d, int64_t stream, int64_t number, void *pixels);
-static bool load(struct data *d, int64_t index, void *pixels, char why[DATA_WHY]);
+static int64_t next_whole(struct data *d, int64_t stream, int64_t *position,
+                          struct data_sample *out, void *pixels);
+static bool load(struct data *d, int64_t index, struct data_sample *out, void *pixels,
+                 char why[DATA_WHY]);
+static void next_pack(struct data *d, int64_t stream, void *pixels);
+static void load_pack(struct data *d, int64_t stream, int64_t p, void *pixels);
 static void add_text(const struct data *d, int64_t number, struct text_batch *out);
 static void add_pictures(const struct data *d, int64_t number, struct picture_batch *out);
 
@@ -119,6 +135,12 @@ void data_init(struct data *d, const struct deck *deck, enum data_split split,
     src->lane_read = xcalloc((size_t)src->lanes, sizeof *src->lane_read);
     src->cpe = rng_key((uint64_t)deck->run.seed, "cpe");
     data_sample_init(&src->sample, &d->limits);
+    if (deck->data.packing_buffer_size > 0) {
+        ASSERT(shards && mbs == 1);
+        src->window = xcalloc((size_t)d->n_streams, sizeof *src->window);
+        src->pack = rng_key((uint64_t)deck->run.seed, "pack");
+        data_sample_init(&src->member, &d->limits);
+    }
     d->source = src;
     d->position = xcalloc((size_t)d->n_streams, sizeof *d->position);
 }
@@ -131,6 +153,7 @@ void data_text(struct data *d, int64_t iteration, int64_t m, int lane, int lanes
     ASSERT(m >= 0 && (m + 1) * lanes <= src->slots && iteration >= 0);
     ASSERT(out->seq_length == d->limits.seq_length);
     out->samples = out->image_rows = out->loss_tokens = 0;
+    out->n_segments = out->longest = out->real_tokens = 0;
     src->lane_read[lane] = src->any_lane_read = true;
     take(d, iteration, m * lanes + lane, 0, src->samples_per_slot, SIDE_TEXT, out, NULL);
 }
@@ -183,6 +206,14 @@ void data_free(struct data *d)
         data_mock_free(src->mock);
         data_webdataset_free(src->shards);
         data_sample_free(&src->sample);
+        data_sample_free(&src->member);
+        for (int64_t i = 0; src->window && i < d->n_streams; i++) {
+            free(src->window[i].index);
+            free(src->window[i].length);
+            free(src->window[i].first);
+            free(src->window[i].member);
+        }
+        free(src->window);
         free(src->draw);
         free(src->taken);
         free(src->lane_read);
@@ -203,6 +234,7 @@ void text_batch_init(struct text_batch *b, const struct data_limits *l, int64_t 
     b->loss_mask = xcalloc(n * s, sizeof *b->loss_mask);
     b->image_row = xcalloc(n * s, sizeof *b->image_row);
     b->image_rows_per_sample = xcalloc(n, sizeof *b->image_rows_per_sample);
+    b->segment_end = xcalloc(n * s, sizeof *b->segment_end);
     b->sample_index = xcalloc(n, sizeof *b->sample_index);
     b->key = xcalloc(n, sizeof *b->key);
 }
@@ -214,6 +246,7 @@ void text_batch_free(struct text_batch *b)
     free(b->loss_mask);
     free(b->image_row);
     free(b->image_rows_per_sample);
+    free(b->segment_end);
     free(b->sample_index);
     free(b->key);
     memset(b, 0, sizeof *b);
@@ -254,6 +287,7 @@ void data_sample_init(struct data_sample *s, const struct data_limits *limits)
     s->max_pictures = limits->max_tiles_per_sample;
     s->ids = xcalloc((size_t)s->max_ids, sizeof *s->ids);
     s->picture_of = xcalloc((size_t)s->max_ids, sizeof *s->picture_of);
+    s->member_end = xcalloc((size_t)s->max_ids, sizeof *s->member_end);
     s->picture = xcalloc((size_t)s->max_pictures + 1, sizeof *s->picture);
 }
 
@@ -261,6 +295,7 @@ void data_sample_free(struct data_sample *s)
 {
     free(s->ids);
     free(s->picture_of);
+    free(s->member_end);
     free(s->picture);
     memset(s, 0, sizeof *s);
 }
@@ -268,13 +303,16 @@ void data_sample_free(struct data_sample *s)
 int64_t data_labels(const struct data_sample *s, bool mask_inputs, int64_t seq_length,
                     int64_t *labels, float *loss_mask)
 {
-    int64_t trainable = 0;
+    int64_t trainable = 0, member = 0;
     for (int64_t j = 0; j < seq_length; j++) {
-        const bool has_next = j + 1 < s->n_ids && s->picture_of[j + 1] < 0;
+        const int64_t end = s->n_members > 0 ? s->member_end[member] : s->n_ids;
+        const bool has_next = j + 1 < end && s->picture_of[j + 1] < 0;
         const bool counts = has_next && !(mask_inputs && s->picture_of[j] >= 0);
         labels[j] = counts ? s->ids[j + 1] : -100;
         loss_mask[j] = counts ? 1.0f : 0.0f;
         trainable += counts;
+        if (j + 1 == end && member + 1 < s->n_members)
+            member++;
     }
     return trainable;
 }
@@ -283,6 +321,14 @@ int64_t data_labels(const struct data_sample *s, bool mask_inputs, int64_t seq_l
 static int64_t merge_factor(const struct deck *deck)
 {
     return deck->vision.pixel_shuffle ? 4 : 1;
+}
+
+/* A sample that was whole before. */
+static void load_again(struct data *d, int64_t index, struct data_sample *out, void *pixels)
+{
+    char why[DATA_WHY];
+    if (!load(d, index, out, pixels, why))
+        FATAL(EXIT_DATA, "sample %s changed while in use: %s", out->key, why);
 }
 
 /* Draw the samples of a slot and deliver those with first <= b < last. */
@@ -305,13 +351,14 @@ static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first,
             pixels = d->deck->derived.fp64
                          ? (void *)((double *)pictures->pixels + pictures->patches * dim)
                          : (void *)((float *)pictures->pixels + pictures->patches * dim);
-        if (!replay) {
+        if (src->window && !replay)
+            next_pack(d, stream, pixels);
+        else if (src->window && served)
+            load_pack(d, stream, src->window[stream].last, pixels);
+        else if (!replay)
             taken[b] = next_sample(d, stream, number, pixels);
-        } else if (served) {
-            char why[DATA_WHY];
-            if (!load(d, taken[b], pixels, why))
-                FATAL(EXIT_DATA, "sample %s changed while in use: %s", src->sample.key, why);
-        }
+        else if (served)
+            load_again(d, taken[b], &src->sample, pixels);
         if (served && text)
             add_text(d, number, text);
         if (served && pictures)
@@ -326,36 +373,140 @@ static void take(struct data *d, int64_t iteration, int64_t slot, int64_t first,
 static int64_t next_sample(struct data *d, int64_t stream, int64_t number, void *pixels)
 {
     struct data_source *src = d->source;
+    if (!src->mock)
+        return next_whole(d, stream, &d->position[stream], &src->sample, pixels);
+    d->position[stream]++;
+    data_mock_load(src->mock, number, &src->sample, pixels);
+    return number;
+}
+
+/* The next sample of the shards from a stream's position on that is not broken. */
+static int64_t next_whole(struct data *d, int64_t stream, int64_t *position,
+                          struct data_sample *out, void *pixels)
+{
+    struct data_source *src = d->source;
     for (;;) {
-        const int64_t k = d->position[stream]++;
-        if (src->mock) {
-            data_mock_load(src->mock, number, &src->sample, pixels);
-            return number;
-        }
+        const int64_t k = (*position)++;
         const int64_t index = data_webdataset_at(src->shards, k * d->n_streams + stream);
         char why[DATA_WHY];
-        if (load(d, index, pixels, why)) {
+        if (load(d, index, out, pixels, why)) {
             src->bad_in_a_row = 0;
             return index;
         }
-        log_warn("sample %s skipped: %s", src->sample.key, why);
+        log_warn("sample %s skipped: %s", out->key, why);
         d->bad_samples++;
         if (++src->bad_in_a_row >= BAD_IN_A_ROW)
             fatal(EXIT_DATA, __FILE__, __LINE__,
                   "mimo --check-data lists what is wrong with each sample",
-                  "%d broken samples in a row, the last one %s: %s", BAD_IN_A_ROW, src->sample.key,
-                  why);
+                  "%d broken samples in a row, the last one %s: %s", BAD_IN_A_ROW, out->key, why);
     }
 }
 
-static bool load(struct data *d, int64_t index, void *pixels, char why[DATA_WHY])
+static bool load(struct data *d, int64_t index, struct data_sample *out, void *pixels,
+                 char why[DATA_WHY])
 {
     struct data_source *src = d->source;
-    memset(src->sample.key, 0, sizeof src->sample.key); /* batches.h5 holds all of its bytes */
+    memset(out->key, 0, sizeof out->key); /* batches.h5 holds all of its bytes */
     if (src->shards)
-        return data_webdataset_load(src->shards, index, &src->sample, pixels, why);
-    data_mock_load(src->mock, index, &src->sample, pixels);
+        return data_webdataset_load(src->shards, index, out, pixels, why);
+    data_mock_load(src->mock, index, out, pixels);
     return true;
+}
+
+/* Read the samples of the window that begins at `start` and pack them. */
+static void open_window(struct data *d, int64_t stream, int64_t start)
+{
+    struct data_source *src = d->source;
+    struct window *w = &src->window[stream];
+    const int64_t n = d->deck->data.packing_buffer_size;
+    if (!w->index) {
+        w->index = xcalloc((size_t)n, sizeof *w->index);
+        w->length = xcalloc((size_t)n, sizeof *w->length);
+        w->first = xcalloc((size_t)n + 1, sizeof *w->first);
+        w->member = xcalloc((size_t)n, sizeof *w->member);
+    }
+    w->start = w->next = start;
+    for (int64_t i = 0; i < n; i++) {
+        w->index[i] = next_whole(d, stream, &w->next, &src->member, NULL);
+        w->length[i] = src->member.n_ids;
+    }
+    w->n_packs = data_pack(w->length, n, d->limits.seq_length, src->pack, (uint64_t)stream,
+                           (uint64_t)start, w->first, w->member);
+}
+
+/* The stream's next pack. */
+static void next_pack(struct data *d, int64_t stream, void *pixels)
+{
+    struct window *w = &d->source->window[stream];
+    const int64_t places = d->deck->data.packing_buffer_size + 1;
+    int64_t start = d->position[stream] / places, p = d->position[stream] % places;
+    if (!w->index || w->start != start)
+        open_window(d, stream, start);
+    if (p >= w->n_packs) { /* the shards are not those that it was stored for */
+        open_window(d, stream, w->next);
+        start = w->start;
+        p = 0;
+    }
+    load_pack(d, stream, p, pixels);
+    w->last = p;
+    d->position[stream] = p + 1 < w->n_packs ? start * places + p + 1 : w->next * places;
+}
+
+/* The members of a pack, one after the other, as one sample. */
+static void load_pack(struct data *d, int64_t stream, int64_t p, void *pixels)
+{
+    struct data_source *src = d->source;
+    struct data_sample *s = &src->sample;
+    const struct data_sample *from = &src->member;
+    const struct window *w = &src->window[stream];
+    const int64_t patch = 3 * d->deck->vision.patch_dim * d->deck->vision.patch_dim;
+    const size_t bytes = (size_t)patch * (d->deck->derived.fp64 ? sizeof(double) : sizeof(float));
+    char *at = pixels;
+    s->n_ids = s->n_pictures = s->n_members = 0;
+    s->shrunk = s->truncated = false;
+    memset(s->key, 0, sizeof s->key);
+    for (int64_t i = w->first[p]; i < w->first[p + 1]; i++) {
+        load_again(d, w->index[w->member[i]], &src->member, at);
+        ASSERT(s->n_ids + from->n_ids <= s->max_ids);
+        ASSERT(s->n_pictures + from->n_pictures <= s->max_pictures);
+        for (int64_t j = 0; j < from->n_ids; j++) {
+            s->ids[s->n_ids + j] = from->ids[j];
+            s->picture_of[s->n_ids + j] =
+                from->picture_of[j] < 0 ? -1 : from->picture_of[j] + (int32_t)s->n_pictures;
+        }
+        for (int64_t j = 0; j < from->n_pictures; j++) {
+            s->picture[s->n_pictures++] = from->picture[j];
+            if (at)
+                at += (size_t)from->picture[j].patches * bytes;
+        }
+        s->n_ids += from->n_ids;
+        s->member_end[s->n_members++] = s->n_ids;
+        s->shrunk |= from->shrunk;
+        s->truncated |= from->truncated;
+        if (s->n_members == 1)
+            memcpy(s->key, from->key, sizeof s->key);
+    }
+    if (s->n_members > 1) {
+        const size_t room = sizeof s->key - 24;
+        s->key[room] = '\0';
+        const size_t n = strlen(s->key);
+        snprintf(s->key + n, sizeof s->key - n, " and %" PRId64 " more", s->n_members - 1);
+    }
+}
+
+/* A pack is the only row of its batch; padding is a segment of its own. */
+static void add_segments(const struct data_sample *s, struct text_batch *out)
+{
+    int64_t n = 0, begin = 0;
+    for (; n < s->n_members; n++)
+        out->segment_end[n] = (int32_t)s->member_end[n];
+    if (s->n_ids < out->seq_length)
+        out->segment_end[n++] = (int32_t)out->seq_length;
+    out->n_segments = n;
+    out->real_tokens = s->n_ids;
+    for (int64_t i = 0; i < n; begin = out->segment_end[i++])
+        if (out->segment_end[i] - begin > out->longest)
+            out->longest = out->segment_end[i] - begin;
 }
 
 static void add_text(const struct data *d, int64_t number, struct text_batch *out)
@@ -378,6 +529,8 @@ static void add_text(const struct data *d, int64_t number, struct text_batch *ou
               rows, expected);
     out->loss_tokens += data_labels(s, d->source->shards != NULL, length, out->labels + b * length,
                                     out->loss_mask + b * length);
+    if (s->n_members > 0)
+        add_segments(s, out);
     out->image_rows_per_sample[b] = rows;
     out->image_rows += rows;
     out->sample_index[b] = number;

@@ -37,6 +37,11 @@ struct text_batch {
     int64_t *image_rows_per_sample; /* [B] */
     int64_t image_rows;             /* sum */
     int64_t loss_tokens;            /* sum of the mask */
+    /* Rows that attention, convolution and scan do not look across. n_segments = 0: every sample is
+     * one segment. Else row segment_end[i]-1 is the last of segment i [<= B*S], the last one is
+     * B*S, `longest` of them is the largest; real_tokens = tokens that are no padding. */
+    int64_t n_segments, longest, real_tokens;
+    int32_t *segment_end;
     /* [B] global stream index: the key of every random draw of the sample */
     int64_t *sample_index;
     char (*key)[256]; /* [B] "shard:member" or "mock:index", printable */

@@ -23,6 +23,8 @@ struct data_sample {
     int64_t *ids;                 /* [S] */
     int32_t *picture_of;          /* [S] picture that the position is an embedding of, -1 = text */
     struct data_picture *picture; /* [max_tiles_per_sample] */
+    /* [S] ends of the samples that share the row, in ids; n_members = 0: it is one sample */
+    int64_t *member_end, n_members;
     int64_t n_ids, n_pictures;
     int64_t max_ids, max_pictures; /* capacities */
     bool shrunk, truncated;        /* to fit into S: pictures made smaller; the end cut off */
@@ -31,9 +33,10 @@ struct data_sample {
 void data_sample_init(struct data_sample *s, const struct data_limits *limits); /* Local. */
 void data_sample_free(struct data_sample *s);                                   /* Local. */
 
-/* Labels and mask of one row of S positions (training.md 5.4 and 6.7 step 5); both end at n_ids.
- * `mask_inputs`: the position of an image id predicts nothing (shards); otherwise the last one
- * predicts the first word (mock). Returns the trainable positions. Local. */
+/* Labels and mask of one row of S positions (training.md 5.4 and 6.7 step 5); both end at n_ids. No
+ * position predicts a token of another member. `mask_inputs`: the position of an image id predicts
+ * nothing (shards); otherwise the last one predicts the first word (mock). Returns the trainable
+ * positions. Local. */
 int64_t data_labels(const struct data_sample *s, bool mask_inputs, int64_t seq_length,
                     int64_t *labels, float *loss_mask);
 

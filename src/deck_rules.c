@@ -377,6 +377,13 @@ static void resolve_data(struct deck_rules *c)
                           mock ? d->language.vocab_size - 1 : -1);
     if (mock)
         resolve_mock(c);
+    if (d->data.packing_buffer_size > 0 && mock)
+        FAIL(data, packing_buffer_size,
+             "mock samples fill their sequence: only with "
+             "dataset_provider = 'webdataset'");
+    else if (d->data.packing_buffer_size > 0 && d->batch.micro_batch_size != 1)
+        FAIL(data, packing_buffer_size, "needs batch.micro_batch_size = 1, this is %" N,
+             d->batch.micro_batch_size);
     if (!mock) {
         if (d->run.mode == DECK_MODE_TRAIN && !*d->data.train_data_path)
             MISSING(data, train_data_path, "dataset_provider = 'webdataset' reads it");

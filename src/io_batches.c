@@ -17,6 +17,7 @@ enum { KEY_BYTES = 256 };
 
 struct held_text {
     int64_t m, *input_ids, *labels;
+    int32_t *segment_end; /* [samples, S], -1 behind the last; NULL without packing */
     float *mask;
     char *key;
 };
@@ -135,6 +136,16 @@ static hid_t real_type(const struct batch_dump *d)
     return d->deck->derived.fp64 ? H5T_IEEE_F64LE : H5T_IEEE_F32LE;
 }
 
+static int32_t *segment_ends(const struct text_batch *text)
+{
+    if (text->n_segments == 0)
+        return NULL;
+    int32_t *all = xcalloc((size_t)(text->samples * text->seq_length), sizeof *all);
+    for (int64_t i = 0; i < text->samples * text->seq_length; i++)
+        all[i] = i < text->n_segments ? text->segment_end[i] : -1;
+    return all;
+}
+
 void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *text,
                     const struct picture_batch *pictures)
 {
@@ -149,6 +160,7 @@ void batch_dump_add(struct batch_dump *d, int64_t m, const struct text_batch *te
                                 .input_ids = copy_of(text->input_ids, n, sizeof(int64_t)),
                                 .labels = copy_of(text->labels, n, sizeof(int64_t)),
                                 .mask = copy_of(text->loss_mask, n, sizeof(float)),
+                                .segment_end = segment_ends(text),
                                 .key = copy_of(text->key, (size_t)text->samples, KEY_BYTES) };
     }
     if (pictures && d->writes_pictures) {
@@ -215,6 +227,7 @@ static void forget(struct batch_dump *d)
     for (int i = 0; i < d->n_text; i++) {
         free(d->text[i].input_ids);
         free(d->text[i].labels);
+        free(d->text[i].segment_end);
         free(d->text[i].mask);
         free(d->text[i].key);
     }
@@ -285,6 +298,9 @@ static void lay_out(const struct batch_dump *d, const char *name, int64_t iterat
            "weight of each position in the loss");
     io_put(path, group, "sample_key", key, 1, n, NULL, "text",
            "shard:member or mock:index of each sample");
+    if (d->deck->data.packing_buffer_size > 0)
+        io_put(path, group, "segment_ends", H5T_STD_I32LE, 2, rows, NULL, "tokens",
+               "ends of the samples packed into each sequence and of its padding, then -1");
     io_put(path, group, "tiles_per_sample", H5T_STD_I64LE, 1, n, tiles_per_sample, "tiles",
            "pictures of each sample");
     io_put(path, group, "imgs_sizes", H5T_STD_I32LE, 2, size, NULL, "pixels",
@@ -355,6 +371,9 @@ void batch_dump_write(struct batch_dump *d, int64_t iteration)
         put_rows(d, group, "labels", H5T_STD_I64LE, row, mbs, d->seq_length, h->labels);
         put_rows(d, group, "loss_mask", H5T_IEEE_F32LE, row, mbs, d->seq_length, h->mask);
         put_rows(d, group, "sample_key", key, row, mbs, 0, h->key);
+        if (h->segment_end)
+            put_rows(d, group, "segment_ends", H5T_STD_I32LE, row, mbs, d->seq_length,
+                     h->segment_end);
     }
     for (int i = 0; i < d->n_choice; i++) {
         const struct held_choice *h = &d->choice[i];

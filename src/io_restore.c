@@ -205,9 +205,12 @@ static void audit_key(void *ctx, const char *group, const char *key, const char 
     snprintf(name, sizeof name, "%s.%s", group, key);
     for (size_t i = 0; i < sizeof structural_keys / sizeof structural_keys[0]; i++)
         structural = structural || strcmp(name, structural_keys[i]) == 0;
-    /* Every random draw and the sample order follow from the seed: a resumed run keeps it, a
-     * fine-tuning need not. */
-    structural = structural || (strcmp(name, "run.seed") == 0 && d->same_run);
+    /* Every random draw and the sample order follow from the seed, and what a position in a stream
+     * means from the packing: a resumed run keeps them, a fine-tuning need not. */
+    structural =
+        structural ||
+        ((strcmp(name, "run.seed") == 0 || strcmp(name, "data.packing_buffer_size") == 0) &&
+         d->same_run);
     /* What was frozen has no moments. */
     const bool trained = d->a->with_optimizer && strncmp(name, "stage.freeze_", 13) == 0 &&
                          (d->deck->topology.layout != DECK_LAYOUT_LANGUAGE_ONLY ||

@@ -36,6 +36,7 @@ struct language {
     int embedding, final_norm, output; /* parameter indices */
     double eps;
     struct ragged batch;
+    struct tensor cu;          /* I32 [most segments + 1], of which batch.cu is the beginning */
     struct tensor ids, labels; /* I64 [T] */
     struct tensor mask;        /* acc [T] */
     struct tensor image_row;   /* I32 [T] */
@@ -97,21 +98,28 @@ struct language *language_init(struct model *m)
 /* What a recomputed layer makes again lives for its own backward alone: such layers share the
  * workspace, each in front of its temporaries. */
 static void plan_layer(struct model *m, struct layer *l, struct arenas *as, int64_t tokens,
-                       int64_t sequences)
+                       int64_t sequences, int64_t segments)
 {
     const enum arena_kind keep = l->again ? ARENA_WORKSPACE : ARENA_ACTIVATIONS;
     const size_t mark = arena_mark(&as->a[ARENA_WORKSPACE]);
     l->x = arena_2d(&as->a[ARENA_ACTIVATIONS], "layer.x", m->act, linear_local_rows(m, tokens),
                     m->deck->language.hidden_size);
     switch (l->kind) {
-    case 'M': mamba_plan(m, l->mamba, as, keep, tokens, sequences); break;
+    case 'M': mamba_plan(m, l->mamba, as, keep, tokens, segments); break;
     case '*':
-        attention_plan(m, l->attention, as, keep, tokens, sequences, tokens / sequences);
+        attention_plan(m, l->attention, as, keep, tokens, segments, tokens / sequences);
         break;
     case '-': mlp_plan(m, l->mlp, as, keep, tokens); break;
     default: moe_plan(m, l->moe, as, keep, tokens, sequences); break;
     }
     arena_rewind(&as->a[ARENA_WORKSPACE], mark);
+}
+
+/* Segments of a micro-batch at most: samples, or the members of a packed one and its padding. */
+static int64_t most_segments(const struct deck *deck)
+{
+    const int64_t members = deck->data.packing_buffer_size, s = deck->language.seq_length;
+    return members == 0 ? deck->batch.micro_batch_size : (members < s ? members : s) + 1;
 }
 
 void language_plan(struct model *m, struct language *lm, struct arenas *as)
@@ -122,8 +130,9 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     const int64_t h = deck->language.hidden_size,
                   vp = deck->derived.padded_vocab / m->topo->language.tp_size;
     const int64_t local = linear_local_rows(m, t);
-    lm->batch = (struct ragged){ .tokens = t, .segments = b, .max_len = s };
-    lm->batch.cu = arena_1d(acts, "language.cu", DTYPE_I32, b + 1);
+    const int64_t segments = most_segments(deck);
+    lm->batch = (struct ragged){ .tokens = t, .segments = b, .max_len = s, .seq_len = s };
+    lm->cu = arena_1d(acts, "language.cu", DTYPE_I32, segments + 1);
     lm->ids = arena_1d(acts, "language.ids", DTYPE_I64, t);
     lm->labels = arena_1d(acts, "language.labels", DTYPE_I64, t);
     lm->mask = arena_1d(acts, "language.mask", m->acc, t);
@@ -134,7 +143,7 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
         m->partial = arena_2d(work, "language.partial", m->act, t, h);
     }
     for (int i = 0; i < lm->n_layers; i++)
-        plan_layer(m, &lm->layer[i], as, t, b);
+        plan_layer(m, &lm->layer[i], as, t, b, segments);
     lm->x_last = arena_2d(acts, "language.x_last", m->act, local, h);
     lm->rs = arena_1d(acts, "language.rs", m->acc, local);
     lm->hidden = arena_2d(acts, "language.hidden", m->act, local, h);
@@ -151,7 +160,7 @@ void language_plan(struct model *m, struct language *lm, struct arenas *as)
     lm->dimage = arena_2d(acts, "language.dimage", m->act, t, h);
     lm->dhidden = arena_2d(work, "language.dhidden", m->act, local, h);
     arena_rewind(work, mark);
-    lm->host_cu = arena_1d(&as->a[ARENA_DATA], "language.host_cu", DTYPE_I32, b + 1);
+    lm->host_cu = arena_1d(&as->a[ARENA_DATA], "language.host_cu", DTYPE_I32, segments + 1);
 }
 
 void language_free(struct language *lm)
@@ -194,17 +203,23 @@ struct moe *language_moe(const struct language *lm, int moe_layer)
 static void load_batch(struct model *m, struct language *lm, const struct text_batch *text)
 {
     const struct backend_ops *be = m->be;
-    const int64_t t = lm->batch.tokens, s = lm->batch.max_len;
-    ASSERT(text->samples == lm->batch.segments && text->seq_length == s);
+    const int64_t t = lm->batch.tokens, s = lm->batch.seq_len;
+    ASSERT(text->samples * s == t && text->seq_length == s);
     const struct tensor ids = tensor_1d(text->input_ids, DTYPE_I64, PLACE_HOST, t);
     const struct tensor labels = tensor_1d(text->labels, DTYPE_I64, PLACE_HOST, t);
     const struct tensor rows = tensor_1d(text->image_row, DTYPE_I32, PLACE_HOST, t);
     const struct tensor mask = tensor_1d(text->loss_mask, DTYPE_F32, PLACE_HOST, t);
     int32_t *cu = lm->host_cu.data;
-    for (int64_t b = 0; b <= lm->batch.segments; b++)
-        cu[b] = (int32_t)(b * s);
+    lm->batch.segments = text->n_segments > 0 ? text->n_segments : text->samples;
+    lm->batch.max_len = text->n_segments > 0 ? text->longest : s;
+    lm->batch.cu = tensor_first(&lm->cu, lm->batch.segments + 1);
+    const struct tensor host_cu = tensor_first(&lm->host_cu, lm->batch.segments + 1);
+    cu[0] = 0;
+    for (int64_t b = 0; b < lm->batch.segments; b++)
+        cu[b + 1] = text->n_segments > 0 ? text->segment_end[b] : (int32_t)((b + 1) * s);
+    ASSERT(cu[lm->batch.segments] == t);
     lm->image_rows = text->image_rows;
-    be->copy(m->compute, &lm->host_cu, &lm->batch.cu);
+    be->copy(m->compute, &host_cu, &lm->batch.cu);
     be->copy(m->compute, &ids, &lm->ids);
     be->copy(m->compute, &labels, &lm->labels);
     be->copy(m->compute, &rows, &lm->image_row);

@@ -8,9 +8,10 @@
 /* A micro-batch of B sequences as a ragged batch: what the sequence-mixing operations take
  * (backend.h). */
 struct ragged {
-    struct tensor cu;         /* I32 [B+1] */
-    int64_t tokens, segments; /* T, B */
-    int64_t max_len;          /* S */
+    struct tensor cu;         /* I32 [segments+1] */
+    int64_t tokens, segments; /* T; B, or more when samples are packed */
+    int64_t max_len;          /* of a segment: S, or less */
+    int64_t seq_len;          /* S */
 };
 
 /* Declare every parameter and layer. Local. */

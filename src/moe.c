@@ -230,7 +230,7 @@ void moe_force_choice(struct model *m, struct moe *l, const struct ragged *b,
     snprintf(purpose, sizeof purpose, "moe:forced:%d", l->index);
     const struct rng_key key = rng_key((uint64_t)m->deck->run.seed, purpose);
     for (int64_t t = 0; t < tensor_rows(&l->host_choice); t++, choice += k) {
-        const int64_t sample = (first + t) / b->max_len, position = (first + t) % b->max_len;
+        const int64_t sample = (first + t) / b->seq_len, position = (first + t) % b->seq_len;
         const int64_t base =
             ((int64_t)rng_below(key, 0, (uint64_t)sample_index[sample], (uint64_t)e) + position) %
             e;
@@ -265,11 +265,11 @@ static void route(struct model *m, struct moe *l, const struct ragged *b, bool t
     be->router_forward(s, &l->logits, bias, l->scaling, l->forced || again, &l->scores, &l->expert,
                        &l->prob);
     if (train && !again && l->balance) {
-        be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->max_len,
+        be->router_balance(s, &l->scores, (int)l->topk, first_row(m, b), b->seq_len,
                            &l->balance_count, &l->balance_sum);
         if (g->tp_cp.size > 1)
             m->comm->all_reduce(g->tp_cp.comm, &l->balance_count, COMM_SUM, s);
-        be->router_balance_loss(s, &l->balance_count, &l->balance_sum, (int)l->topk, b->max_len,
+        be->router_balance_loss(s, &l->balance_count, &l->balance_sum, (int)l->topk, b->seq_len,
                                 metric);
     }
     be->moe_sort(s, &l->expert, &l->prob, &l->offsets, &l->row_token, &l->row_prob, &l->token_row,
@@ -513,7 +513,7 @@ static void back_route(struct model *m, struct moe *l, const struct pass *p)
     const int64_t router_flops = 2 * tensor_rows(&l->hn) * l->experts * tensor_cols(&l->hn);
     be->router_backward(s, &l->scores, &l->expert, &l->prob, &l->dprob, l->scaling,
                         l->balance ? &l->balance_count : NULL, l->coeff, first_row(m, p->b),
-                        p->b->max_len, &l->logits);
+                        p->b->seq_len, &l->logits);
     if (router->trainable) {
         be->gemm(s, true, false, 1.0, &l->logits, &l->hn, 1.0, &router->grad, &router->grad);
         m->gemm_flops += router_flops;

@@ -18,6 +18,8 @@
  * counts. */
 enum {
     SUM_TOKENS,
+    SUM_REAL_TOKENS,
+    SUM_LENGTH2,
     SUM_IMAGES,
     SUM_PATCHES,
     SUM_ROWS,
@@ -199,6 +201,23 @@ static bool counts_tokens(const struct step *s)
     return g->member && g->tp_rank == 0 && g->cp_rank == 0 && g->pp_rank == g->pp_size - 1;
 }
 
+/* Of a packed sequence its members count, not its padding. */
+static void count_lengths(struct step *s, const struct text_batch *b)
+{
+    const double length = (double)b->seq_length;
+    int64_t begin = 0;
+
+    s->sum[SUM_TOKENS] += (double)b->loss_tokens;
+    if (b->n_segments == 0) {
+        s->sum[SUM_REAL_TOKENS] += (double)b->samples * length;
+        s->sum[SUM_LENGTH2] += (double)b->samples * length * length;
+        return;
+    }
+    s->sum[SUM_REAL_TOKENS] += (double)b->real_tokens;
+    for (int64_t i = 0; i < b->n_segments && begin < b->real_tokens; begin = b->segment_end[i++])
+        s->sum[SUM_LENGTH2] += pow((double)(b->segment_end[i] - begin), 2.0);
+}
+
 static struct text_batch *load_text(struct step *s, int m)
 {
     const struct grid *g = &s->topo->language;
@@ -213,7 +232,7 @@ static struct text_batch *load_text(struct step *s, int m)
     if (s->dump)
         batch_dump_add(s->dump, m, b, NULL);
     if (counts_tokens(s))
-        s->sum[SUM_TOKENS] += (double)b->loss_tokens;
+        count_lengths(s, b);
     leave(s, TIMER_DATA_WAIT);
     return b;
 }
@@ -598,8 +617,7 @@ static void fill_rates(const struct step *s, struct trace_row *row)
 {
     const struct deck *deck = s->deck;
     double seconds = row->iteration_seconds > 0.0 ? row->iteration_seconds : 1e-9;
-    double tokens = (double)(deck->batch.global_batch_size * deck->language.seq_length);
-    double sum_len2 = tokens * (double)deck->language.seq_length;
+    double tokens = s->pending.sum[SUM_REAL_TOKENS], sum_len2 = s->pending.sum[SUM_LENGTH2];
     double language = model_flops_language_exact(deck, tokens, sum_len2) *
                       (deck->derived.freeze_language ? 2.0 : 3.0);
     double encoder = s->pending.sum[SUM_ENCODER_FLOPS] * (deck->derived.freeze_encoder ? 1.0 : 3.0);

@@ -248,7 +248,7 @@ KEYS = {
     "data.data_streams": Probe("8", holds(lambda b, n: (len(checkpoint(b, 3)["state/train_position"]), len(checkpoint(n, 3)["state/train_position"])) ==
                                           (2, 8), "8 positions, not 2"), SAVE, *REAL),
     "data.num_workers": refused("1"),
-    "data.packing_buffer_size": refused("8"),
+    "data.packing_buffer_size": Probe("4", changes("num_tokens", "lm_loss"), *REAL),
     "data.shuffle_buffer_size": Probe("0", changes("lm_loss"), *REAL),
     "batch.micro_batch_size": Probe("2", table("schedule", "memory")),
     "batch.global_batch_size": Probe("4", changes("num_tokens", "consumed_samples")),
