@@ -30,6 +30,19 @@
 #include "moe.h"
 #include "timer.h"
 
+struct layer { /* one letter of the pattern */
+    char kind; /* 'M' '*' 'E' '-' */
+    union {
+        struct mamba *mamba;
+        struct moe *moe;
+        struct attention *attention;
+        struct mlp *mlp;
+    };
+    int first, end;  /* its parameters in the table */
+    bool again;      /* only x is kept, the rest is made again in backward (recomputation) */
+    struct tensor x; /* [T,H] input of the layer, kept for backward */
+};
+
 struct language {
     int n_layers;
     struct layer *layer;               /* [L] */

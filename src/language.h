@@ -19,6 +19,7 @@ struct language *language_init(struct model *m);
 void language_plan(struct model *m, struct language *lm, struct arenas *as);
 void language_free(struct language *lm);
 
+struct moe;
 /* Reads of one layer's kind for model.c: the E layers in order. Local. */
 struct moe *language_moe(const struct language *lm, int moe_layer);
 

@@ -2,13 +2,14 @@
  * module and micro-batch.
  *
  * Glossary of the letters in shape comments (model.md 0.2):
- *   B micro-batch samples, S sequence length, T = B*S tokens, H hidden, V vocabulary, Vp padded
- *     vocabulary, L layers of the pattern,
- *   n query heads, g KV groups, d head width;
- *     Di = mh*P inner width, mh Mamba heads, P head width, G groups, N state, W taps, Q chunk;
- *   E experts, K top-k, F expert width, Fs shared-expert width;
- *     c class tokens, p patch size, Wv encoder width, hv its heads,
- *   Fv its MLP width, P_ patches, R = P_ + c*tiles encoder rows, N_img picture embeddings.
+ *   language   B samples of a micro-batch, S sequence length, T = B*S tokens, H width,
+ *              V vocabulary, Vp padded vocabulary, L layers of the pattern
+ *   attention  n query heads, g KV groups, d head width
+ *   Mamba-2    mh heads of width P, Di = mh*P, G groups, N state, W taps, Q chunk
+ *   experts    E experts, K chosen for a token, F expert width, Fs shared-expert width
+ *   vision     p patch size, c class tokens, Wv width, hv heads, Fv MLP width, P_ patches,
+ *              R = P_ + c*tiles rows, N_img picture embeddings
+ *   ranks      t tensor-parallel ones: [T/t,H] is this rank's part
  * Gradients are d + name. Activations are batch-major [B,S,...] = [T,...].
  *
  * A parameter tensor is declared once (struct param); allocation, initialisation, gradient
@@ -27,8 +28,8 @@
 #include "topology.h"
 
 enum model_module { MODEL_VISION, MODEL_PROJECTOR, MODEL_LANGUAGE, MODEL_MODULES };
-extern const char
-    *const model_module_names[MODEL_MODULES]; /* "vision", "projector", "language": HDF5 groups */
+/* "vision", "projector", "language": HDF5 groups */
+extern const char *const model_module_names[MODEL_MODULES];
 
 /* How the full (logical) tensor is cut over tensor-parallel ranks. */
 enum param_shard { PARAM_REPLICATED, PARAM_SPLIT_ROWS, PARAM_SPLIT_COLS };
@@ -61,26 +62,6 @@ struct param {
     /* acc [n], what this rank updates of its shard; n = 0 when nothing. Set by optim_plan. */
     struct tensor master, m, v;
     int64_t owned; /* these are the shard's elements [owned, owned + n) */
-};
-
-struct mamba;
-struct moe;
-struct attention;
-struct mlp;
-struct radio;
-struct projector;
-
-struct layer { /* one letter of the pattern */
-    char kind; /* 'M' '*' 'E' '-' */
-    union {
-        struct mamba *mamba;
-        struct moe *moe;
-        struct attention *attention;
-        struct mlp *mlp;
-    };
-    int first, end;  /* its parameters in the table */
-    bool again;      /* only x is kept, the rest is made again in backward (recomputation) */
-    struct tensor x; /* [T,H] input of the layer, kept for backward */
 };
 
 struct language; /* language.c */
