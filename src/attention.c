@@ -1,7 +1,9 @@
 /* attention.c - causal grouped-query self-attention layer `*` (model.md 1.5).
  *
- *   u = RMSNorm(x); qkv = u W_qkv^T; o = softmax(q k^T / sqrt(d), causal, inside a segment) v; y =
- *     x + o W_proj^T
+ *   u = RMSNorm(x)
+ *   qkv = u W_qkv^T
+ *   o = softmax(q k^T / sqrt(d), causal, inside a segment) v
+ *   y = x + o W_proj^T
  *
  * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary
  * embedding, no bias. Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows,

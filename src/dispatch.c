@@ -1,6 +1,6 @@
-/* dispatch.c - see dispatch.h. All ranks' offsets are gathered on the device, which makes the order
- * of the rows of them; the host gets a copy for the splits of the messages alone, on a stream of
- * its own beside what the compute stream does meanwhile. */
+/* dispatch.c - see dispatch.h. All ranks' offsets are gathered on the device, where the order of
+ * the rows is made from them. The host needs a copy only for the sizes of the messages: it travels
+ * on a stream of its own, beside what the compute stream does meanwhile. */
 #include "dispatch.h"
 
 #include <stdlib.h>

@@ -1,9 +1,9 @@
 /* language.c - the language module of one rank (model.md 1.1-1.3, 1.9, 3.1):
  *
- *   x_0 = text embeddings with picture embeddings merged in; x_{l+1} = x_l + f_l(norm(x_l)) for
- *     each letter of the pattern;
- *   logits = RMSNorm(x_L) W_out^T; loss_sum = sum over tokens of mask * (log-sum-exp -
- *     logit[label]).
+ *   x_0 = text embeddings with picture embeddings merged in
+ *   x_{l+1} = x_l + f_l(norm(x_l)) for each letter of the pattern
+ *   logits = RMSNorm(x_L) W_out^T
+ *   loss_sum = sum over tokens of mask * (log-sum-exp - logit[label])
  *
  * Backward starts from the SUM (g = mask): no division by tokens or micro-batches happens here; the
  * optimizer divides once by the global number of loss tokens. Padded vocabulary rows take part in

@@ -1,8 +1,11 @@
 /* mamba.c - Mamba-2 layer `M` (model.md 1.6):
  *
- *   u = RMSNorm(x); [z | x | B | C | dt] = u W_in^T; (x,B,C) <- silu(conv(x,B,C)); y =
- *     scan(x,B,C,dt) + D x;
- *   o = GroupedRMSNorm(y silu(z)); out = x + o W_out^T
+ *   u = RMSNorm(x)
+ *   [z | x | B | C | dt] = u W_in^T
+ *   (x,B,C) <- silu(conv(x,B,C))
+ *   y = scan(x,B,C,dt) + D x
+ *   o = GroupedRMSNorm(y silu(z))
+ *   out = x + o W_out^T
  *
  * The five blocks of W_in's rows lie as z (Di), x (Di), B (G*N), C (G*N), dt (mh); a
  * tensor-parallel rank holds its part of each block, not a contiguous slice of the whole. Kept for

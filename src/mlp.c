@@ -1,5 +1,12 @@
-/* mlp.c - dense feed-forward layer `-` (model.md 1.7): u = RMSNorm(x); h = u W1^T; a = relu(h)^2; y
- * = x + a W2^T. Kept for backward: the norm's statistics and h; u and a are recomputed. */
+/* mlp.c - dense feed-forward layer `-` (model.md 1.7):
+ *
+ *   u = RMSNorm(x)
+ *   h = u W1^T
+ *   a = relu(h)^2
+ *   y = x + a W2^T
+ *
+ * Kept for backward: the norm's statistics and h; u and a are recomputed.
+ */
 #include "mlp.h"
 
 #include <math.h>

@@ -1,8 +1,9 @@
 /* moe.c - mixture-of-experts layer `E` (model.md 1.8):
  *
- *   hN = RMSNorm(x); scores = sigmoid(hN W_r^T); top-K of scores + expert_bias; p = scaling * score
- *     / sum of chosen scores
- *   out = sum_k W2_k (relu(W1_k hN)^2 p_k) + W2_s relu(W1_s hN)^2;   y = x + out
+ *   hN = RMSNorm(x)
+ *   scores = sigmoid(hN W_r^T); chosen: the top-K of scores + expert_bias
+ *   p = scaling * score / sum of chosen scores
+ *   y = x + sum_k W2_k (relu(W1_k hN)^2 p_k) + W2_s relu(W1_s hN)^2
  *
  * The K*T copies are sorted by (expert, token), so each expert works on consecutive rows; how many
  * is known to the device only. The sequence auxiliary loss enters as a gradient on the normalised

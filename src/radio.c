@@ -1,9 +1,11 @@
 /* radio.c - RADIO vision transformer and projector of one rank (model.md 2):
  *
- *   e = patches W_emb^T + position encoding; x_0 = per tile [class tokens ; e]
- *   x <- x + Attn(LN1(x)) W_o^T + b_o;  x <- x + gelu(LN2(x) W1^T + b1) W2^T + b2
- *     (attention inside a tile, not causal)
- *   f = pixel shuffle of the patch rows of LN(x_L);  E = projector(f)
+ *   e = patches W_emb^T + position encoding
+ *   x_0 = per tile [class tokens ; e]
+ *   x <- x + Attn(LN1(x)) W_o^T + b_o                (attention inside a tile, not causal)
+ *   x <- x + gelu(LN2(x) W1^T + b1) W2^T + b2
+ *   f = pixel shuffle of the patch rows of LN(x_L)
+ *   E = projector(f)
  *
  * The tiles of a micro-batch are one ragged batch. Positions are a sparse gather from the position
  * grid; class-token removal and pixel shuffle are one row gather (vit_map.h). Over encoder tp the

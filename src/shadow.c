@@ -2,7 +2,7 @@
  *
  * An element x of an output is compared with the truth's w:
  *     |x - w| <= element (|w| + rms) + 20 u_n (|w| + max(rms, terms)),
- *       and over a whole output (or part of it)
+ * and over a whole output (or part of it)
  *     |x - w|_2 <= frobenius |w|_2 + u_n max(|w|_2, terms sqrt(elements)),
  * rms that of w, element and frobenius from the table below, and u_n = 6e-8 sqrt(n) the rounding of
  * a sum of n fp32 numbers in any order; with bf16 operands it grows by n/16 truncations, as tensor

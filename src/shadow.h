@@ -3,16 +3,16 @@
  *
  *     struct shadow_call c;
  *     shadow_begin(&c, s, SHADOW_add, steps);
- *       // steps: what decides whether a part is compared or all
- *     const struct shadow_pick cols = shadow_columns(&c, n);     // all columns, or some
+ *     const struct shadow_pick cols = shadow_columns(&c, n);
  *     const in_t hx = shadow_in(&c, "x", x, NULL, &cols);
- *       // a copy on the host, floats as F32, bf16 widened
  *     const out_t hy = shadow_out(&c, "y", y, NULL, &cols);
- *       // the same, and compared by shadow_end
  *     c.primary->add(s, x, y);
  *     c.truth->add(&c.cpu, hx, hy);
- *     shadow_end(&c);                                            // dies at the first element out
- *                                                                of tolerance
+ *     shadow_end(&c);
+ *
+ * `steps` decides whether all columns are compared or some. hx is a copy on the host, floats as
+ * F32, bf16 widened; hy the same, and what shadow_end compares: it dies at the first element out of
+ * tolerance.
  *
  * Every output begins with what is in the primary's memory, so accumulation, updates in place and
  * rows that an operation leaves alone need nothing special. A pick takes blocks of rows or columns

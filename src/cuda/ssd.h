@@ -4,8 +4,8 @@
  * Chunks restart at each segment. A table made on the device lists them; blocks beyond its count
  * leave. Letters: i, j rows of a chunk, h head, p column of x, n state. cs = inclusive sum of del*A
  * inside the chunk, in units of ln 2, so that
- *   L_ij = 2^(cs_i - cs_j), carry_i = 2^cs_i, tail_j = 2^(cs_last - cs_j), push_j = tail_j del_j,
- *     keep = carry_last.
+ *   L_ij = 2^(cs_i - cs_j), carry_i = 2^cs_i, keep = carry_last,
+ *   tail_j = 2^(cs_last - cs_j), push_j = tail_j del_j.
  * Numbers of a row and head lie [chunks, heads, rows of a chunk]; behind a short chunk's end cs and
  * carry stay, the others that the rates kernel makes are 0.
  */

@@ -3,17 +3,14 @@
  * (backend_ref_f32) on the host, on the same numbers.
  *
  *     if (!gpu_case(g, "rmsnorm_forward", "%lldx%lld %s", rows, cols, dtype_name(dtype)))
- *         return;                                              // not chosen by --only
+ *         return;                                      // not chosen by --only
  *     struct gpu_tensor *x = gpu_matrix(g, dtype, rows, cols), *y = gpu_matrix(...), ...;
- *     gpu_normal(g, x, 1.0);
- *       // what is not filled is an output: all NaN
- *     gpu_run(g) cuda_rmsnorm_forward(g->stream, &x->dev, ...); // a loop: twice, and more often
- *       for --time
- *     backend_ref_f32.rmsnorm_forward(g->cpu, &x->host, ...);
- *       // may overwrite the host side of outputs
+ *     gpu_normal(g, x, 1.0);                           // what is not filled is an output: all NaN
+ *     gpu_run(g)                                       // a loop: twice, more often for --time
+ *         cuda_rmsnorm_forward(g->stream, &x->dev, ...);
+ *     backend_ref_f32.rmsnorm_forward(g->cpu, &x->host, ...);   // may overwrite outputs' host side
  *     gpu_close(g, y, "y", gpu_rounding(dtype));
- *     gpu_report(g, bytes, 0);
- *       // one line; frees the case's tensors
+ *     gpu_report(g, bytes, 0);                         // one line; frees the case's tensors
  *
  * Found besides wrong numbers: results that differ in one bit between two runs (whose scratch holds
  * different rubbish), writes outside a view, writes to inputs, elements never written. A tensor has
