@@ -329,9 +329,14 @@ static bool claim_exit_file(enum exit_code code, const char *text)
         return true;
     snprintf(line, sizeof line, "%d %d %s %ld %s\n", (int)code, p->rank, *p->role ? p->role : "-",
              p->iteration, text);
-    const ssize_t ignored =
-        write(fd, line, strlen(line)); /* a full disk must not hide the message on stderr */
-    (void)ignored;
+    const ssize_t length = (ssize_t)strlen(line);
+    if (write(fd, line, (size_t)length) != length) {
+        /* The disk is full: the room that the watchdog's file has is of no more use. If that does
+         * not help, the message on stderr must not be hidden. */
+        snprintf(path, sizeof path, "%s/LIVE", p->output_dir);
+        const bool again = unlink(path) == 0 && pwrite(fd, line, (size_t)length, 0) == length;
+        (void)again;
+    }
     close(fd);
     return true;
 }

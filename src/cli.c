@@ -113,7 +113,9 @@ static long take_number(struct parser *p, const struct option *o, const char *in
 
 static void unknown_option(struct parser *p, const char *name)
 {
-    int best = 4, found = -1;
+    /* fewer letters wrong than half of it */
+    int best = (int)strlen(name) / 2, found = -1;
+    best = best < 4 ? best : 4;
     for (int i = 0; i < OPTIONS; i++) {
         int d = deck_table_distance(name, options[i].name, best);
         if (d < best)

@@ -85,6 +85,8 @@ def options(c):
         got = c.call(*args)
         c.expect("%s_is_refused_by_name" % word[2:], got, 2, word, "not built")
         c.tap.result(one_error(got[2]) == 1, "%s_is_refused_in_one_line" % word[2:], got[2])
+    got = c.call("--nope")
+    c.expect("nothing_far_fetched_is_proposed", got, 2, "there is no option --nope; --help lists them")
     c.expect("ranks_alone_is_refused", c.call("--ranks", "4", os.path.join(INPUT, "mock_tiny.nml")), 2, "--ranks")
     for n in ("0", "-1", "x", "99999999999999999999"):
         c.expect("ranks_%s_is_refused" % n, c.call("--check", os.path.join(INPUT, "mock_tiny.nml"), "--ranks", n), 2, "--ranks")

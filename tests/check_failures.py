@@ -184,7 +184,7 @@ def full_disks(r):
         command, env = r.m.command(r.arguments("x", (*layout, "run.output_dir=" + disk), iterations=1000000, batch=2), ranks, None)
         # Once the run has written its first lines something else takes the rest of the disk.
         script = ('mount -t tmpfs -o size=200m tmpfs "%s" || exit 99; (until grep -q "lm loss:" "%s/run.log" 2>/dev/null; do sleep 0.05; done; '
-                  'cat /dev/zero > "%s/fill" 2>/dev/null) & exec "$@"') % (disk, disk, disk)
+                  'cat /dev/zero > "%s/fill" 2>/dev/null) & "$@"; code=$?; cp "%s/EXIT" "%s.exit"; exit $code') % (disk, disk, disk, disk, disk)
         try:
             p = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, timeout=60, env=env, cwd=ROOT)
@@ -192,6 +192,7 @@ def full_disks(r):
         except subprocess.TimeoutExpired:
             got = "still running after 60 s", "", ""
         r.one_line(name + "_ends_with_6", got, 6, "No space left on device")
+        r.tap.result(re.match(r"6 \d+ \w+ \d+ .*No space left on device", read(disk + ".exit")) is not None, name + "_still_says_so_in_EXIT", read(disk + ".exit"))
 
 
 def strace_works():
