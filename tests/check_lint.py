@@ -280,6 +280,18 @@ def machine_paths():
     return None if p.returncode > 1 else p.stdout.splitlines()
 
 
+def wide_prose():
+    """Lines of the documents over 100 columns that are neither tables, code nor pictures."""
+    found = []
+    pages = [os.path.join(f, n) for f in ("", "docs", "src", "tests", "regression") for n in os.listdir(os.path.join(ROOT, f)) if n.endswith(".md")]
+    for path in sorted(pages):
+        with open(os.path.join(ROOT, path), encoding="utf-8") as f:
+            text = re.sub(r"^```.*?^```", lambda m: "\n" * m.group(0).count("\n"), f.read(), flags=re.M | re.S)
+        found += ["%s:%d" % (path, i) for i, line in enumerate(text.splitlines(), 1)
+                  if len(line) > 100 and not line.startswith(("|", "    ", "!["))]
+    return found
+
+
 def main_is_short():
     text = open(os.path.join(SRC, "main.c"), encoding="utf-8").read()
     body = text[text.index("\nint main("):]
@@ -389,6 +401,7 @@ def main():
         ("jobs run a deck and nothing else", job_scripts),
         ("no file names a place of the machine it was written on", machine_paths),
         ("the map of the source names every file", unmapped),
+        ("documents are wrapped at 100 columns", wide_prose),
         ("every C file is laid out by make format", unformatted),
         ("cppcheck finds nothing", cppcheck),
     ]
