@@ -682,6 +682,8 @@ struct step_result step_finish(struct step *s, struct trace_row *row)
     o = optim_finish(s->optim);
     add_up_late(s);
     timer_stop(TIMER_GRAD_SYNC);
+    s->real_tokens += s->pending.sum[SUM_REAL_TOKENS];
+    s->positions += (double)(s->deck->batch.global_batch_size * s->deck->language.seq_length);
     fill_row(s, &o, row);
     fill_rates(s, row);
     return (struct step_result){ .applied = o.applied, .finite = o.finite };

@@ -63,8 +63,9 @@ struct step {
     const struct step_pictures *change;
     int64_t iteration; /* 0-based */
     bool training, picture_seen;
-    double *sum;   /* what the world adds up of the iteration in work */
-    int64_t n_moe; /* E layers of the pattern */
+    double *sum;                   /* what the world adds up of the iteration in work */
+    double real_tokens, positions; /* of all iterations: tokens that are no padding, and all */
+    int64_t n_moe;                 /* E layers of the pattern */
     /* of the iteration between step_update and step_finish */
     struct step_pending {
         int64_t iteration, gemm_flops, sent_bytes;

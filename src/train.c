@@ -740,6 +740,9 @@ int train_end(struct train *t)
     if (t->has_data && !t->stop)
         validate(t, " on validation set");
     report_broken_samples(t);
+    if (t->deck->data.packing_buffer_size > 0 && t->step.positions > 0.0)
+        log_line("packing: %.1f %% of the positions held tokens, the rest is padding",
+                 100.0 * t->step.real_tokens / t->step.positions);
     timer_catch_up();
     report_timers(t, 0);
     report_memory(t);

@@ -67,6 +67,14 @@ def rows_of_the_stream(p):
         return
     packed, plain = batches(p, "rows", BUFFER), batches(p, "plain", BUFFER)
     faults, several = [], 0
+    ends = [[e[e >= 0] for e in b["segment_ends"]] for b in packed]
+    real = np.array([sum(e[-2] if np.all(b["labels"][s][e[-2] if len(e) > 1 else 0:] == -100) else e[-1] for s, e in enumerate(row))
+                     for row, b in zip(ends, packed)])
+    t = everything(p.at("rows", "trace.h5"))
+    p.tap.result(np.array_equal(np.rint(t["tokens_per_second"] * t["iteration_seconds"]), real), "throughput_counts_no_padding", real)
+    with open(p.at("rows", "run.log")) as f:
+        p.tap.result("packing: %.1f %% of the positions held tokens" % (100 * real.sum() / (160 * STREAMS * BUFFER)) in f.read(),
+                     "the_log_tells_how_full_the_rows_were", real)
     for s in range(STREAMS):
         want = Counter()
         for b in plain:
