@@ -200,9 +200,9 @@ struct adam {
 };
 
 /* Neighbouring threads have neighbouring pieces of 16 bytes of F32: the four streams that are read
- * and the three that are written back move in whole lines. A thread has AT_ONCE pieces on their
- * way. */
-enum { PIECE = 4, AT_ONCE = 2, RUN = THREADS * PIECE * AT_ONCE };
+ * and the three that are written back move in whole lines. One piece a thread: more of them, or
+ * blocks that go on to others, were measured slower. */
+enum { PIECE = 4 };
 
 template <bool VEC>
 __device__ __forceinline__ void load_piece(const float *p, int n, float (&v)[PIECE])
@@ -245,48 +245,33 @@ __device__ __forceinline__ void store_piece(bf16 *p, int n, const float (&v)[PIE
             p[i] = from_float<bf16>(v[i]);
 }
 
-__device__ __forceinline__ int piece_size(int64_t n, int64_t at)
-{
-    return n - at < PIECE ? (n > at ? (int)(n - at) : 0) : PIECE;
-}
-
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
     adamw_kernel(adam o, const double *wide_factor, int64_t n, const float *grad, float *master,
                  float *m, float *v, T *param)
 {
     const float factor = (float)*wide_factor;
-    const int64_t start = blockIdx.x * (int64_t)RUN + threadIdx.x * PIECE;
-    float g[AT_ONCE][PIECE], p[AT_ONCE][PIECE], first[AT_ONCE][PIECE], second[AT_ONCE][PIECE];
-    if (factor < 0)
+    const int64_t at = (blockIdx.x * (int64_t)THREADS + threadIdx.x) * PIECE;
+    const int size = n - at < PIECE ? (int)(n - at) : PIECE;
+    float g[PIECE], p[PIECE], first[PIECE], second[PIECE];
+    if (factor < 0 || at >= n)
         return;
+    load_piece<VEC>(grad + at, size, g);
+    load_piece<VEC>(master + at, size, p);
+    load_piece<VEC>(m + at, size, first);
+    load_piece<VEC>(v + at, size, second);
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-        const int64_t at = start + k * THREADS * PIECE;
-        const int size = piece_size(n, at);
-        load_piece<VEC>(grad + at, size, g[k]);
-        load_piece<VEC>(master + at, size, p[k]);
-        load_piece<VEC>(m + at, size, first[k]);
-        load_piece<VEC>(v + at, size, second[k]);
+    for (int j = 0; j < PIECE; j++) {
+        const float x = g[j] * factor;
+        first[j] = o.b1 * first[j] + o.c1 * x;
+        second[j] = o.b2 * second[j] + o.c2 * x * x;
+        p[j] -=
+            o.lr * (first[j] * o.correct1 / (sqrtf(second[j] * o.correct2) + o.eps) + o.wd * p[j]);
     }
-#pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-        const int64_t at = start + k * THREADS * PIECE;
-        const int size = piece_size(n, at);
-#pragma unroll
-        for (int j = 0; j < PIECE; j++) {
-            const float x = g[k][j] * factor;
-            first[k][j] = o.b1 * first[k][j] + o.c1 * x;
-            second[k][j] = o.b2 * second[k][j] + o.c2 * x * x;
-            p[k][j] -=
-                o.lr * (first[k][j] * o.correct1 / (sqrtf(second[k][j] * o.correct2) + o.eps) +
-                        o.wd * p[k][j]);
-        }
-        store_piece<VEC>(master + at, size, p[k]);
-        store_piece<VEC>(m + at, size, first[k]);
-        store_piece<VEC>(v + at, size, second[k]);
-        store_piece<VEC>(param + at, size, p[k]);
-    }
+    store_piece<VEC>(master + at, size, p);
+    store_piece<VEC>(m + at, size, first);
+    store_piece<VEC>(v + at, size, second);
+    store_piece<VEC>(param + at, size, p);
 }
 
 extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, double beta1,
@@ -312,7 +297,7 @@ extern "C" void cuda_adamw(struct stream *s, in_t grad, in_t factor, double lr, 
         using T = decltype(zero);
         by_flag(chunks_aligned({ grad, master, m, v, param }), [&](auto vec) {
             adamw_kernel<decltype(vec)::value, T>
-                <<<blocks_for(n, RUN), THREADS, 0, cuda_stream_of(s)>>>(
+                <<<blocks_for(n, THREADS * PIECE), THREADS, 0, cuda_stream_of(s)>>>(
                     o, (const double *)factor->data, n, (const float *)grad->data,
                     (float *)master->data, (float *)m->data, (float *)v->data, (T *)param->data);
         });
