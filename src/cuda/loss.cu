@@ -5,7 +5,7 @@
 #include "block.cuh"
 #include "vector.cuh"
 
-enum { THREADS = 512, AT_ONCE = 4 };
+enum { THREADS = 512, AT_ONCE = 2, STRIDE = THREADS * CHUNK };
 
 /* f(values, their number, first column) for every chunk of a row, thread by thread. */
 template <bool VEC, class T, class F>
@@ -26,9 +26,43 @@ template <class T> __device__ __forceinline__ float exponential(float x)
     return sizeof(T) == 2 ? __expf(x) : expf(x);
 }
 
-/* Maximum and sum in one pass: a thread keeps its sum relative to the largest it has seen, chunks
- * AT_ONCE at a time. Threads that have seen nothing finite hold 0 relative to -infinity; not a
- * number stays in the sum. */
+/* A thread's next AT_ONCE chunks, from column c on, into its sum relative to the largest it has
+ * seen. WHOLE: the row goes on beyond them. Where nothing finite was seen the sum is 0 relative to
+ * -infinity; not a number stays in it. */
+template <bool VEC, bool WHOLE, class T>
+__device__ __forceinline__ void add_chunks(const T *row, int64_t cols, int64_t c, float &most,
+                                           float &sum)
+{
+    chunk<T> part[AT_ONCE];
+    int size[AT_ONCE];
+    float v[CHUNK], top = most, add = 0;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        size[k] = WHOLE ? CHUNK : chunk_size(cols, c + k * STRIDE);
+        part[k] = read_chunk<VEC>(row + c + k * STRIDE, size[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        widen_chunk(part[k], v);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            top = WHOLE || i < size[k] ? fmaxf(top, v[i]) : top;
+    }
+    if (top > most)
+        sum *= expf(most - top);
+    most = top;
+    const float shift = most == -INFINITY ? 0 : most;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+        widen_chunk(part[k], v);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            add += WHOLE || i < size[k] ? exponential<T>(v[i] - shift) : 0.0f;
+    }
+    sum += add;
+}
+
+/* Maximum and sum of a row in one pass. */
 template <bool VEC, class T>
 static __global__ void __launch_bounds__(THREADS)
     sum_kernel(matrix<const T> logits, float *mx, float *se)
@@ -36,37 +70,11 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ float shared[WARP];
     const T *row = logits.row(blockIdx.x);
     float most = -INFINITY, sum = 0;
-    for (int64_t c = threadIdx.x * (int64_t)CHUNK; c < logits.cols;
-         c += (int64_t)THREADS * CHUNK * AT_ONCE) {
-        chunk<T> part[AT_ONCE];
-        float v[CHUNK], top = most, add = 0;
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int64_t at = c + k * THREADS * CHUNK;
-            part[k] = read_chunk<VEC>(row + at, chunk_size(logits.cols, at));
-        }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int n = chunk_size(logits.cols, c + k * THREADS * CHUNK);
-            widen_chunk(part[k], v);
-#pragma unroll
-            for (int i = 0; i < CHUNK; i++)
-                top = i < n ? fmaxf(top, v[i]) : top;
-        }
-        if (top > most)
-            sum *= expf(most - top);
-        most = top;
-        const float shift = most == -INFINITY ? 0 : most;
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int n = chunk_size(logits.cols, c + k * THREADS * CHUNK);
-            widen_chunk(part[k], v);
-#pragma unroll
-            for (int i = 0; i < CHUNK; i++)
-                add += i < n ? exponential<T>(v[i] - shift) : 0.0f;
-        }
-        sum += add;
-    }
+    int64_t c = threadIdx.x * (int64_t)CHUNK;
+    for (; c + (AT_ONCE - 1) * STRIDE + CHUNK <= logits.cols; c += AT_ONCE * STRIDE)
+        add_chunks<VEC, true>(row, logits.cols, c, most, sum);
+    if (c < logits.cols)
+        add_chunks<VEC, false>(row, logits.cols, c, most, sum);
     const float all = block_max(most, shared);
     sum = block_sum(most == all ? sum : sum * expf(most - all), shared);
     if (threadIdx.x == 0) {
