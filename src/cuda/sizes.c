@@ -2,7 +2,8 @@
  * No CUDA header: every binary has this file. */
 #include "cuda_sizes.h"
 
-static const int64_t ATTENTION_CAP = (int64_t)2 << 30;
+/* All 32 heads of a text of 8192 rows. */
+static const int64_t ATTENTION_CAP = (int64_t)4 << 30;
 
 int cuda_attention_chunk(int64_t segments, int64_t max_len, int n, int g)
 {
