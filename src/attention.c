@@ -7,8 +7,9 @@
  *
  * Rows of W_qkv are grouped per KV group: n/g query heads, one key head, one value head. No rotary
  * embedding, no bias. Tensor-parallel ranks hold whole KV groups; norms run on the rank's own rows,
- * attention on all rows of its heads. Kept for backward: the norm's statistics, qkv, o and the
- * log-sum-exp; u is recomputed, with 'core_attn' in recompute_modules o and the log-sum-exp too.
+ * attention on all rows of its heads. Kept for backward: the norm's statistics, u, qkv, o and
+ * the log-sum-exp; what 'layernorm' (u) and 'core_attn' (o, log-sum-exp) in recompute_modules name
+ * is made again.
  */
 #include "attention.h"
 
@@ -21,14 +22,15 @@
 
 struct attention {
     int n, g, d;     /* query heads, KV groups, head width on this rank */
-    bool core_again; /* o and lse are made again in backward */
+    bool norm_again; /* u is made again in backward */
+    bool core_again; /* o and lse are */
     double eps;
     int norm, qkv_weight, proj_weight; /* parameter indices */
-    struct tensor rs;                  /* acc [T/t] */
+    struct tensor rs, u;               /* acc [T/t], [T/t,H] */
     struct tensor qkv;                 /* [T,(n+2g)d] */
     struct tensor o;                   /* [T,n*d] */
     struct tensor lse;                 /* acc [T,n] */
-    struct tensor u, du;               /* [T/t,H] temporaries */
+    struct tensor du;                  /* [T/t,H] temporary */
     struct tensor work;                /* U8: the backend's */
     struct tensor d_o, dqkv;           /* [T,n*d], [T,(n+2g)d] temporaries */
 };
@@ -44,6 +46,7 @@ struct attention *attention_init(struct model *m, int i)
     l->n = (int)(n / t);
     l->g = (int)(g / t);
     l->d = (int)d;
+    l->norm_again = deck_recomputes(deck, "layernorm");
     l->core_again = deck_recomputes(deck, "core_attn");
     l->eps = deck->language.layernorm_epsilon;
     struct param p = { .module = MODEL_LANGUAGE };
@@ -73,12 +76,15 @@ void attention_plan(struct model *m, struct attention *l, struct arenas *as, enu
     const int64_t local = linear_local_rows(m, tokens);
     l->rs = arena_1d(kept, "attention.rs", m->acc, local);
     l->qkv = arena_2d(kept, "attention.qkv", m->act, tokens, qkv);
+    if (!l->norm_again)
+        l->u = arena_2d(kept, "attention.u", m->act, local, h);
     if (!l->core_again)
         plan_core(m, l, kept, tokens);
     const size_t mark = arena_mark(work);
     if (l->core_again)
         plan_core(m, l, work, tokens);
-    l->u = arena_2d(work, "attention.u", m->act, local, h);
+    if (l->norm_again)
+        l->u = arena_2d(work, "attention.u", m->act, local, h);
     l->du = arena_2d(work, "attention.du", m->act, local, h);
     l->d_o = arena_2d(work, "attention.do", m->act, tokens, nd);
     l->dqkv = arena_2d(work, "attention.dqkv", m->act, tokens, qkv);
@@ -115,7 +121,8 @@ void attention_backward(struct model *m, struct attention *l, const struct ragge
     linear_row_backward(m, model_param(m, l->proj_weight), &l->o, dx, &l->d_o);
     be->attention_backward(m->compute, &l->qkv, &b->cu, b->max_len, l->n, l->g, l->d, true, &l->o,
                            &l->lse, &l->d_o, &l->work, &l->dqkv);
-    be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
+    if (l->norm_again)
+        be->rmsnorm_forward(m->compute, x, &norm->value, l->eps, &l->u, &l->rs);
     linear_column_backward(m, model_param(m, l->qkv_weight), &l->u, &l->dqkv, &l->du);
     be->rmsnorm_backward(m->compute, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
 }

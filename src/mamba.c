@@ -9,8 +9,8 @@
  *
  * The five blocks of W_in's rows lie as z (Di), x (Di), B (G*N), C (G*N), dt (mh); a
  * tensor-parallel rank holds its part of each block, not a contiguous slice of the whole. Kept for
- * backward: zxBCdt, y before the gate, norm statistics; the convolution, the states of the scan, u
- * and o are recomputed.
+ * backward: u, zxBCdt, the convolution, y before the gate, o, norm statistics; the states of the
+ * scan are recomputed, with 'layernorm' in recompute_modules u and o too.
  */
 #include "mamba.h"
 
@@ -27,15 +27,17 @@ struct mamba {
     double eps;
     /* parameter indices */
     int norm, in_proj, conv_weight, conv_bias, dt_bias, a_log, d_skip, gate_norm, out_proj;
-    struct tensor rs;         /* acc [T/t] */
-    struct tensor zxbcdt;     /* [T,2Di+2GN+mh] */
-    struct tensor y;          /* [T,Di] scan output before the gate */
-    struct tensor gate_rs;    /* acc [T,G] */
-    struct tensor u, du;      /* [T/t,H] temporaries */
-    struct tensor xbc, dxbc;  /* [T,Di+2GN] temporaries */
-    struct tensor o, d_o, dy; /* [T,Di] temporaries */
-    struct tensor dzxbcdt;    /* as zxbcdt, temporary */
-    struct tensor scratch;    /* acc, of the scan */
+    bool norms_again;      /* u and o are made again in backward */
+    struct tensor rs, u;   /* acc [T/t], [T/t,H] */
+    struct tensor zxbcdt;  /* [T,2Di+2GN+mh] */
+    struct tensor xbc;     /* [T,Di+2GN] after the convolution */
+    struct tensor y, o;    /* [T,Di] scan output before the gate, behind the norm */
+    struct tensor gate_rs; /* acc [T,G] */
+    struct tensor du;      /* [T/t,H] temporary */
+    struct tensor dxbc;    /* [T,Di+2GN] temporary */
+    struct tensor d_o, dy; /* [T,Di] temporaries */
+    struct tensor dzxbcdt; /* as zxbcdt, temporary */
+    struct tensor scratch; /* acc, of the scan */
 };
 
 /* Column ranges of zxBCdt. */
@@ -116,8 +118,16 @@ struct mamba *mamba_init(struct model *m, int i)
     l->inner = (int64_t)l->heads * l->head_dim;
     l->channels = l->inner + 2 * (int64_t)l->groups * l->state;
     l->eps = deck->language.layernorm_epsilon;
+    l->norms_again = deck_recomputes(deck, "layernorm");
     declare(m, l, i);
     return l;
+}
+
+static void plan_norms(struct model *m, struct mamba *l, struct arena *a, int64_t tokens)
+{
+    l->u =
+        arena_2d(a, "mamba.u", m->act, linear_local_rows(m, tokens), m->deck->language.hidden_size);
+    l->o = arena_2d(a, "mamba.o", m->act, tokens, l->inner);
 }
 
 void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, enum arena_kind keep,
@@ -130,12 +140,14 @@ void mamba_plan(struct model *m, struct mamba *l, struct arenas *as, enum arena_
     l->zxbcdt = arena_2d(kept, "mamba.zxbcdt", m->act, tokens, wide);
     l->y = arena_2d(kept, "mamba.y", m->act, tokens, l->inner);
     l->gate_rs = arena_2d(kept, "mamba.gate_rs", m->acc, tokens, l->groups);
+    l->xbc = arena_2d(kept, "mamba.xbc", m->act, tokens, l->channels);
+    if (!l->norms_again)
+        plan_norms(m, l, kept, tokens);
     const size_t mark = arena_mark(work);
-    l->u = arena_2d(work, "mamba.u", m->act, local, h);
+    if (l->norms_again)
+        plan_norms(m, l, work, tokens);
     l->du = arena_2d(work, "mamba.du", m->act, local, h);
-    l->xbc = arena_2d(work, "mamba.xbc", m->act, tokens, l->channels);
     l->dxbc = arena_2d(work, "mamba.dxbc", m->act, tokens, l->channels);
-    l->o = arena_2d(work, "mamba.o", m->act, tokens, l->inner);
     l->d_o = arena_2d(work, "mamba.do", m->act, tokens, l->inner);
     l->dy = arena_2d(work, "mamba.dy", m->act, tokens, l->inner);
     l->dzxbcdt = arena_2d(work, "mamba.dzxbcdt", m->act, tokens, wide);
@@ -160,11 +172,10 @@ void mamba_forward(struct model *m, struct mamba *l, const struct ragged *b, con
                     &model_param(m, l->a_log)->value, &model_param(m, l->d_skip)->value, &b->cu,
                     b->max_len, l->heads, l->head_dim, l->groups, l->state, l->chunk, &l->scratch,
                     &l->y);
-    if (!y)
-        return;
     be->gated_norm_forward(m->compute, &l->y, &z, &model_param(m, l->gate_norm)->value, l->groups,
                            l->eps, &l->o, &l->gate_rs);
-    linear_row_forward(m, model_param(m, l->out_proj), &l->o, x, y);
+    if (y)
+        linear_row_forward(m, model_param(m, l->out_proj), &l->o, x, y);
 }
 
 void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b,
@@ -181,17 +192,18 @@ void mamba_backward(struct model *m, struct mamba *l, const struct ragged *b,
     const struct param *dtb = model_param(m, l->dt_bias), *al = model_param(m, l->a_log),
                        *ds = model_param(m, l->d_skip);
 
-    be->gated_norm_forward(s, &l->y, &z, &gate->value, l->groups, l->eps, &l->o, &l->gate_rs);
+    if (l->norms_again) {
+        be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->u, &l->rs);
+        be->gated_norm_forward(s, &l->y, &z, &gate->value, l->groups, l->eps, &l->o, &l->gate_rs);
+    }
     linear_row_backward(m, model_param(m, l->out_proj), &l->o, dx, &l->d_o);
     be->gated_norm_backward(s, &l->y, &z, &gate->value, l->groups, &l->gate_rs, &l->d_o, &l->dy,
                             &dz, param_grad(gate));
-    be->conv_forward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->xbc);
     be->ssd_backward(s, &l->xbc, &dt, &dtb->value, &al->value, &ds->value, &b->cu, b->max_len,
                      l->heads, l->head_dim, l->groups, l->state, l->chunk, &l->dy, &l->scratch,
                      &l->dxbc, &ddt, param_grad(dtb), param_grad(al), param_grad(ds));
     be->conv_backward(s, &xbc, &cw->value, &cb->value, &b->cu, b->max_len, &l->dxbc, &dxbc,
                       param_grad(cw), param_grad(cb));
-    be->rmsnorm_forward(s, x, &norm->value, l->eps, &l->u, &l->rs);
     linear_column_backward(m, model_param(m, l->in_proj), &l->u, &l->dzxbcdt, &l->du);
     be->rmsnorm_backward(s, x, &norm->value, &l->rs, &l->du, dx, param_grad(norm));
 }

@@ -12,8 +12,10 @@
  * auxiliary loss. Forced load balancing replaces the choice alone: what it depends on is in moe.h.
  * Router and routed experts work on this rank's own rows of the residual stream; with expert
  * parallelism the sorted copies travel to the owners of their experts (dispatch.h) and back, R rows
- * in all. Kept for backward: statistics, scores, choice, sort, the hidden rows of routed and shared
- * experts.
+ * in all. Kept for backward: statistics, hN, scores, choice, sort, the hidden rows of routed and
+ * shared experts, the latter's activation; the activation of routed ones comes again with its
+ * gradient. recompute_modules takes from that: 'layernorm' hN, 'moe_act' the activation,
+ * 'shared_experts' it and the hidden rows.
  *
  * A pass is a list of steps; the order in which they are issued is data (at the end), and is what
  * moe_shared_expert_overlap chooses. Recomputation is a pass of its own: what backward reads, from
@@ -39,11 +41,13 @@ struct moe {
     bool balance;      /* auxiliary loss in training */
     bool count;        /* tokens per expert in training */
     bool forced;       /* the choice is made by moe_force_choice */
-    bool shared_again; /* shared_h is made again in backward */
+    bool norm_again;   /* hn is made again in backward */
+    bool shared_again; /* shared_h is */
+    bool act_again;    /* shared_a is */
     int norm, router, bias, fc1, fc2, shared_fc1, shared_fc2; /* parameter indices, -1 = absent */
     struct dispatch *dispatch; /* NULL with one expert-parallel rank */
     /* t = T/tp rows of this rank, C = t*K copies, R rows of its experts (= C without dispatch) */
-    struct tensor rs;                      /* acc [t] */
+    struct tensor rs, hn;                  /* acc [t], [t,H] */
     struct tensor scores;                  /* acc [t,E] */
     struct tensor expert, prob;            /* I32, acc [t,K] */
     struct tensor offsets;                 /* I32 [E+1] */
@@ -51,19 +55,19 @@ struct moe {
     struct tensor token_row;               /* I32 [t,K] */
     struct tensor received, received_prob; /* [R,H], acc [R] of the owned experts; dispatch only */
     struct tensor h;                       /* [R,F] */
-    struct tensor shared_h;                /* [T,Fs] */
+    struct tensor shared_h, shared_a;      /* [T,Fs] */
     struct tensor balance_count, balance_sum; /* I64, acc [B,E] */
     struct tensor tokens_per_expert;          /* I64 [E], over micro-batches */
-    struct tensor hn, dhn, dshared;           /* [t,H] temporaries */
+    struct tensor dhn, dshared;               /* [t,H] temporaries */
     struct tensor logits;                     /* acc [t,E] logits, then their gradient; temporary */
     struct tensor dprob, drow;                /* acc [t,K], [C] temporaries */
     /* [C,H] temporary: sorted copies on their way out or back */
     struct tensor copies;
     /* [R,H], acc [R] temporaries: expert outputs or gradients; dispatch only for the second */
     struct tensor yp, dreceived_prob;
-    struct tensor a, da;               /* [R,F] temporaries */
-    struct tensor shared_a, shared_da; /* [T,Fs] temporaries */
-    struct tensor host_choice;         /* I32 [t,K] on the host; forced only */
+    struct tensor a, da;       /* [R,F] temporaries */
+    struct tensor shared_da;   /* [T,Fs] temporary */
+    struct tensor host_choice; /* I32 [t,K] on the host; forced only */
 };
 
 static void declare(struct model *m, struct moe *l, int i)
@@ -134,7 +138,9 @@ struct moe *moe_init(struct model *m, int i)
     l->count = !deck->derived.freeze_language;
     l->balance =
         l->count && deck->moe.moe_router_load_balancing_type == DECK_BALANCING_SEQ_AUX_LOSS;
+    l->norm_again = deck_recomputes(deck, "layernorm");
     l->shared_again = deck_recomputes(deck, "shared_experts");
+    l->act_again = l->shared_again || deck_recomputes(deck, "moe_act");
     if (m->topo->language.ep_size * m->topo->language.expt_tp_size > 1)
         l->dispatch = dispatch_init(m, l->experts);
     declare(m, l, i);
@@ -161,6 +167,8 @@ static void plan_kept(struct model *m, struct moe *l, struct arenas *as, enum ar
                   copies = local * k;
     int64_t rows = copies;
     l->rs = arena_1d(kept, "moe.rs", m->acc, local);
+    if (!l->norm_again)
+        l->hn = arena_2d(kept, "moe.hn", m->act, local, m->deck->language.hidden_size);
     l->scores = arena_2d(kept, "moe.scores", m->acc, local, e);
     l->prob = arena_2d(kept, "moe.prob", m->acc, local, k);
     l->offsets = arena_1d(kept, "moe.offsets", DTYPE_I32, e + 1);
@@ -176,6 +184,8 @@ static void plan_kept(struct model *m, struct moe *l, struct arenas *as, enum ar
     l->h = arena_2d(kept, "moe.h", m->act, rows, l->width);
     if (!l->shared_again)
         l->shared_h = arena_2d(kept, "moe.shared_h", m->act, tokens, l->shared_width);
+    if (!l->act_again)
+        l->shared_a = arena_2d(kept, "moe.shared_a", m->act, tokens, l->shared_width);
     l->balance_sum = arena_2d(kept, "moe.balance_sum", m->acc, sequences, e);
 }
 
@@ -190,7 +200,8 @@ void moe_plan(struct model *m, struct moe *l, struct arenas *as, enum arena_kind
     plan_kept(m, l, as, keep, tokens, sequences);
     const int64_t rows = l->dispatch ? l->dispatch->max_rows : copies;
     const size_t mark = arena_mark(work);
-    l->hn = arena_2d(work, "moe.hn", m->act, local, h);
+    if (l->norm_again)
+        l->hn = arena_2d(work, "moe.hn", m->act, local, h);
     l->dhn = arena_2d(work, "moe.dhn", m->act, local, h);
     l->dshared = arena_2d(work, "moe.dshared", m->act, local, h);
     l->logits = arena_2d(work, "moe.logits", m->acc, local, e);
@@ -204,7 +215,8 @@ void moe_plan(struct model *m, struct moe *l, struct arenas *as, enum arena_kind
     l->da = arena_2d(work, "moe.da", m->act, rows, l->width);
     if (l->shared_again)
         l->shared_h = arena_2d(work, "moe.shared_h", m->act, tokens, l->shared_width);
-    l->shared_a = arena_2d(work, "moe.shared_a", m->act, tokens, l->shared_width);
+    if (l->act_again)
+        l->shared_a = arena_2d(work, "moe.shared_a", m->act, tokens, l->shared_width);
     l->shared_da = arena_2d(work, "moe.shared_da", m->act, tokens, l->shared_width);
     arena_rewind(work, mark);
 }
@@ -405,8 +417,7 @@ static void step_shared_fc1(struct model *m, struct moe *l, const struct pass *p
         return;
     const struct tensor *hn = m->topo->language.tp_size > 1 ? &m->gathered : &l->hn;
     linear_forward(m, model_param(m, l->shared_fc1), hn, NULL, &l->shared_h);
-    if (p->y)
-        m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
+    m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
 }
 
 /* y = x + the shared expert's output, to which step_combine adds. */
@@ -420,11 +431,12 @@ static void step_shared_fc2(struct model *m, struct moe *l, const struct pass *p
 
 /* ---- steps of backward ----------------------------------------------------------------------- */
 
-/* hN again, and the gradient of each copy on its way to the expert's rank. */
+/* The gradient of each copy on its way to the expert's rank. */
 static void back_send_rows(struct model *m, struct moe *l, const struct pass *p)
 {
-    m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn,
-                           &l->rs);
+    if (l->norm_again)
+        m->be->rmsnorm_forward(m->compute, p->x, &model_param(m, l->norm)->value, l->eps, &l->hn,
+                               &l->rs);
     send_copies(m, l, p->dx);
 }
 
@@ -435,8 +447,9 @@ static void back_shared_fc2(struct model *m, struct moe *l, const struct pass *p
     if (l->shared_again) {
         step_shared_gather(m, l, p);
         step_shared_fc1(m, l, p);
+    } else if (l->act_again) {
+        m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
     }
-    m->be->activation_forward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_a);
     linear_row_backward(m, model_param(m, l->shared_fc2), &l->shared_a, p->dx, &l->shared_da);
     m->be->activation_backward(m->compute, BACKEND_RELU2, &l->shared_h, &l->shared_da,
                                &l->shared_da);

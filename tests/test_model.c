@@ -645,9 +645,11 @@ static void m6_39_m6_16_recomputation_is_bit_identical(void **state)
           true },
         { "language.recompute_granularity=selective",
           "language.recompute_modules=moe,mlp,core_attn,shared_experts", true },
-        /* never kept */
+        { "language.recompute_granularity=selective", "language.recompute_modules=moe_act", true },
+        { "language.recompute_granularity=selective", "language.recompute_modules=layernorm",
+          true },
         { "language.recompute_granularity=selective",
-          "language.recompute_modules=moe_act,layernorm", false },
+          "language.recompute_modules=moe,layernorm,moe_act,core_attn", true },
     };
     for (int forced = 0; forced < 2; forced++) {
         char *plain = NULL;
