@@ -34,18 +34,6 @@ struct view {
         const int per = n / g;
         return ((int64_t)group * (per + 2) + per) * d;
     }
-    __device__ int segment_of(int64_t row) const
-    {
-        int lo = 0, hi = segments - 1;
-        while (lo < hi) {
-            const int mid = (lo + hi + 1) / 2;
-            if (cu[mid] <= row)
-                lo = mid;
-            else
-                hi = mid - 1;
-        }
-        return lo;
-    }
 };
 
 /* Each lane holds elements lane, lane+32, ... of a row of width d. */
@@ -92,7 +80,7 @@ static __global__ void simple_forward(view a, matrix<const T> qkv, matrix<T> o, 
     if (task >= a.rows * a.n)
         return;
     const int64_t r = task / a.n;
-    const int head = task % a.n, s = a.segment_of(r);
+    const int head = task % a.n, s = segment_of(a.cu, a.segments, r);
     const float scale = rsqrtf((float)a.d);
     const int64_t last = a.causal ? r : a.cu[s + 1] - 1;
     row_of<T> q, k, v, sum;
@@ -139,7 +127,7 @@ static __global__ void simple_dq(view a, matrix<const T> qkv, matrix<const float
     if (task >= a.rows * a.n)
         return;
     const int64_t r = task / a.n;
-    const int head = task % a.n, s = a.segment_of(r);
+    const int head = task % a.n, s = segment_of(a.cu, a.segments, r);
     const float scale = rsqrtf((float)a.d), l = lse.row(r)[head], correction = delta[task];
     const int64_t last = a.causal ? r : a.cu[s + 1] - 1;
     row_of<T> q, k, v, dy, dq;
@@ -165,7 +153,7 @@ static __global__ void simple_dkv(view a, matrix<const T> qkv, matrix<const floa
     if (task >= a.rows * a.g)
         return;
     const int64_t r = task / a.g;
-    const int group = task % a.g, s = a.segment_of(r), per = a.n / a.g;
+    const int group = task % a.g, s = segment_of(a.cu, a.segments, r), per = a.n / a.g;
     const float scale = rsqrtf((float)a.d);
     row_of<T> k, v, q, dy, dk, dv;
     k.load(qkv.row(r) + a.key(group), a.d);

@@ -16,6 +16,20 @@ using bf16 = __nv_bfloat16;
 
 enum { WARP = 32 };
 
+/* The segment of a ragged batch, cu [segments+1], that has this row. */
+__device__ __forceinline__ int segment_of(const int32_t *cu, int segments, int64_t row)
+{
+    int lo = 0, hi = segments - 1;
+    while (lo < hi) {
+        const int mid = (lo + hi + 1) / 2;
+        if (cu[mid] <= row)
+            lo = mid;
+        else
+            hi = mid - 1;
+    }
+    return lo;
+}
+
 __device__ __forceinline__ float to_float(float x)
 {
     return x;

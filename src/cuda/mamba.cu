@@ -26,17 +26,9 @@ struct walker {
     int64_t start, end;
     __device__ walker(const int32_t *cu_, int segments_, int64_t row) : cu(cu_), segments(segments_)
     {
-        int lo = 0, hi = segments - 1;
-        while (lo < hi) {
-            const int mid = (lo + hi + 1) / 2;
-            if (cu[mid] <= row)
-                lo = mid;
-            else
-                hi = mid - 1;
-        }
-        segment = lo;
-        start = cu[lo];
-        end = cu[lo + 1];
+        segment = segment_of(cu, segments, row);
+        start = cu[segment];
+        end = cu[segment + 1];
     }
     /* True when all rows before `row` that have not been walked yet lie in this segment. */
     __device__ bool stays_before(int64_t row) const
