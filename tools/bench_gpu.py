@@ -217,7 +217,8 @@ def goals(b):
     goal("scan forward, 8192 tokens", "us", 250, 180, False, lambda: us("ssd_forward", "8192"))
     goal("scan forward and backward, 8192 tokens", "us", 950, 700, False, lambda: us("ssd_forward", "8192") + us("ssd_backward", "8192"))
     goal("slowest streaming operation of 100 MB and more", "GB/s", 3400, 3800, True,
-         lambda: min(o["gbs"] for o in ops if o["gbs"] and not o["tflops"] and o["gbs"] * o["us"] * 1e-3 > 100))
+         lambda: min(o["gbs"] for o in ops
+                     if o["gbs"] and not o["tflops"] and not o["operation"].startswith("ssd") and o["gbs"] * o["us"] * 1e-3 > 100))
     goal("memory in use against the prediction, at most", "%", 5, 2, False,
          lambda: max(100 * abs(u - m) / m for r in run.values() for u, m in r["memory_gib"].values() if m > 20))
     goal("l4 per GPU against lm20e32 on one", "%", 86, 92, True, lambda: 100 * per_gpu(run["l4"]) / per_gpu(run["lm20e32"]))
