@@ -390,6 +390,35 @@ static void write_echo(const struct run *r, int number)
     free(text);
 }
 
+/* training.md 3.9: what the lines of progress.txt tell of the starts before, and of this one. */
+static void read_flops(struct run *r, int64_t iteration)
+{
+    static const char saved[] = "Saved checkpoint\tIteration: ",
+                      operations[] = "Floating-point operations: ";
+    char path[PATH_BYTES], line[512];
+    double last = 0.0;
+    FILE *f = fopen(path_of(r->dir, "progress.txt", path), "re");
+
+    while (f && fgets(line, sizeof line, f)) {
+        const char *save = strstr(line, saved), *flops = strstr(line, operations),
+                   *ranks = strstr(line, "# ranks: ");
+        struct tm tm = { .tm_isdst = -1 };
+        if (save && flops) {
+            last = strtod(flops + sizeof operations - 1, NULL);
+            if (strtoll(save + sizeof saved - 1, NULL, 10) == iteration)
+                r->flops_before = last;
+        }
+        if (r->first_start || !strstr(line, "\tStarting job\t") || !ranks ||
+            atoi(ranks + strlen("# ranks: ")) != r->world->size ||
+            !strptime(line, "%Y-%m-%d %H:%M:%S", &tm))
+            continue;
+        r->first_start = mktime(&tm);
+        r->flops_first = last;
+    }
+    if (f)
+        fclose(f);
+}
+
 void run_begin(struct run *r, int64_t iteration, bool resumed)
 {
     char path[PATH_BYTES], kept[256] = "";
@@ -430,6 +459,8 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     r->starts = agreed[2];
     run_progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration,
                  r->earlier_end);
+    if (r->world->rank == 0)
+        read_flops(r, iteration);
     r->watchdog = watchdog_start(r->dir, r->world, 60.0 * r->deck->run.distributed_timeout_minutes);
 }
 
@@ -489,6 +520,21 @@ void run_progress(const struct run *r, const char *fmt, ...)
     va_end(ap);
     fputc('\n', f);
     CHECK_SYS(fclose(f) == 0, EXIT_WRITE, "%s", path);
+}
+
+void run_progress_saved(const struct run *r, int64_t iteration, double flops, int devices,
+                        double tokens)
+{
+    const double seconds = timer_now() - r->start, since = difftime(time(NULL), r->first_start),
+                 all = r->flops_before + flops;
+
+    run_progress(r,
+                 "Saved checkpoint\tIteration: %lld\tJob throughput: %.1f TFLOP/s/GPU\t"
+                 "Cumulative throughput: %.1f TFLOP/s/GPU\tFloating-point operations: %.2e\t"
+                 "Tokens (in billions): %.2f",
+                 (long long)iteration, 1e-12 * flops / (seconds * devices),
+                 1e-12 * (all - r->flops_first) / ((since > seconds ? since : seconds) * devices),
+                 all, 1e-9 * tokens);
 }
 
 void run_note_data(const struct run *r, const char *fingerprint)

@@ -10,6 +10,7 @@
 #ifndef MIMO_RUN_H
 #define MIMO_RUN_H
 
+#include <time.h>
 #include "deck.h"
 #include "step.h"
 #include "topology.h"
@@ -27,6 +28,10 @@ struct run {
     int64_t starts;          /* of this trace, with this one */
     /* on rank 0: the code that the EXIT file of the start before had, -1 = none */
     int earlier_end;
+    /* on rank 0, from the saves in progress.txt: operations of the iterations before this start, and
+     * of those before the first start on so many ranks; when that was */
+    double flops_before, flops_first;
+    time_t first_start;
     struct watchdog *watchdog; /* from run_begin to run_finish */
 };
 
@@ -60,6 +65,11 @@ void run_note_data(const struct run *r, const char *fingerprint);
 void run_save_served(struct run *r);
 /* One line in progress.txt: time, job, ranks, text. Rank 0 writes. Local. */
 void run_progress(const struct run *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The line of a save: iteration, throughput of this start and since the first on so many ranks, per
+ * device of the language grid, operations (`flops` = of this start) and tokens in all. Rank 0
+ * writes. Local. */
+void run_progress_saved(const struct run *r, int64_t iteration, double flops, int devices,
+                        double tokens);
 /* Write EXIT, release the lock; returns code. Collective over the world. */
 int run_finish(struct run *r, int code, int64_t iteration, const char *text);
 /* A start that was refused before run_init: EXIT in the directory if it exists and no live run

@@ -311,10 +311,9 @@ static void save(struct train *t)
     timer_stop(TIMER_SAVE);
     log_line("saved iteration %lld in %s, %.2f s", (long long)t->state.iteration, k->save,
              timer_now() - start);
-    run_progress(t->run, "Saved checkpoint\tIteration: %lld\tTokens (in billions): %.6f",
-                 (long long)t->state.iteration,
-                 1e-9 * (double)t->state.consumed_train_samples *
-                     (double)t->deck->language.seq_length);
+    run_progress_saved(t->run, t->state.iteration, t->flops, t->topo->language.size,
+                       (double)t->state.consumed_train_samples *
+                           (double)t->deck->language.seq_length);
     t->interval_start += timer_now() - start;
 }
 
@@ -676,6 +675,7 @@ static void settle(struct train *t)
     trace_write(t->trace, t->state.iteration - 1 - t->run->first_iteration, &row);
     timer_stop(TIMER_LOG);
     t->seconds += row.iteration_seconds;
+    t->flops += 1e12 * row.tflops_per_gpu * row.iteration_seconds * t->topo->language.size;
     t->advanced += r.applied;
     t->skipped += !r.applied;
     t->nan += !r.finite;

@@ -33,6 +33,7 @@ struct train {
     struct eval eval;
     struct data data;
     bool has_data; /* training data are open (not in mode eval) */
+    double flops;  /* of the language model since the start, Megatron-compatible count */
     bool own;      /* checkpoints in checkpoint.save are those of this run's earlier starts */
     struct trace *trace;
     struct batch_dump *dump;

@@ -269,6 +269,11 @@ def resume(r):
     for name, ranks, precision, layout in RESUME:
         resume_case(r, name, ranks, "run.precision=" + precision, *layout)
     text = read(r.at("parts_fan_in_fp64"), "progress.txt")
+    with h5py.File(r.at("parts_fan_in_fp64", "trace.h5"), "r") as f:
+        flops = np.cumsum(f["tflops_per_gpu"][()] * f["iteration_seconds"][()]) * 1e12 * f["ranks"].attrs["language_size"]
+    told = re.findall(r"# ranks: \d+\tSaved checkpoint\tIteration: (\d+)\tJob throughput: [\d.]+ TFLOP/s/GPU\tCumulative throughput: [\d.]+ TFLOP/s/GPU\t"
+                      r"Floating-point operations: ([\d.e+]+)\tTokens \(in billions\): [\d.]+\n", text)
+    r.tap.result(told and all(abs(float(x) / flops[int(i) - 1] - 1) < 0.01 for i, x in told), "progress_counts_operations_over_all_starts", text)
     r.tap.result(text.count("Starting job\tIteration: ") == 2 and "Starting job\tIteration: 5" in text, "a_resumed_run_appends_to_progress", text)
     log = read(r.at("parts_fan_in_fp64"), "run.log")
     r.tap.result(log.count("program: mimo") == 2, "a_resumed_run_appends_to_the_log")
