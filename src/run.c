@@ -26,6 +26,9 @@
 #include "log.h"
 #include "timer.h"
 
+static void progress(const struct run *r, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
+
 enum { PATH_BYTES = 4096 + 64, STARTS_WITHOUT_PROGRESS = 3 };
 
 static const char *const kept_files[] = { "trace.h5", "run.log", "progress.txt", "deck.nml",
@@ -365,7 +368,7 @@ void run_check_progress(const struct run *r, int64_t iteration, bool resumed, st
         "mimo: error: no progress in %lld starts: each of this deck began at iteration %lld and ended (the last with %d) before anything "
         "newer was saved; %s/run.log says how; submit once more to try again",
         (long long)h.streak, (long long)iteration, r->earlier_end, r->dir);
-    run_progress(r, "Gave up\tIteration: %lld", (long long)iteration);
+    progress(r, "Gave up\tIteration: %lld", (long long)iteration);
 }
 
 /* deck.nml of this start; on a resumed run an earlier one with other content is kept. */
@@ -409,7 +412,7 @@ static void read_flops(struct run *r, int64_t iteration)
                 r->flops_before = last;
         }
         if (r->first_start || !strstr(line, "\tStarting job\t") || !ranks ||
-            atoi(ranks + strlen("# ranks: ")) != r->world->size ||
+            strtol(ranks + strlen("# ranks: "), NULL, 10) != r->world->size ||
             !strptime(line, "%Y-%m-%d %H:%M:%S", &tm))
             continue;
         r->first_start = mktime(&tm);
@@ -457,8 +460,8 @@ void run_begin(struct run *r, int64_t iteration, bool resumed)
     r->continues = agreed[0] != 0;
     r->first_iteration = agreed[1];
     r->starts = agreed[2];
-    run_progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration,
-                 r->earlier_end);
+    progress(r, "Starting job\tIteration: %lld\tEarlier end: %d", (long long)iteration,
+             r->earlier_end);
     if (r->world->rank == 0)
         read_flops(r, iteration);
     r->watchdog = watchdog_start(r->dir, r->world, 60.0 * r->deck->run.distributed_timeout_minutes);
@@ -500,7 +503,7 @@ static void check_directory(const struct run *r)
     FATAL(EXIT_WRITE, "%s: the run directory or its lock was removed while the run was live", path);
 }
 
-void run_progress(const struct run *r, const char *fmt, ...)
+static void progress(const struct run *r, const char *fmt, ...)
 {
     char path[PATH_BYTES], stamp[32];
     time_t t = time(NULL);
@@ -528,13 +531,13 @@ void run_progress_saved(const struct run *r, int64_t iteration, double flops, in
     const double seconds = timer_now() - r->start, since = difftime(time(NULL), r->first_start),
                  all = r->flops_before + flops;
 
-    run_progress(r,
-                 "Saved checkpoint\tIteration: %lld\tJob throughput: %.1f TFLOP/s/GPU\t"
-                 "Cumulative throughput: %.1f TFLOP/s/GPU\tFloating-point operations: %.2e\t"
-                 "Tokens (in billions): %.2f",
-                 (long long)iteration, 1e-12 * flops / (seconds * devices),
-                 1e-12 * (all - r->flops_first) / ((since > seconds ? since : seconds) * devices),
-                 all, 1e-9 * tokens);
+    progress(r,
+             "Saved checkpoint\tIteration: %lld\tJob throughput: %.1f TFLOP/s/GPU\t"
+             "Cumulative throughput: %.1f TFLOP/s/GPU\tFloating-point operations: %.2e\t"
+             "Tokens (in billions): %.2f",
+             (long long)iteration, 1e-12 * flops / (seconds * devices),
+             1e-12 * (all - r->flops_first) / ((since > seconds ? since : seconds) * devices), all,
+             1e-9 * tokens);
 }
 
 void run_note_data(const struct run *r, const char *fingerprint)
@@ -560,7 +563,7 @@ void run_note_data(const struct run *r, const char *fingerprint)
         log_warn(
             "the training data are not those of the start before: there were %s, there are %s; from here on the samples are others",
             before, fingerprint);
-    run_progress(r, "%s%s", mark, fingerprint);
+    progress(r, "%s%s", mark, fingerprint);
 }
 
 static void write_exit(const char *dir, int code, int64_t iteration, const char *text)

@@ -28,8 +28,8 @@ struct run {
     int64_t starts;          /* of this trace, with this one */
     /* on rank 0: the code that the EXIT file of the start before had, -1 = none */
     int earlier_end;
-    /* on rank 0, from the saves in progress.txt: operations of the iterations before this start, and
-     * of those before the first start on so many ranks; when that was */
+    /* on rank 0, from the saves in progress.txt: operations of the iterations before this start,
+     * and of those before the first start on so many ranks; when that was */
     double flops_before, flops_first;
     time_t first_start;
     struct watchdog *watchdog; /* from run_begin to run_finish */
@@ -63,8 +63,6 @@ void run_poll(void *run, bool *request);
 void run_note_data(const struct run *r, const char *fingerprint);
 /* Remove the SAVE file once it is served. Local. */
 void run_save_served(struct run *r);
-/* One line in progress.txt: time, job, ranks, text. Rank 0 writes. Local. */
-void run_progress(const struct run *r, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* The line of a save: iteration, throughput of this start and since the first on so many ranks, per
  * device of the language grid, operations (`flops` = of this start) and tokens in all. Rank 0
  * writes. Local. */
