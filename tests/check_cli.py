@@ -209,7 +209,7 @@ def overrides(c):
     for override, word in bad:
         got = c.call(tiny, override)
         c.expect("override_%s_is_refused" % override[:40], got, 2, "command line: error:", word, starts="run")
-    got = c.call(tiny, *(o for o, _ in bad[:8]))
+    got = c.call(tiny, *(bad[i][0] for i in (0, 1, 2, 3, 7, 10, 11, 12)))      # of as many keys: what is said twice is printed once
     c.tap.result(got[0] == 2 and one_error(got[2]) == 8, "eight_bad_overrides_give_eight_lines", got[2])
     got = c.call(tiny, "run.train_iters=4", "run.train_iters=5")
     c.expect("an_override_given_twice_is_refused", got, 2, "run.train_iters", starts="run")
