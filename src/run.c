@@ -26,14 +26,15 @@
 #include "log.h"
 #include "timer.h"
 
-static void progress(const struct run *r, const char *fmt, ...)
-    __attribute__((format(printf, 2, 3)));
-
 enum { PATH_BYTES = 4096 + 64, STARTS_WITHOUT_PROGRESS = 3 };
 
 static const char *const kept_files[] = { "trace.h5", "run.log", "progress.txt", "deck.nml",
                                           "batches.h5" };
 enum { KEPT_FILES = sizeof kept_files / sizeof kept_files[0] };
+
+/* One line in progress.txt: time, job, ranks, text. Rank 0 writes. */
+static void progress(const struct run *r, const char *fmt, ...)
+    __attribute__((format(printf, 2, 3)));
 
 static const char *path_of(const char *dir, const char *name, char path[PATH_BYTES])
 {

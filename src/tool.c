@@ -21,8 +21,8 @@ bool tool_is_local(const struct cli *cli)
 }
 
 /* Data depend neither on the layout nor on the backend, so any number of ranks that the deck
- * accepts will do, and what is not built yet is passed over. The errors of one rank are those
- * reported. */
+ * accepts will do, and what is not built yet is passed over. Reported is what the number of ranks
+ * with the fewest mistakes leaves. */
 static bool resolve(struct deck *deck, const struct cli *cli, const char *text, size_t length,
                     struct errors *errors)
 {
@@ -35,10 +35,12 @@ static bool resolve(struct deck *deck, const struct cli *cli, const char *text, 
             errors_free(&tried);
             return true;
         }
-        if (size == 1)
-            for (int i = 0; i < tried.count; i++)
-                errors_add(errors, tried.worst, "%s", tried.line[i]);
-        errors_free(&tried);
+        if (size == 1 || tried.count < errors->count) {
+            errors_free(errors);
+            *errors = tried;
+        } else {
+            errors_free(&tried);
+        }
         deck_free(deck);
         if (!readable)
             break;

@@ -176,6 +176,8 @@ def tools_without_ranks(r):
     r.tap.result(got[0] == 0 and "8192 tokens, 4096 with a label" in got[1], "a_deck_for_8_gpus_shows_a_sample", got)
     got = r.m.run("--check-data", os.path.join(ROOT, "input", "hel_33n.nml"), "data.dataset_provider=mock", "data.packing_buffer_size=0", cwd=work)
     r.tap.result(got[0] == 0 and "samples of 8192 tokens" in got[1], "a_deck_for_264_ranks_tells_its_data", got)
+    got = r.m.run("--check-data", os.path.join(ROOT, "input", "hel_33n.nml"), "data.dataset_provider=mock", cwd=work)
+    r.tap.result(got[0] == 2 and "data.packing_buffer_size" in got[2] and "ranks" not in got[2], "its_mistakes_are_told_without_those_of_one_rank", got)
 
 
 def said_once(r):
