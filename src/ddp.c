@@ -138,11 +138,11 @@ struct ddp *ddp_init(struct model *m)
 
     d->model = m;
     if (m->has_encoder)
-        add_buffer(d, false, false, "encoder");
+        add_buffer(d, DDP_ENCODER, false, "encoder");
     if (m->has_language)
-        add_buffer(d, true, false, "language, dense");
+        add_buffer(d, DDP_LANGUAGE, false, "language, dense");
     if (m->has_language)
-        add_buffer(d, true, true, "language, experts");
+        add_buffer(d, DDP_LANGUAGE, true, "language, experts");
     return d;
 }
 

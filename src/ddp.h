@@ -27,6 +27,9 @@
 
 enum { DDP_BUFFERS = 3, DDP_ALIGN = 64 }; /* encoder; language dense; language experts */
 
+/* Whose buffers a call means: what it is given as `language`. */
+enum { DDP_ENCODER = false, DDP_LANGUAGE = true };
+
 struct ddp_slot {         /* one parameter */
     int param;            /* its index in the model's table; descending in a buffer */
     int64_t start, numel; /* its elements of the buffer */

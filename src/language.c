@@ -328,18 +328,18 @@ void model_language_compute(struct model *m, int slot, const struct tensor *imag
     const struct backend_ops *be = m->be;
     struct stream *s = m->compute;
     ASSERT(slot == 0);
-    ddp_use(m->ddp, true, lm->embedding + 1);
+    ddp_use(m->ddp, DDP_LANGUAGE, lm->embedding + 1);
     timer_part(TIMER_VOCABULARY);
     embed(m, lm, image, first_input(lm));
     timer_part(TIMER_NO_PART);
     for (int i = 0; i < lm->n_layers; i++) {
         struct layer *l = &lm->layer[i];
-        ddp_use(m->ddp, true, l->end);
+        ddp_use(m->ddp, DDP_LANGUAGE, l->end);
         timer_part(part_of(l));
         forward_layer(m, lm, l, layer_output(lm, i), train);
         timer_part(TIMER_NO_PART);
     }
-    ddp_use(m->ddp, true, lm->output + 1);
+    ddp_use(m->ddp, DDP_LANGUAGE, lm->output + 1);
     timer_part(TIMER_VOCABULARY);
     be->rmsnorm_forward(s, &lm->x_last, &model_param(m, lm->final_norm)->value, lm->eps,
                         &lm->hidden, &lm->rs);
@@ -363,7 +363,7 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
     be->rmsnorm_backward(s, &lm->x_last, &norm->value, &lm->rs, &lm->dhidden, &lm->dx,
                          param_grad(norm));
     timer_part(TIMER_NO_PART);
-    ddp_ready(m->ddp, true, lm->final_norm);
+    ddp_ready(m->ddp, DDP_LANGUAGE, lm->final_norm);
     for (int i = lm->n_layers - 1; i >= 0; i--) {
         struct layer *l = &lm->layer[i];
         timer_part(part_of(l));
@@ -376,7 +376,7 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
         default: moe_backward(m, l->moe, &lm->batch, &l->x, &lm->dx); break;
         }
         timer_part(TIMER_NO_PART);
-        ddp_ready(m->ddp, true, l->first);
+        ddp_ready(m->ddp, DDP_LANGUAGE, l->first);
     }
     timer_part(TIMER_VOCABULARY);
     struct tensor dimage = { 0 };
@@ -386,7 +386,7 @@ struct tensor model_language_backward(struct model *m, int slot, bool want_image
                              first_word(m), param_grad(model_param(m, lm->embedding)),
                              dimage.data ? &dimage : NULL);
     timer_part(TIMER_NO_PART);
-    ddp_ready(m->ddp, true, lm->embedding);
+    ddp_ready(m->ddp, DDP_LANGUAGE, lm->embedding);
     return dimage;
 }
 

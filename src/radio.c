@@ -365,7 +365,7 @@ static void block_forward(struct model *m, struct encoder *v, struct radio_slot 
     const struct radio_kept k = kept_rows(kept_of(v, s, i), s->rows);
     const struct tensor u = tensor_first(&v->u, s->rows), a = tensor_first(&v->a, s->rows),
                         cu = tensor_first(&s->cu, s->tiles + 1);
-    ddp_use(m->ddp, false, b->fc2_b + 1);
+    ddp_use(m->ddp, DDP_ENCODER, b->fc2_b + 1);
     be->layernorm_forward(m->compute, &k.x, value(m, b->ln1_w), value(m, b->ln1_b), v->eps, &u,
                           &k.mean1, &k.rs1);
     linear_forward(m, model_param(m, b->qkv_w), &u, NULL, &k.qkv);
@@ -396,7 +396,7 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
     ASSERT(slot >= 0 && slot < v->n_slots);
     struct radio_slot *s = &v->slot[slot];
     s->empty = pictures->tiles == 0;
-    ddp_use(m->ddp, false, s->empty || v->n_blocks == 0 ? m->n_params : v->block[0].ln1_w);
+    ddp_use(m->ddp, DDP_ENCODER, s->empty || v->n_blocks == 0 ? m->n_params : v->block[0].ln1_w);
     if (s->empty) {
         s->tiles = s->patches = s->rows = s->outputs = 0;
         return tensor_first(&s->embedding, 0);
@@ -422,7 +422,7 @@ struct tensor model_encoder_forward(struct model *m, int slot, const struct pict
         timer_part(TIMER_NO_PART);
     }
     struct tensor normed = x_last;
-    ddp_use(m->ddp, false, m->n_params);
+    ddp_use(m->ddp, DDP_ENCODER, m->n_params);
     if (v->final_norm) {
         const struct tensor mean = tensor_first(&s->mean, s->rows),
                             rs = tensor_first(&s->rs, s->rows);
@@ -491,7 +491,7 @@ static void blocks_backward(struct model *m, struct encoder *v, struct radio_slo
         timer_part(TIMER_ENCODER);
         block_backward(m, v, s, i, dx);
         timer_part(TIMER_NO_PART);
-        ddp_ready(m->ddp, false, v->block[i].ln1_w);
+        ddp_ready(m->ddp, DDP_ENCODER, v->block[i].ln1_w);
     }
     const struct tensor pixels = tensor_first(&s->pixels, s->patches),
                         de = tensor_first(&v->e, s->patches);
@@ -502,7 +502,7 @@ static void blocks_backward(struct model *m, struct encoder *v, struct radio_slo
     m->be->vit_assemble_backward(m->compute, dx, &source, &index, &weight, &de,
                                  param_grad(model_param(m, v->class_token)), &dgrid);
     replicated_gather_backward(m, model_param(m, v->embedder), &pixels, &de, NULL);
-    ddp_ready(m->ddp, false, 0);
+    ddp_ready(m->ddp, DDP_ENCODER, 0);
 }
 
 void model_encoder_backward(struct model *m, int slot, const struct tensor *d_embedding)
@@ -513,7 +513,7 @@ void model_encoder_backward(struct model *m, int slot, const struct tensor *d_em
     struct radio_slot *s = &v->slot[slot];
     ASSERT(tensor_rows(d_embedding) == s->outputs);
     if (s->empty) {
-        ddp_ready(m->ddp, false, 0); /* it adds nothing to any gradient */
+        ddp_ready(m->ddp, DDP_ENCODER, 0); /* it adds nothing to any gradient */
         return;
     }
     const struct tensor features = tensor_first(&s->features, s->outputs);
@@ -521,7 +521,7 @@ void model_encoder_backward(struct model *m, int slot, const struct tensor *d_em
     if (!v->trains) {
         projector_backward(m, v->projector, &s->projector, &features, d_embedding, NULL);
         timer_part(TIMER_NO_PART);
-        ddp_ready(m->ddp, false, 0);
+        ddp_ready(m->ddp, DDP_ENCODER, 0);
         return;
     }
     const struct tensor dfeatures = tensor_first(&v->dfeatures, s->outputs),

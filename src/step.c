@@ -265,11 +265,11 @@ static void run_encoder_backward(void *ctx, const struct action *a)
     struct step *s = ctx;
 
     enter(s, TIMER_BACKWARD);
-    announce_last(s, a, false);
+    announce_last(s, a, DDP_ENCODER);
     if (s->pictures[a->slot].rows > 0)
         model_encoder_backward(s->model, a->slot, &s->dembedding);
     else
-        ddp_ready(s->model->ddp, false, 0);
+        ddp_ready(s->model->ddp, DDP_ENCODER, 0);
     leave(s, TIMER_BACKWARD);
 }
 
@@ -359,7 +359,7 @@ static void run_language_backward(void *ctx, const struct action *a)
         leave(s, TIMER_BRIDGE_WAIT);
     }
     enter(s, TIMER_BACKWARD);
-    announce_last(s, a, true);
+    announce_last(s, a, DDP_LANGUAGE);
     s->dimage = model_language_backward(s->model, a->slot,
                                         s->topo->encoder.present && encoder_trains(s->deck));
     leave(s, TIMER_BACKWARD);
