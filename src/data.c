@@ -34,7 +34,7 @@ struct draw {               /* what a stream delivered last */
 struct window {
     int64_t start, next;   /* samples of the stream before its first, and with its last */
     int64_t n_packs, last; /* the pack delivered last */
-    int64_t *index, *length, *first, *member; /* as of data_pack; NULL: no window yet */
+    int64_t *index, *length, *pictures, *first, *member; /* of data_pack; NULL: no window yet */
 };
 
 struct data_source {
@@ -210,6 +210,7 @@ void data_free(struct data *d)
         for (int64_t i = 0; src->window && i < d->n_streams; i++) {
             free(src->window[i].index);
             free(src->window[i].length);
+            free(src->window[i].pictures);
             free(src->window[i].first);
             free(src->window[i].member);
         }
@@ -422,6 +423,7 @@ static void open_window(struct data *d, int64_t stream, int64_t start)
     if (!w->index) {
         w->index = xcalloc((size_t)n, sizeof *w->index);
         w->length = xcalloc((size_t)n, sizeof *w->length);
+        w->pictures = xcalloc((size_t)n, sizeof *w->pictures);
         w->first = xcalloc((size_t)n + 1, sizeof *w->first);
         w->member = xcalloc((size_t)n, sizeof *w->member);
     }
@@ -429,9 +431,11 @@ static void open_window(struct data *d, int64_t stream, int64_t start)
     for (int64_t i = 0; i < n; i++) {
         w->index[i] = next_whole(d, stream, &w->next, &src->member, NULL);
         w->length[i] = src->member.n_ids;
+        w->pictures[i] = src->member.n_pictures;
     }
-    w->n_packs = data_pack(w->length, n, d->limits.seq_length, src->pack, (uint64_t)stream,
-                           (uint64_t)start, w->first, w->member);
+    w->n_packs =
+        data_pack(w->length, w->pictures, n, d->limits.seq_length, src->sample.max_pictures,
+                  src->pack, (uint64_t)stream, (uint64_t)start, w->first, w->member);
 }
 
 /* The stream's next pack. */

@@ -12,11 +12,13 @@
 #include <stdint.h>
 #include "rng.h"
 
-/* Packs of n samples of length[n] <= room tokens: pack p holds the samples member[first[p]] ..
- * member[first[p+1]-1]; first [n+1], member [n]. Each pack is opened with `room` tokens left and
- * takes the longest sample that still fits, of equal ones the later, until none does; the packs are
- * shuffled by (key, stream, window). Returns the number of packs. Local. */
-int64_t data_pack(const int64_t *length, int64_t n, int64_t room, struct rng_key key,
-                  uint64_t stream, uint64_t window, int64_t *first, int64_t *member);
+/* Packs of n samples of length[n] <= room tokens and pictures[n] <= frames pictures: pack p holds
+ * the samples member[first[p]] .. member[first[p+1]-1]; first [n+1], member [n]. Each pack is
+ * opened with `room` tokens and `frames` pictures left and takes the longest sample that still
+ * fits, of equal ones the later, until none does; the packs are shuffled by (key, stream, window).
+ * Returns the number of packs. Local. */
+int64_t data_pack(const int64_t *length, const int64_t *pictures, int64_t n, int64_t room,
+                  int64_t frames, struct rng_key key, uint64_t stream, uint64_t window,
+                  int64_t *first, int64_t *member);
 
 #endif
