@@ -19,6 +19,7 @@
 #include "check.h"
 #include "code.h"
 #include "comm.h"
+#include "cuda/cuda_sizes.h"
 #include "log.h"
 #include "rng.h"
 #include "timer.h"
@@ -673,6 +674,25 @@ static void test_blas_start_restarts_once_with_the_widest_kernels(void **state)
     backend_blas_threads(1);
 }
 
+/* What is planned for the longest segment must do for every shorter one, whose pieces may come
+ * closer to the cap (heads * rows^2 * 2 bytes, cuda_sizes.h). */
+static void test_attention_work_for_the_longest_segment_does_for_shorter_ones(void **s)
+{
+    static const int heads[][3] = { { 16, 16, 80 }, { 32, 8, 128 }, { 32, 32, 128 }, { 3, 3, 64 } };
+    static const int64_t longest[] = { 1024, 4106, 8192, 20490, 32778, 65546 };
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++)
+        for (size_t k = 0; k < sizeof longest / sizeof *longest; k++) {
+            const int n = heads[i][0], g = heads[i][1], d = heads[i][2];
+            const int64_t most = longest[k],
+                          work = cuda_attention_work(most, 20, most, n, g, d, false);
+            for (int64_t len = 128; len <= most; len += 128)
+                assert_true(2 * len * len * cuda_attention_chunk(1, len, n, g) + 4 * len * n * d <=
+                            work);
+        }
+    /* 20 packed segments of which one is long run in 32 slots. */
+    assert_true(cuda_attention_work(2048, 20, 2048, 8, 8, 128, true) >= 2LL * 2048 * 2048 * 8 * 32);
+}
+
 int main(int argc, char **argv)
 {
     backend_blas_start(argv);
@@ -701,6 +721,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_ref_copy_respects_row_strides),
         cmocka_unit_test(test_ref_fill_and_cast_round_to_nearest_even),
         cmocka_unit_test(test_every_operation_of_both_tables_is_present),
+        cmocka_unit_test(test_attention_work_for_the_longest_segment_does_for_shorter_ones),
         cmocka_unit_test(test_blas_start_restarts_once_with_the_widest_kernels),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

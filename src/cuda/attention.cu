@@ -318,7 +318,8 @@ static void run_packed(const problem &p)
     const int64_t len = bucket_length(p.max_len), segments = p.segments();
     const int heads = p.at_once(1, len, p.n);
     int64_t slots = bucket_slots(segments);
-    while (slots > 1 && p.at_once(slots, len, p.n) < heads)
+    /* One head is what a piece has at least, also above the cap. */
+    while (slots > 1 && p.at_once(slots, len, p.n) < (heads > 1 ? heads : 2))
         slots /= 2;
     const int64_t all = (segments + slots - 1) / slots * slots;
     int64_t *offset = (int64_t *)p.work->data;

@@ -44,20 +44,22 @@ const struct backend_ops backend_sizes_f32 = { SIZES, .act = DTYPE_F32,
 
 /* One piece of attention.cu: statistics or slots, the deterministic backward's workspace of the
  * heads (and slots) that run at once, cuDNN's fp32 gradient of the queries, and a margin for its
- * alignment. */
+ * alignment. It must do for shorter segments too, whose pieces may come closer to the cap than
+ * those of max_len. */
 int64_t cuda_attention_work(int64_t tokens, int64_t segments, int64_t max_len, int n, int g, int d,
                             bool causal)
 {
-    /* The packed form rounds lengths up to 1024 and takes as many slots as the cap allows. */
-    const int64_t len = (max_len + 1023) / 1024 * 1024,
-                  at_once = n == g && segments > 1 ? segments : 1;
-    const int64_t square = 2 * len * len,
-                  fit = ATTENTION_CAP / square > 1 ? ATTENTION_CAP / square : 1;
-    int64_t pieces = at_once * n < fit ? at_once * n : fit;
-    if (pieces < cuda_attention_chunk(1, max_len, n, g))
-        pieces = cuda_attention_chunk(1, max_len, n, g);
-    return pieces * square + tokens * n * (int64_t)(4 * d + 64) + 64 * (segments + 1) +
-           ((int64_t)64 << 20);
+    /* The packed form rounds lengths up to 1024 and takes as many slots as the cap allows, a power
+     * of two. */
+    const int64_t len = (max_len + 1023) / 1024 * 1024, square = 2 * len * len,
+                  least = cuda_attention_chunk(1, max_len, n, g) * square;
+    int64_t slots = 1;
+    while (n == g && slots < segments)
+        slots *= 2;
+    int64_t squares = slots * n < ATTENTION_CAP / square ? slots * n * square : ATTENTION_CAP;
+    if (squares < least)
+        squares = least;
+    return squares + tokens * n * (int64_t)(4 * d + 64) + 64 * (segments + 1) + ((int64_t)64 << 20);
 }
 
 /* cuDNN's fp32 gradients and corrections of every query row, twice as many when heads share keys;

@@ -135,6 +135,7 @@ int main(int argc, char **argv)
         { 4, 4, 8, false, 3, equal },    { 6, 2, 24, true, 1, one },
         { 5, 5, 7, false, 4, odd },      { 4, 2, 16, true, 1, single },
         { 16, 16, 80, false, 3, tiles }, { 3, 1, 128, true, 3, equal },
+        { 4, 4, 8, true, 4, odd },       { 16, 16, 80, true, 3, tiles },
     };
     const struct shape large[] = { { 32, 8, 128, true, 1, long_one },
                                    { 16, 16, 80, false, 1, picture },
