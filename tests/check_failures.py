@@ -259,7 +259,7 @@ def system_calls(r):
         start = time.monotonic()
         got = r.shell(script % (record, "-e inject=pwrite64:error=EIO:when=%d" % at), r.arguments("closed", args, iterations=2, batch=2, save=True), ranks=2, limit=60)
         r.one_line("a_%s_that_cannot_be_closed_ends_with_6" % title, got, 6, "closed", "Input/output error")
-        r.tap.result(time.monotonic() - start < 45 and r.m.run("--status", r.at("closed"))[0] == 6, "and_EXIT_says_so", read(r.at("closed", "EXIT")))
+        r.tap.result(time.monotonic() - start < 45 and r.m.run("--status", r.at("closed"))[0] == 6, "EXIT_says_so_of_the_%s" % title, read(r.at("closed", "EXIT")))
     faults, kills = [], 0
     for calls in ("pwrite64", "rename,renameat2", "fsync", "mkdir,mkdirat", "unlink,unlinkat,rmdir"):
         n = 1
